@@ -1,0 +1,1 @@
+"""The organizer's program: admits peers, records progress, publishes checkpoints. Never in the training path."""

@@ -1,0 +1,95 @@
+"""Ed25519 identities: one key signs what a person or peer says, and its libp2p form is the peer id.
+
+Decides how keys are written down and what exactly is signed; leaves files to `swarm.keyfiles` and trust to the callers.
+
+A libp2p Ed25519 peer id is base58 of the identity multihash of the protobuf-encoded public key
+(libp2p specification, peer-ids): ``00 24 | 08 01 12 20 | 32 bytes``. So the peer id alone verifies a signature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import base58
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from swarm.errors import DataError, SignatureError
+from swarm.proto.common_pb2 import Signed
+
+PUBLIC_KEY_BYTES = 32
+SIGNATURE_BYTES = 64
+_PEER_ID_PREFIX = bytes.fromhex("0024" + "08011220")
+_LIBP2P_PRIVATE_PREFIX = bytes.fromhex("08011240")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A private key. ``seed`` is its 32 secret bytes; it never appears in logs or in ``repr``."""
+
+    seed: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.seed) != 32:
+            raise DataError(f"an Ed25519 seed has 32 bytes, not {len(self.seed)}")
+
+    def __repr__(self) -> str:
+        return f"Identity({self.peer_id})"
+
+    @classmethod
+    def generate(cls) -> Identity:
+        return cls(Ed25519PrivateKey.generate().private_bytes_raw())
+
+    @property
+    def public_key(self) -> bytes:
+        return Ed25519PrivateKey.from_private_bytes(self.seed).public_key().public_bytes_raw()
+
+    @property
+    def peer_id(self) -> str:
+        return peer_id_of(self.public_key)
+
+    def libp2p_key(self) -> bytes:
+        """The key in the form of libp2p's crypto.pb.PrivateKey (Ed25519: seed followed by public key)."""
+        return _LIBP2P_PRIVATE_PREFIX + self.seed + self.public_key
+
+    def sign(self, context: str, run_id: bytes, payload: bytes) -> Signed:
+        key = Ed25519PrivateKey.from_private_bytes(self.seed)
+        return Signed(
+            signer=key.public_key().public_bytes_raw(),
+            payload=payload,
+            signature=key.sign(_signed_bytes(context, run_id, payload)),
+        )
+
+
+def peer_id_of(public_key: bytes) -> str:
+    if len(public_key) != PUBLIC_KEY_BYTES:
+        raise DataError(f"an Ed25519 public key has 32 bytes, not {len(public_key)}")
+    return str(base58.b58encode(_PEER_ID_PREFIX + public_key).decode())
+
+
+def public_key_of(peer_id: str) -> bytes:
+    try:
+        raw = bytes(base58.b58decode(peer_id))
+    except ValueError as error:
+        raise DataError(f"not a peer id: {peer_id[:80]!r}") from error
+    if len(raw) != len(_PEER_ID_PREFIX) + PUBLIC_KEY_BYTES or not raw.startswith(_PEER_ID_PREFIX):
+        raise DataError(f"not the peer id of an Ed25519 key: {peer_id[:80]!r}")
+    return raw[len(_PEER_ID_PREFIX) :]
+
+
+def verify(signed: Signed, context: str, run_id: bytes, signer: bytes | None = None) -> bytes:
+    """The payload of ``signed``, once the signature (and the signer, where one is named) is right."""
+    if signer is not None and signed.signer != signer:
+        raise SignatureError(f"{context}: signed by another key than the expected one")
+    if len(signed.signer) != PUBLIC_KEY_BYTES or len(signed.signature) != SIGNATURE_BYTES:
+        raise SignatureError(f"{context}: key or signature of a wrong length")
+    try:
+        key = Ed25519PublicKey.from_public_bytes(signed.signer)
+        key.verify(signed.signature, _signed_bytes(context, run_id, signed.payload))
+    except (InvalidSignature, ValueError) as error:
+        raise SignatureError(f"{context}: the signature does not verify") from error
+    return signed.payload
+
+
+def _signed_bytes(context: str, run_id: bytes, payload: bytes) -> bytes:
+    return b"swarm.v1\0" + context.encode() + b"\0" + run_id + b"\0" + payload

@@ -1,0 +1,92 @@
+"""The checkpoint manifest: the signed list of a checkpoint's files.
+
+Decides which files a checkpoint may hold and what is checked, without any I/O: bytes in, verified objects out, or a
+named error. A checkpoint on disk is the files of the manifest plus ``swarm-manifest.json`` (the payload as signed)
+and ``swarm-manifest.sig`` (serialised `Signed`, context "checkpoint").
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from swarm.errors import SpecError, VerificationError
+from swarm.identity import verify
+from swarm.proto.common_pb2 import Signed
+from swarm.run_spec import Hex32, Section, parse_section
+
+CONTEXT = "checkpoint"
+FILE_CHUNK_BYTES = 4 << 20
+MANIFEST_FILE = "swarm-manifest.json"
+SIGNATURE_FILE = "swarm-manifest.sig"
+SPEC_FILE = "swarm-run-spec.sig"
+MAX_MANIFEST_BYTES = 64 << 20
+MAX_FILES = 10_000
+
+# One plain name: no folders, no leading dot, nothing that differs only by case on some file systems.
+FileName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$|^README\.md$")]
+RunIdHex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
+
+
+class CheckpointFile(Section):
+    name: FileName
+    size_bytes: int = Field(ge=0, le=1 << 44)
+    sha256: Hex32
+    chunks: tuple[Hex32, ...] = Field(max_length=1 << 22)
+
+    @model_validator(mode="after")
+    def _chunk_count(self) -> CheckpointFile:
+        if len(self.chunks) != -(-self.size_bytes // FILE_CHUNK_BYTES):
+            raise ValueError(f"{self.name}: {len(self.chunks)} chunks do not make {self.size_bytes} bytes")
+        return self
+
+
+class CheckpointManifest(Section):
+    format: Literal[1] = 1
+    run_id: RunIdHex
+    run_name: str = Field(max_length=64)
+    round: int = Field(ge=1)
+    total_tokens: int = Field(ge=0)
+    state_digest: Hex32
+    log_digest: Hex32
+    data_manifest_digest: Hex32
+    files: tuple[CheckpointFile, ...] = Field(min_length=1, max_length=MAX_FILES)
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> CheckpointManifest:
+        if len({file.name.lower() for file in self.files}) != len(self.files):
+            raise ValueError("two files have one name")
+        if any(file.name in (MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE) for file in self.files):
+            raise ValueError("a file has the name of the manifest")
+        return self
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+    def canonical_bytes(self) -> bytes:
+        return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
+
+
+def parse(payload: bytes) -> CheckpointManifest:
+    if len(payload) > MAX_MANIFEST_BYTES:
+        raise VerificationError(f"the manifest is larger than {MAX_MANIFEST_BYTES} bytes")
+    try:
+        values = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise VerificationError("the manifest is not JSON") from error
+    try:
+        manifest: CheckpointManifest = parse_section(CheckpointManifest, values, "manifest")
+    except SpecError as error:
+        raise VerificationError(str(error)) from error
+    return manifest
+
+
+def parse_signed(signed: Signed, run_id: bytes, publication_key: bytes) -> CheckpointManifest:
+    """The manifest inside ``signed``, once the publication key of this run has signed it."""
+    manifest = parse(verify(signed, CONTEXT, run_id, publication_key))
+    if manifest.run_id != run_id.hex():
+        raise VerificationError("the manifest belongs to another run")
+    return manifest

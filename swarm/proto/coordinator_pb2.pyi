@@ -1,0 +1,221 @@
+from swarm.proto import common_pb2 as _common_pb2
+from swarm.proto import round_pb2 as _round_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetRunRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetRunReply(_message.Message):
+    __slots__ = ("run_spec", "genesis", "seed_addresses", "server_time_unix_ms", "data_manifest", "tokenizer")
+    RUN_SPEC_FIELD_NUMBER: _ClassVar[int]
+    GENESIS_FIELD_NUMBER: _ClassVar[int]
+    SEED_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    SERVER_TIME_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    DATA_MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    run_spec: _common_pb2.Signed
+    genesis: _common_pb2.Signed
+    seed_addresses: _containers.RepeatedScalarFieldContainer[str]
+    server_time_unix_ms: int
+    data_manifest: bytes
+    tokenizer: bytes
+    def __init__(self, run_spec: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., genesis: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., seed_addresses: _Optional[_Iterable[str]] = ..., server_time_unix_ms: _Optional[int] = ..., data_manifest: _Optional[bytes] = ..., tokenizer: _Optional[bytes] = ...) -> None: ...
+
+class AdmitRequest(_message.Message):
+    __slots__ = ("request",)
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    request: _common_pb2.Signed
+    def __init__(self, request: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
+
+class AdmitPayload(_message.Message):
+    __slots__ = ("token", "sent_unix_ms", "agent", "seed_addresses")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SENT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    AGENT_FIELD_NUMBER: _ClassVar[int]
+    SEED_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    sent_unix_ms: int
+    agent: str
+    seed_addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, token: _Optional[str] = ..., sent_unix_ms: _Optional[int] = ..., agent: _Optional[str] = ..., seed_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class AdmitReply(_message.Message):
+    __slots__ = ("admission",)
+    ADMISSION_FIELD_NUMBER: _ClassVar[int]
+    admission: _common_pb2.Signed
+    def __init__(self, admission: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
+
+class ReportRequest(_message.Message):
+    __slots__ = ("report",)
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    report: _common_pb2.Signed
+    def __init__(self, report: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
+
+class ReportPayload(_message.Message):
+    __slots__ = ("round", "train_loss", "validation_loss", "tokens_per_s", "bytes_sent", "bytes_received", "sent_unix_ms", "state_digest", "log_digest", "leaving", "seed_addresses", "device")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_LOSS_FIELD_NUMBER: _ClassVar[int]
+    VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    SENT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    STATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    LOG_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
+    SEED_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    train_loss: float
+    validation_loss: float
+    tokens_per_s: float
+    bytes_sent: int
+    bytes_received: int
+    sent_unix_ms: int
+    state_digest: bytes
+    log_digest: bytes
+    leaving: bool
+    seed_addresses: _containers.RepeatedScalarFieldContainer[str]
+    device: str
+    def __init__(self, round: _Optional[int] = ..., train_loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., sent_unix_ms: _Optional[int] = ..., state_digest: _Optional[bytes] = ..., log_digest: _Optional[bytes] = ..., leaving: _Optional[bool] = ..., seed_addresses: _Optional[_Iterable[str]] = ..., device: _Optional[str] = ...) -> None: ...
+
+class ReportReply(_message.Message):
+    __slots__ = ("next_round_wanted",)
+    NEXT_ROUND_WANTED_FIELD_NUMBER: _ClassVar[int]
+    next_round_wanted: int
+    def __init__(self, next_round_wanted: _Optional[int] = ...) -> None: ...
+
+class RecordCommitsRequest(_message.Message):
+    __slots__ = ("commits",)
+    COMMITS_FIELD_NUMBER: _ClassVar[int]
+    commits: _containers.RepeatedCompositeFieldContainer[_round_pb2.Commit]
+    def __init__(self, commits: _Optional[_Iterable[_Union[_round_pb2.Commit, _Mapping]]] = ...) -> None: ...
+
+class RecordCommitsReply(_message.Message):
+    __slots__ = ("next_round_wanted",)
+    NEXT_ROUND_WANTED_FIELD_NUMBER: _ClassVar[int]
+    next_round_wanted: int
+    def __init__(self, next_round_wanted: _Optional[int] = ...) -> None: ...
+
+class GetProgressRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RoundProgress(_message.Message):
+    __slots__ = ("round", "total_tokens", "validation_loss", "train_loss", "shares", "absent_parts", "recorded_unix_ms", "state_digest")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_LOSS_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    ABSENT_PARTS_FIELD_NUMBER: _ClassVar[int]
+    RECORDED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    STATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    total_tokens: int
+    validation_loss: float
+    train_loss: float
+    shares: _containers.RepeatedCompositeFieldContainer[_round_pb2.Share]
+    absent_parts: int
+    recorded_unix_ms: int
+    state_digest: bytes
+    def __init__(self, round: _Optional[int] = ..., total_tokens: _Optional[int] = ..., validation_loss: _Optional[float] = ..., train_loss: _Optional[float] = ..., shares: _Optional[_Iterable[_Union[_round_pb2.Share, _Mapping]]] = ..., absent_parts: _Optional[int] = ..., recorded_unix_ms: _Optional[int] = ..., state_digest: _Optional[bytes] = ...) -> None: ...
+
+class PeerProgress(_message.Message):
+    __slots__ = ("peer_key", "round", "state_digest", "tokens", "bytes_sent", "bytes_received", "tokens_per_s", "last_seen_unix_ms", "leaving", "device", "log_digest")
+    PEER_KEY_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    STATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEEN_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    LOG_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    peer_key: bytes
+    round: int
+    state_digest: bytes
+    tokens: int
+    bytes_sent: int
+    bytes_received: int
+    tokens_per_s: float
+    last_seen_unix_ms: int
+    leaving: bool
+    device: str
+    log_digest: bytes
+    def __init__(self, peer_key: _Optional[bytes] = ..., round: _Optional[int] = ..., state_digest: _Optional[bytes] = ..., tokens: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., last_seen_unix_ms: _Optional[int] = ..., leaving: _Optional[bool] = ..., device: _Optional[str] = ..., log_digest: _Optional[bytes] = ...) -> None: ...
+
+class GetProgressReply(_message.Message):
+    __slots__ = ("name", "round", "total_tokens", "target_tokens", "rounds", "peers")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    round: int
+    total_tokens: int
+    target_tokens: int
+    rounds: _containers.RepeatedCompositeFieldContainer[RoundProgress]
+    peers: _containers.RepeatedCompositeFieldContainer[PeerProgress]
+    def __init__(self, name: _Optional[str] = ..., round: _Optional[int] = ..., total_tokens: _Optional[int] = ..., target_tokens: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundProgress, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[PeerProgress, _Mapping]]] = ...) -> None: ...
+
+class PublishRequest(_message.Message):
+    __slots__ = ("request",)
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    request: _common_pb2.Signed
+    def __init__(self, request: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
+
+class PublishReply(_message.Message):
+    __slots__ = ("manifest",)
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    manifest: _common_pb2.Signed
+    def __init__(self, manifest: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
+
+class ListCheckpointsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CheckpointInfo(_message.Message):
+    __slots__ = ("round", "total_tokens", "size_bytes", "manifest_digest", "validation_loss", "published_unix_ms")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    total_tokens: int
+    size_bytes: int
+    manifest_digest: bytes
+    validation_loss: float
+    published_unix_ms: int
+    def __init__(self, round: _Optional[int] = ..., total_tokens: _Optional[int] = ..., size_bytes: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., validation_loss: _Optional[float] = ..., published_unix_ms: _Optional[int] = ...) -> None: ...
+
+class ListCheckpointsReply(_message.Message):
+    __slots__ = ("checkpoints",)
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    checkpoints: _containers.RepeatedCompositeFieldContainer[CheckpointInfo]
+    def __init__(self, checkpoints: _Optional[_Iterable[_Union[CheckpointInfo, _Mapping]]] = ...) -> None: ...
+
+class GetCheckpointRequest(_message.Message):
+    __slots__ = ("round",)
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    def __init__(self, round: _Optional[int] = ...) -> None: ...
+
+class GetCheckpointReply(_message.Message):
+    __slots__ = ("manifest",)
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    manifest: _common_pb2.Signed
+    def __init__(self, manifest: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
