@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from swarm.errors import DataError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
@@ -21,8 +23,14 @@ class Reading:
 
 
 def token_shard_of(seed: int, peer_key: bytes, round_number: int, shard_sequences: Sequence[int]) -> int:
-    """The token shard that a peer reads in a round, drawn in proportion to the sequences each holds."""
-    target = _draw(seed, peer_key, round_number, b"shard") % sum(shard_sequences)
+    """The token shard that a peer reads in a round, drawn in proportion to the sequences each holds.
+
+    Raises `DataError` where no token shard holds a sequence.
+    """
+    total = sum(shard_sequences)
+    if total < 1:
+        raise DataError("no token shard holds a whole sequence", "use a shorter sequence_length or more text")
+    target = _draw(seed, peer_key, round_number, b"shard") % total
     for index, count in enumerate(shard_sequences[:-1]):
         if target < count:
             return index

@@ -19,6 +19,7 @@ from swarm.proto.common_pb2 import Signed
 
 PUBLIC_KEY_BYTES = 32
 SIGNATURE_BYTES = 64
+MAX_PEER_ID_CHARACTERS = 64
 _PEER_ID_PREFIX = bytes.fromhex("0024" + "08011220")
 _LIBP2P_PRIVATE_PREFIX = bytes.fromhex("08011240")
 
@@ -68,6 +69,8 @@ def peer_id_of(public_key: bytes) -> str:
 
 
 def public_key_of(peer_id: str) -> bytes:
+    if len(peer_id) > MAX_PEER_ID_CHARACTERS:
+        raise DataError("not a peer id: it is too long")
     try:
         raw = bytes(base58.b58decode(peer_id))
     except ValueError as error:

@@ -17,6 +17,7 @@ from swarm.proto import common_pb2
 
 PREFIX = "swarm1"
 MAX_CHARACTERS = 2048
+MAX_TOKEN_CHARACTERS = 128
 RUN_ID_BYTES = 20
 _ADVICE = "copy the whole invite again from where the organizer shared it"
 
@@ -38,8 +39,8 @@ class Invite:
 
 def parse(text: str) -> Invite:
     """Read an invite; `InviteError` says what is wrong with it."""
-    text = "".join(text.split())
-    if len(text) > MAX_CHARACTERS:
+    # Twice the limit leaves room for the line breaks that mail and chat programs add.
+    if len(text) > 2 * MAX_CHARACTERS or len(text := "".join(text.split())) > MAX_CHARACTERS:
         raise InviteError("the invite is too long", _ADVICE)
     if not text.startswith(PREFIX):
         raise InviteError(f"an invite starts with {PREFIX!r}", _ADVICE)
@@ -64,8 +65,8 @@ def _validated(message: common_pb2.Invite) -> Invite:
         raise InviteError("the invite names no coordinator", _ADVICE)
     for address in addresses:
         host, _, port = address.rpartition(":")
-        if not host or len(address) > 255 or not port.isdigit() or not 0 < int(port) < 65536:
+        if not host or len(address) > 255 or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
             raise InviteError(f"not an address: {address[:80]!r}", _ADVICE)
-    if len(message.token) > 128:
+    if len(message.token) > MAX_TOKEN_CHARACTERS:
         raise InviteError("the invite's token is too long", _ADVICE)
     return Invite(run_id=message.run_id, tls_pin=message.tls_pin, addresses=addresses, token=message.token)

@@ -6,6 +6,7 @@ Leaves what a key means to `swarm.identity`.
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from swarm.errors import ConfigError
@@ -26,18 +27,23 @@ def load_or_create(path: Path) -> Identity:
         pass
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     identity = Identity.generate()
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(identity.libp2p_key())
+            file.flush()
+            os.fsync(file.fileno())
+        # A link appears whole or not at all, and never replaces a key that another process made meanwhile.
+        os.link(temporary, path)
     except FileExistsError:
         return load(path)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(identity.libp2p_key())
-        file.flush()
-        os.fsync(file.fileno())
+    finally:
+        os.unlink(temporary)
     return identity
 
 
 def load(path: Path) -> Identity:
+    """The identity in ``path``. `FileNotFoundError` where there is none, `ConfigError` where it cannot be used."""
     raw = path.read_bytes()
     if path.stat().st_mode & 0o077:
         raise ConfigError(f"{path} can be read by others", f"run: chmod 600 {path}")

@@ -156,5 +156,7 @@ def _check_parts(parts: Sequence[PartResult]) -> None:
             raise ProtocolError("a part of a record names no digest or no contributors")
         if not part.digest and part.shares:
             raise ProtocolError("an absent part names contributors")
+        if any(len(share.peer_key) != PUBLIC_KEY_BYTES for share in part.shares):
+            raise ProtocolError("a contributor's key has a wrong length")
         if len({share.peer_key for share in part.shares}) != len(part.shares):
             raise ProtocolError("a part counts one contributor twice")

@@ -25,8 +25,11 @@ SPEC_FILE = "swarm-run-spec.sig"
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_FILES = 10_000
 
-# One plain name: no folders, no leading dot, nothing that differs only by case on some file systems.
-FileName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$|^README\.md$")]
+# One plain name: no folders, no leading dot, nothing that differs only by case on some file systems. Only kinds of file
+# that hold no code: no pickle (.bin, .pt), no Python, no templates. README.md is the one name with capitals.
+FileName = Annotated[
+    str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,115}\.(json|safetensors|txt)$|^README\.md$")
+]
 RunIdHex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 
 

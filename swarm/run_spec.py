@@ -11,9 +11,18 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from swarm.digest import sha256
 from swarm.errors import SpecError
@@ -23,18 +32,44 @@ from swarm.proto.common_pb2 import Signed
 
 CONTEXT = "run-spec"
 MAX_SPEC_BYTES = 256 * 1024
+MAX_CONFIG_KEYS = 256
+MAX_CONFIG_DEPTH = 4
+MAX_PROBLEMS_TOLD = 5
 FAMILIES = ("gpt_neo", "gptj", "gpt_neox", "bloom", "llama", "mistral")
 
 Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+SequenceLength = Annotated[int, Field(ge=8, le=65536, description="tokens that the model reads at once")]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _plain_values(values: Any) -> Any:
+    """Config keys hold what canonical JSON can hold, a bounded number of values deep and wide."""
+    if not isinstance(values, dict) or len(values) > MAX_CONFIG_KEYS:
+        raise ValueError(f"must be a table of at most {MAX_CONFIG_KEYS} keys")
+    for key, value in values.items():
+        if not isinstance(key, str) or not _is_plain(value, MAX_CONFIG_DEPTH):
+            raise ValueError(f"{str(key)[:60]!r} must hold a finite number, text, a boolean, or a list of these")
+    return values
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    if isinstance(value, list):
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
+    return value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
+
+
+ModelConfig = Annotated[dict[str, bool | int | float | str | list[Any] | None], PlainValidator(_plain_values)]
+
+
 class Model(Section):
-    family: Literal["gpt_neo", "gptj", "gpt_neox", "bloom", "llama", "mistral"]
-    config: dict[str, bool | int | float | str | list[Any] | None] = Field(
+    family: Literal["gpt_neo", "gptj", "gpt_neox", "bloom", "llama", "mistral"] = Field(
+        description="gpt_neo, gptj, gpt_neox, bloom, llama or mistral"
+    )
+    config: ModelConfig = Field(
         default_factory=dict, description="keys of the family's Hugging Face config; vocab_size comes from the data"
     )
 
@@ -42,42 +77,50 @@ class Model(Section):
 class Data(Section):
     manifest_digest: Hex32
     tokenizer_digest: Hex32
-    sequence_length: int = Field(128, ge=8, le=65536)
+    sequence_length: SequenceLength = 128
 
 
 class Inner(Section):
     """The local optimizer: AdamW, learning rate warming up linearly and then falling as a cosine."""
 
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw8bit"
-    learning_rate: float = Field(1e-3, gt=0, le=1)
-    min_learning_rate_fraction: float = Field(0.1, ge=0, le=1)
-    warmup_tokens: int = Field(0, ge=0)
-    weight_decay: float = Field(0.1, ge=0, le=1)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    clip_norm: float = Field(1.0, gt=0)
-    microbatch_sequences: int = Field(8, ge=1, le=4096)
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw8bit", description="adamw8bit (moments in 8 bits) or adamw (moments in 32 bits)"
+    )
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="highest learning rate, reached after the warm-up")
+    min_learning_rate_fraction: float = Field(
+        0.1, ge=0, le=1, description="where the cosine ends, as a fraction of learning_rate"
+    )
+    warmup_tokens: int = Field(0, ge=0, description="committed tokens over which the learning rate rises")
+    weight_decay: float = Field(0.1, ge=0, le=1, description="decoupled weight decay of matrices")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's first moment, per inner step")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of AdamW's second moment, per inner step")
+    clip_norm: float = Field(1.0, gt=0, description="largest norm of a gradient; longer ones are scaled down")
+    microbatch_sequences: int = Field(8, ge=1, le=4096, description="sequences in one inner step of one peer")
 
 
 class Outer(Section):
     """Nesterov momentum over rounds; momentum warms up linearly from 0 over the first rounds (design 5.2)."""
 
-    learning_rate: float = Field(0.8, gt=0, le=2)
-    momentum: float = Field(0.8, ge=0, lt=1)
-    momentum_warmup_rounds: int = Field(15, ge=0)
+    learning_rate: float = Field(0.8, gt=0, le=2, description="how far a round moves the anchor (1: all the way)")
+    momentum: float = Field(0.8, ge=0, lt=1, description="Nesterov momentum over rounds; 0 is plain averaging")
+    momentum_warmup_rounds: int = Field(15, ge=0, description="rounds over which the momentum rises from 0")
 
 
 class Rounds(Section):
-    tokens_per_round: int = Field(262144, ge=1)
+    tokens_per_round: int = Field(262144, ge=1, description="tokens, over all peers, after which a round opens")
     first_tokens_per_round: int | None = Field(
-        None, ge=1, description="rounds start this short and grow to tokens_per_round"
+        None, ge=1, description="tokens of the first round; rounds grow from here to tokens_per_round"
     )
-    growth_rounds: int = Field(0, ge=0, description="rounds over which the length grows")
-    wire_codec: Literal["int8"] = "int8"
-    reduce_timeout_s: float = Field(30.0, gt=0, le=3600)
-    takeover_timeout_s: float = Field(20.0, gt=0, le=3600)
-    status_interval_s: float = Field(5.0, gt=0, le=120)
-    max_members: int = Field(64, ge=1, le=64)
+    growth_rounds: int = Field(0, ge=0, description="rounds over which their length grows")
+    wire_codec: Literal["int8"] = Field("int8", description="how averages travel: int8 (block-wise, 8 bits a value)")
+    reduce_timeout_s: float = Field(
+        30.0, gt=0, le=3600, description="seconds that a reducer waits for contributions of a round"
+    )
+    takeover_timeout_s: float = Field(
+        20.0, gt=0, le=3600, description="seconds of silence after which the next peer leads the round"
+    )
+    status_interval_s: float = Field(5.0, gt=0, le=120, description="seconds between a peer's words about itself")
+    max_members: int = Field(64, ge=1, le=64, description="peers that take part in one round at most")
 
     @model_validator(mode="after")
     def _growth(self) -> Rounds:
@@ -87,13 +130,15 @@ class Rounds(Section):
 
 
 class Checkpoints(Section):
-    every_rounds: int = Field(10, ge=1)
+    every_rounds: int = Field(10, ge=1, description="rounds between published checkpoints; the last round has one too")
 
 
 class Admission(Section):
-    mode: Literal["open", "token", "allow"] = "open"
-    token_sha256: Hex32 | None = None
-    allow: tuple[str, ...] = Field((), max_length=10_000, description="peer ids")
+    mode: Literal["open", "token", "allow"] = Field(
+        "open", description="who may join: open (anybody), token (who has the invite's token), allow (the list below)"
+    )
+    token_sha256: Hex32 | None = Field(None, description='SHA-256 of the token, in hex, for mode "token"')
+    allow: tuple[str, ...] = Field((), max_length=10_000, description='peer ids, for mode "allow"')
 
     @model_validator(mode="after")
     def _complete(self) -> Admission:
@@ -104,15 +149,16 @@ class Admission(Section):
         return self
 
 
-class RunSpec(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    seed: int = Field(0, ge=0, lt=2**63)
-    num_shards: int = Field(1, ge=1, le=1024)
-    total_tokens: int = Field(ge=1)
-    organizer_key: Hex32
-    publication_key: Hex32
+class Rules(Section):
+    """What the organizer decides; `RunSpec` adds keys and digests, `swarm.run_file.RunFile` a data folder."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="what people call the run: letters, digits, . _ -"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="where all randomness starts: weights, and who reads what")
+    num_shards: int = Field(1, ge=1, le=1024, description="pieces that the model is cut into; this version wants 1")
+    total_tokens: int = Field(ge=1, description="tokens after which the run ends and the last checkpoint is published")
     model: Model
-    data: Data
     inner: Inner = Inner()
     outer: Outer = Outer()
     rounds: Rounds = Rounds()
@@ -120,10 +166,16 @@ class RunSpec(Section):
     admission: Admission = Admission()
 
     @model_validator(mode="after")
-    def _shards(self) -> RunSpec:
+    def _shards(self) -> Rules:
         if self.num_shards != 1:
             raise ValueError("num_shards: this version trains a run as one shard; set it to 1")
         return self
+
+
+class RunSpec(Rules):
+    organizer_key: Hex32
+    publication_key: Hex32
+    data: Data
 
     def canonical_bytes(self) -> bytes:
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
@@ -139,7 +191,9 @@ def parse_section(model: type[BaseModel], values: Any, where: str) -> Any:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(model, problem) for problem in error.errors(include_url=False)]
+        problems = error.errors(include_url=False)
+        lines = [_explain(model, problem) for problem in problems[:MAX_PROBLEMS_TOLD]]
+        lines += [f"and {len(problems) - len(lines)} more"] * (len(problems) > len(lines))
         raise SpecError(f"{where}: " + "; ".join(lines), "correct the file and try again") from error
 
 

@@ -155,20 +155,22 @@ class PeerProgress(_message.Message):
     def __init__(self, peer_key: _Optional[bytes] = ..., round: _Optional[int] = ..., state_digest: _Optional[bytes] = ..., tokens: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., last_seen_unix_ms: _Optional[int] = ..., leaving: _Optional[bool] = ..., device: _Optional[str] = ..., log_digest: _Optional[bytes] = ...) -> None: ...
 
 class GetProgressReply(_message.Message):
-    __slots__ = ("name", "round", "total_tokens", "target_tokens", "rounds", "peers")
+    __slots__ = ("name", "round", "total_tokens", "target_tokens", "rounds", "peers", "initial_validation_loss")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TARGET_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
     name: str
     round: int
     total_tokens: int
     target_tokens: int
     rounds: _containers.RepeatedCompositeFieldContainer[RoundProgress]
     peers: _containers.RepeatedCompositeFieldContainer[PeerProgress]
-    def __init__(self, name: _Optional[str] = ..., round: _Optional[int] = ..., total_tokens: _Optional[int] = ..., target_tokens: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundProgress, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[PeerProgress, _Mapping]]] = ...) -> None: ...
+    initial_validation_loss: float
+    def __init__(self, name: _Optional[str] = ..., round: _Optional[int] = ..., total_tokens: _Optional[int] = ..., target_tokens: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundProgress, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[PeerProgress, _Mapping]]] = ..., initial_validation_loss: _Optional[float] = ...) -> None: ...
 
 class PublishRequest(_message.Message):
     __slots__ = ("request",)

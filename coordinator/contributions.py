@@ -1,0 +1,186 @@
+"""The record of the run: commits that prove themselves, who contributed, and how far the run is.
+
+Decides which commits are recorded; leaves the rule of validity to `swarm.log`. The coordinator believes no peer about
+contributions: they follow from the signed log. `Ledger.record` runs on the writer's thread only; `progress` anywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+from google.protobuf.message import DecodeError
+
+from coordinator.run import Run
+from coordinator.store import Losses, NewCommit, PeerRow, RoundRow, Store
+from swarm import digest, log
+from swarm.errors import ConfigError, ProtocolError, VerificationError
+from swarm.log import LogHead
+from swarm.proto import coordinator_pb2 as pb
+from swarm.proto.round_pb2 import Commit, Record, Share
+
+SHARD = 0  # this version trains a run as one shard
+MAX_COMMITS_PER_REQUEST = 64
+MAX_ROUNDS_SHOWN = 1000
+MAX_PEERS_SHOWN = 1000
+MAX_TOKENS = 2**63 - 1
+_REPLAY_COMMITS = 64
+_logger = logging.getLogger(__name__)
+
+
+class Ledger:
+    """The recorded log; ``head`` is where it stands."""
+
+    def __init__(self, run: Run, store: Store) -> None:
+        """Rebuild the head from ``store``; `ConfigError` where the recorded chain is broken."""
+        self._genesis = log.genesis_head(run.genesis, SHARD)
+        self._store = store
+        self.head = _replay(self._genesis, store)
+
+    @property
+    def next_round_wanted(self) -> int:
+        return self.head.round + 1
+
+    def record(self, commits: Sequence[Commit], now_unix_ms: int) -> int:
+        """Record consecutive commits, all or none; those recorded already change nothing.
+
+        Returns the first round whose commit is wanted next. Raises `ProtocolError`, `SignatureError` and
+        `VerificationError` for commits that do not prove themselves or that contradict the recorded ones.
+        """
+        if len(commits) > MAX_COMMITS_PER_REQUEST:
+            raise ProtocolError(f"{len(commits)} commits in a request; at most {MAX_COMMITS_PER_REQUEST}")
+        head = self.head
+        new: list[NewCommit] = []
+        for commit in commits:
+            if _round_of(commit) <= self.head.round:
+                self._check_repeated(commit)
+            else:
+                record, head = log.verify_commit(head, commit)
+                new.append(_new_commit(commit, record, head, now_unix_ms))
+        if new:
+            self._store.append(new)
+            self.head = head
+        return self.next_round_wanted
+
+    def _check_repeated(self, commit: Commit) -> None:
+        number = _round_of(commit)
+        recorded = self._store.round(SHARD, number)
+        record_digest = digest.sha256(commit.record)
+        if recorded is not None and recorded.record_digest == record_digest:
+            return
+        log.verify_commit(self._head_before(number), commit)
+        _logger.error(
+            "incident: round %d was decided twice, records %s (kept) and %s (refused), both with a majority's votes",
+            number,
+            recorded.record_digest.hex() if recorded else "none",
+            record_digest.hex(),
+        )
+        raise VerificationError(
+            f"round {number} is recorded with another result: the swarm has split",
+            "join again with the state of the recorded branch",
+        )
+
+    def _head_before(self, number: int) -> LogHead:
+        row, raw = self._store.round(SHARD, number - 1), self._store.commit(SHARD, number - 1)
+        if row is None or raw is None:
+            return self._genesis
+        record = Record.FromString(Commit.FromString(raw).record)
+        return LogHead(
+            run_id=self.head.run_id,
+            shard=SHARD,
+            round=row.round,
+            log_digest=row.log_digest,
+            voters=tuple(record.next_voters),
+            total_tokens=row.total_tokens,
+        )
+
+
+def progress(run: Run, head: LogHead, store: Store) -> pb.GetProgressReply:
+    """How far the run is: newest rounds in order, and the peers heard from most recently."""
+    rounds = [row for row in store.newest_rounds(SHARD, MAX_ROUNDS_SHOWN) if row.round <= head.round]
+    first, last = (rounds[0].round, rounds[-1].round) if rounds else (0, 0)
+    losses = store.losses(first, last)
+    initial = store.losses(0, 0).get(0)
+    shares = store.shares(SHARD, first, last)
+    return pb.GetProgressReply(
+        name=run.spec.name,
+        round=head.round,
+        total_tokens=head.total_tokens,
+        target_tokens=run.spec.total_tokens,
+        rounds=[_round_progress(row, losses.get(row.round), shares.get(row.round, {})) for row in rounds],
+        peers=[_peer_progress(row) for row in store.newest_peers(MAX_PEERS_SHOWN)],
+        initial_validation_loss=number_or_nan(initial.validation if initial else None),
+    )
+
+
+def number_or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _replay(head: LogHead, store: Store) -> LogHead:
+    """The head after every recorded commit. Votes were verified when recorded; the hash chain is checked again."""
+    while found := store.commits(SHARD, head.round + 1, _REPLAY_COMMITS):
+        for number, raw in found:
+            try:
+                commit = Commit.FromString(raw)
+                head = log.next_head(head, commit.record, log.parse_record(commit.record, head))
+            except (DecodeError, VerificationError) as error:
+                raise ConfigError(
+                    f"the database is damaged at round {number}: {error}", "restore it from a backup"
+                ) from error
+    return head
+
+
+def _round_of(commit: Commit) -> int:
+    if len(commit.record) > log.MAX_RECORD_BYTES:
+        raise ProtocolError(f"a record of {len(commit.record)} bytes is too large")
+    try:
+        return Record.FromString(commit.record).round
+    except DecodeError as error:
+        raise ProtocolError("a record cannot be read") from error
+
+
+def _new_commit(commit: Commit, record: Record, head: LogHead, now_unix_ms: int) -> NewCommit:
+    if len(commit.holders) > log.MAX_MEMBERS or head.total_tokens > MAX_TOKENS:
+        raise ProtocolError(f"round {record.round}: too many holders or tokens")
+    row = RoundRow(
+        shard=record.shard,
+        round=record.round,
+        record_digest=digest.sha256(commit.record),
+        state_digest=record.state_digest,
+        log_digest=head.log_digest,
+        total_tokens=head.total_tokens,
+        absent_parts=sum(1 for part in record.parts if not part.digest),
+        recorded_unix_ms=now_unix_ms,
+    )
+    return NewCommit(row=row, commit=commit.SerializeToString(), tokens=log.tokens_by_peer(record))
+
+
+def _round_progress(row: RoundRow, losses: Losses | None, shares: dict[bytes, int]) -> pb.RoundProgress:
+    return pb.RoundProgress(
+        round=row.round,
+        total_tokens=row.total_tokens,
+        validation_loss=number_or_nan(losses.validation if losses else None),
+        train_loss=number_or_nan(losses.train if losses else None),
+        shares=[Share(peer_key=key, weight_tokens=tokens) for key, tokens in shares.items()],
+        absent_parts=row.absent_parts,
+        recorded_unix_ms=row.recorded_unix_ms,
+        state_digest=row.state_digest,
+    )
+
+
+def _peer_progress(row: PeerRow) -> pb.PeerProgress:
+    return pb.PeerProgress(
+        peer_key=row.key,
+        round=row.round,
+        state_digest=row.state_digest,
+        tokens=row.tokens,
+        bytes_sent=row.bytes_sent,
+        bytes_received=row.bytes_received,
+        tokens_per_s=row.tokens_per_s,
+        last_seen_unix_ms=row.last_seen_unix_ms,
+        leaving=row.leaving,
+        device=row.device,
+        log_digest=row.log_digest,
+    )

@@ -1,0 +1,158 @@
+"""Who takes part: admission, and what admitted peers report about themselves.
+
+Decides who is admitted and which reported values are believable; leaves contributions, which nobody can report about
+himself, to `coordinator.contributions`. The functions that take a `Store` write, so they run on the writer's thread.
+"""
+
+from __future__ import annotations
+
+import hmac
+import math
+from collections.abc import Collection, Sequence
+
+from google.protobuf.message import DecodeError
+
+from coordinator.run import Run
+from coordinator.store import ReportRow, Store
+from swarm import run_spec
+from swarm.digest import DIGEST_BYTES, sha256
+from swarm.errors import ConfigError, ProtocolError
+from swarm.identity import peer_id_of, verify
+from swarm.proto.common_pb2 import Admission, Signed
+from swarm.proto.coordinator_pb2 import AdmitPayload, ReportPayload
+
+ADMIT_CONTEXT = "admit"
+REPORT_CONTEXT = "report"
+ADMISSION_CONTEXT = "admission"
+ADMISSION_LIFETIME_S = 7 * 24 * 3600
+MAX_CLOCK_DIFFERENCE_S = 300
+MAX_PEERS = 100_000
+MAX_SEED_ADDRESSES = 16
+MAX_NAME_CHARACTERS = 64
+MAX_ADDRESS_CHARACTERS = 256
+MAX_LOSS = 1e6
+MAX_COUNT = 2**53
+_MAX_ADDRESSES_PER_PEER = 8
+
+
+def admit(run: Run, store: Store, request: Signed, now_unix_ms: int) -> Signed:
+    """The signed `Admission` of whoever signed ``request``.
+
+    Raises `SignatureError`, `ProtocolError`, and `ConfigError` for a peer that the run's rules keep out.
+    """
+    raw = verify(request, ADMIT_CONTEXT, run.run_id)
+    try:
+        payload = AdmitPayload.FromString(raw)
+    except DecodeError as error:
+        raise ProtocolError("a request for admission cannot be read") from error
+    check_fresh(payload.sent_unix_ms, now_unix_ms)
+    check_name(payload.agent, "agent")
+    check_seed_addresses(payload.seed_addresses, request.signer, run.seed_peers)
+    reason = refusal(run.spec.admission, request.signer, payload.token, run.seed_peers)
+    if reason is not None:
+        raise ConfigError(f"not admitted: {reason}", "ask the organizer of the run for an invite")
+    expires_unix_s = now_unix_ms // 1000 + ADMISSION_LIFETIME_S
+    store.admit(request.signer, expires_unix_s * 1000, now_unix_ms, MAX_PEERS)
+    if payload.seed_addresses:
+        store.set_seed_addresses(request.signer, payload.seed_addresses, now_unix_ms)
+    admission = Admission(peer_key=request.signer, expires_unix_s=expires_unix_s)
+    return run.sign(ADMISSION_CONTEXT, admission.SerializeToString(deterministic=True))
+
+
+def report(run: Run, store: Store, request: Signed, now_unix_ms: int) -> None:
+    """Write down what an admitted peer reports; one that arrives twice or late changes nothing.
+
+    Raises `SignatureError`, `ProtocolError`, and `ConfigError` for a peer that is not (or no longer) admitted.
+    """
+    raw = verify(request, REPORT_CONTEXT, run.run_id)
+    try:
+        payload = ReportPayload.FromString(raw)
+    except DecodeError as error:
+        raise ProtocolError("a report cannot be read") from error
+    peer = store.peer(request.signer)
+    if peer is None or peer.admitted_until_unix_ms <= now_unix_ms:
+        raise ConfigError("only admitted peers report", "ask for admission first, or again")
+    check_fresh(payload.sent_unix_ms, now_unix_ms)
+    check_seed_addresses(payload.seed_addresses, request.signer, run.seed_peers)
+    row = checked_report(payload)
+    if row.reported_unix_ms <= peer.reported_unix_ms:
+        return
+    store.report(request.signer, row, now_unix_ms)
+    if payload.seed_addresses:
+        store.set_seed_addresses(request.signer, payload.seed_addresses, now_unix_ms)
+
+
+def refusal(rule: run_spec.Admission, peer_key: bytes, token: str, seed_peers: Collection[bytes]) -> str | None:
+    """Why the run's rule keeps this peer out; None where it is admitted."""
+    if peer_key in seed_peers or rule.mode == "open":
+        return None
+    if rule.mode == "allow":
+        return None if peer_id_of(peer_key) in rule.allow else "this peer is not on the organizer's list"
+    right = hmac.compare_digest(sha256(token.encode()).hex(), rule.token_sha256 or "")
+    return None if right else "the token is missing or wrong"
+
+
+def check_fresh(sent_unix_ms: int, now_unix_ms: int) -> None:
+    """Refuse what was signed long ago, or in the future."""
+    difference_s = (sent_unix_ms - now_unix_ms) / 1000
+    if abs(difference_s) > MAX_CLOCK_DIFFERENCE_S:
+        raise ProtocolError(
+            f"the request's time is {difference_s:.0f} s away from the coordinator's", "set this machine's clock"
+        )
+
+
+def check_name(text: str, what: str) -> None:
+    """Refuse text that is too long or that would move a terminal's cursor."""
+    if len(text) > MAX_NAME_CHARACTERS or not text.isprintable():
+        raise ProtocolError(f"{what}: not printable text of at most {MAX_NAME_CHARACTERS} characters")
+
+
+def check_seed_addresses(addresses: Sequence[str], peer_key: bytes, seed_peers: Collection[bytes]) -> None:
+    """Refuse addresses from anybody but a seed peer, and what is no multiaddr of that very peer."""
+    if not addresses:
+        return
+    if peer_key not in seed_peers:
+        raise ProtocolError("only a seed peer tells seed addresses")
+    if len(addresses) > _MAX_ADDRESSES_PER_PEER:
+        raise ProtocolError(f"{len(addresses)} seed addresses; at most {_MAX_ADDRESSES_PER_PEER}")
+    ending = f"/p2p/{peer_id_of(peer_key)}"
+    for address in addresses:
+        plain = address.isascii() and address.isprintable() and " " not in address
+        if not (plain and address.startswith("/") and address.endswith(ending)):
+            raise ProtocolError("a seed address is not a multiaddr that ends with its peer's id")
+        if len(address) > MAX_ADDRESS_CHARACTERS:
+            raise ProtocolError(f"a seed address has more than {MAX_ADDRESS_CHARACTERS} characters")
+
+
+def checked_report(payload: ReportPayload) -> ReportRow:
+    """``payload`` as a row, once every value is within its bounds."""
+    for name in ("round", "bytes_sent", "bytes_received"):
+        if getattr(payload, name) > MAX_COUNT:
+            raise ProtocolError(f"report: {name} is larger than 2^53")
+    for name in ("state_digest", "log_digest"):
+        if len(getattr(payload, name)) not in (0, DIGEST_BYTES):
+            raise ProtocolError(f"report: {name} has a wrong length")
+    if not 0 <= payload.tokens_per_s <= MAX_COUNT:  # also false for NaN
+        raise ProtocolError("report: tokens_per_s is not a believable number")
+    check_name(payload.device, "report: device")
+    return ReportRow(
+        reported_unix_ms=payload.sent_unix_ms,
+        round=payload.round,
+        state_digest=payload.state_digest,
+        log_digest=payload.log_digest,
+        tokens_per_s=payload.tokens_per_s,
+        bytes_sent=payload.bytes_sent,
+        bytes_received=payload.bytes_received,
+        device=payload.device,
+        leaving=payload.leaving,
+        train_loss=_loss(payload.train_loss, "train_loss"),
+        validation_loss=_loss(payload.validation_loss, "validation_loss"),
+    )
+
+
+def _loss(value: float, name: str) -> float | None:
+    if math.isnan(value):
+        return None
+    if not 0 <= value <= MAX_LOSS:
+        raise ProtocolError(f"report: {name} is neither NaN nor a believable loss")
+    return value

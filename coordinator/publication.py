@@ -1,0 +1,104 @@
+"""Publication: which checkpoint gets the publication key's signature.
+
+Decides by the recorded log alone: a seed peer's manifest is signed when it says what the commits say about its round.
+Leaves the files themselves to the seed peer, which assembled them, and to researchers, who verify them.
+"""
+
+from __future__ import annotations
+
+from coordinator.contributions import SHARD, number_or_nan
+from coordinator.run import Run
+from coordinator.store import CheckpointRow, RoundRow, Store
+from swarm import digest, manifest
+from swarm.errors import NotFound, SignatureError, VerificationError
+from swarm.identity import verify
+from swarm.manifest import CheckpointManifest
+from swarm.proto import coordinator_pb2 as pb
+from swarm.proto.common_pb2 import Signed
+
+PUBLISH_CONTEXT = "publish"
+MAX_CHECKPOINTS_SHOWN = 1000
+MAX_COUNT = 2**63 - 1
+
+
+def publish(run: Run, store: Store, request: Signed, now_unix_ms: int) -> Signed:
+    """The manifest in ``request``, signed by the publication key; asked again, the same answer.
+
+    Raises `SignatureError` for anybody but a seed peer, `NotFound` while its round is not recorded, and
+    `VerificationError` for a manifest that the log contradicts or whose round has another one already.
+    """
+    if request.signer not in run.seed_peers:
+        raise SignatureError("only a seed peer publishes")
+    payload = verify(request, PUBLISH_CONTEXT, run.run_id)
+    checkpoint = manifest.parse(payload)
+    if checkpoint.round > MAX_COUNT or checkpoint.size_bytes > MAX_COUNT:
+        raise VerificationError("the manifest's round or size is not believable")
+    next_round = store.round(SHARD, checkpoint.round + 1)
+    check(run, checkpoint, store.round(SHARD, checkpoint.round), next_round.state_digest if next_round else None)
+    manifest_digest = digest.sha256(payload)
+    published = store.checkpoint(checkpoint.round)
+    if published is None:
+        published = CheckpointRow(
+            round=checkpoint.round,
+            total_tokens=checkpoint.total_tokens,
+            size_bytes=checkpoint.size_bytes,
+            manifest_digest=manifest_digest,
+            published_unix_ms=now_unix_ms,
+            signed_manifest=run.sign(manifest.CONTEXT, payload).SerializeToString(),
+        )
+        store.add_checkpoint(published)
+    elif published.manifest_digest != manifest_digest:
+        raise VerificationError(f"round {checkpoint.round} is published with another manifest")
+    return Signed.FromString(published.signed_manifest)
+
+
+def check(run: Run, checkpoint: CheckpointManifest, row: RoundRow | None, next_state_digest: bytes | None) -> None:
+    """Refuse a manifest that contradicts the run or its log.
+
+    ``row``: the manifest's round as recorded; ``next_state_digest``: what the next commit, where there is one, says
+    that its round started from.
+    """
+    if checkpoint.run_id != run.run_id.hex() or checkpoint.run_name != run.spec.name:
+        raise VerificationError("the manifest belongs to another run")
+    if checkpoint.data_manifest_digest != run.spec.data.manifest_digest:
+        raise VerificationError("the manifest names other data than the run's")
+    if row is None:
+        raise NotFound(f"round {checkpoint.round} is not recorded yet", "record its commit first")
+    if checkpoint.total_tokens != row.total_tokens:
+        raise VerificationError(f"round {row.round}: the manifest's tokens are not the log's")
+    if checkpoint.log_digest != row.log_digest.hex():
+        raise VerificationError(f"round {row.round}: the manifest's log digest is not the log's")
+    if next_state_digest is not None and checkpoint.state_digest != next_state_digest.hex():
+        raise VerificationError(f"round {row.round}: the manifest's state is not the one that the voters signed")
+
+
+def list_checkpoints(store: Store) -> pb.ListCheckpointsReply:
+    """Published checkpoints, newest first."""
+    rows = store.newest_checkpoints(MAX_CHECKPOINTS_SHOWN)
+    return pb.ListCheckpointsReply(checkpoints=[_info(row, store) for row in rows])
+
+
+def get_checkpoint(store: Store, round_number: int) -> pb.GetCheckpointReply:
+    """The signed manifest of a round, 0 meaning the newest; `NotFound` where there is none."""
+    newest = store.newest_checkpoints(1)
+    row = (newest[0] if newest else None) if round_number == 0 else _of_round(store, round_number)
+    if row is None:
+        what = f"no checkpoint of round {round_number}" if round_number else "no checkpoint yet"
+        raise NotFound(f"{what} is published", "list the checkpoints, or try again later")
+    return pb.GetCheckpointReply(manifest=Signed.FromString(row.signed_manifest))
+
+
+def _of_round(store: Store, round_number: int) -> CheckpointRow | None:
+    return store.checkpoint(round_number) if round_number <= MAX_COUNT else None
+
+
+def _info(row: CheckpointRow, store: Store) -> pb.CheckpointInfo:
+    losses = store.losses(row.round, row.round).get(row.round)
+    return pb.CheckpointInfo(
+        round=row.round,
+        total_tokens=row.total_tokens,
+        size_bytes=row.size_bytes,
+        manifest_digest=row.manifest_digest,
+        validation_loss=number_or_nan(losses.validation if losses else None),
+        published_unix_ms=row.published_unix_ms,
+    )

@@ -1,0 +1,64 @@
+"""The run that a coordinator serves: its signed rules, checked once at the start.
+
+Decides whether the parts of a run belong together; leaves the changing record of it to `coordinator.store`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swarm import data_manifest, digest, log, run_spec
+from swarm.errors import ConfigError
+from swarm.identity import Identity
+from swarm.invite import RUN_ID_BYTES
+from swarm.proto.common_pb2 import Genesis, Signed
+from swarm.run_spec import RunSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSource:
+    """What the organizer starts a coordinator with. ``publication``: the online key that the spec names."""
+
+    spec: Signed
+    genesis: Signed
+    data_manifest: bytes
+    tokenizer: bytes
+    publication: Identity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A verified `RunSource`."""
+
+    source: RunSource
+    run_id: bytes
+    spec: RunSpec
+    genesis: Genesis
+
+    @property
+    def seed_peers(self) -> tuple[bytes, ...]:
+        """Public keys of the genesis voters: always admitted, name the seed addresses, publish."""
+        return tuple(self.genesis.voters)
+
+    def sign(self, context: str, payload: bytes) -> Signed:
+        """Sign with the publication key."""
+        return self.source.publication.sign(context, self.run_id, payload)
+
+
+def open_run(source: RunSource) -> Run:
+    """Verify every part of ``source`` against the spec.
+
+    Raises `SpecError`, `VerificationError` or `DataError` for a part that is not what it claims, `ConfigError` for a
+    publication key that the spec does not name.
+    """
+    run_id = digest.sha256(b"swarm.v1 run" + source.spec.signer + source.spec.payload)[:RUN_ID_BYTES]
+    spec = run_spec.parse_signed(source.spec, run_id)
+    genesis = log.parse_genesis(source.genesis, run_id, bytes.fromhex(spec.organizer_key), spec.num_shards)
+    data_manifest.parse(source.data_manifest, spec.data.manifest_digest)
+    digest.check(source.tokenizer, bytes.fromhex(spec.data.tokenizer_digest), "the tokenizer")
+    if source.publication.public_key.hex() != spec.publication_key:
+        raise ConfigError(
+            "the publication key is not the one that the run spec names",
+            "start with the publication key that the run was made with",
+        )
+    return Run(source=source, run_id=run_id, spec=spec, genesis=genesis)

@@ -1,0 +1,178 @@
+"""The gRPC service, thin: limit, decode, call a plain function, turn its error into a status.
+
+Decides nothing about the run. Everything that writes runs on one thread, in order, so that the event loop never waits
+for a disk and the functions behind need no locks; what only reads runs beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from coordinator import contributions, membership, publication
+from coordinator.contributions import Ledger
+from coordinator.run import Run
+from coordinator.store import Store
+from swarm import errors
+from swarm.errors import ProtocolError, SwarmError
+from swarm.proto import coordinator_pb2 as pb
+
+SERVICE_NAME = "swarm.v1.Coordinator"
+MAX_REQUEST_BYTES = 16 << 20
+_SMALL_REQUEST_BYTES = 64 << 10
+_MAX_DETAIL_CHARACTERS = 1000
+_logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class Service:
+    """The eight calls of protos/coordinator.proto, each from request message to reply message."""
+
+    def __init__(self, run: Run, store: Store, clock: Callable[[], float]) -> None:
+        """``clock`` tells Unix time in seconds. Blocks while the log head is rebuilt from ``store``."""
+        self._run = run
+        self._store = store
+        self._clock = clock
+        self._ledger = Ledger(run, store)
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinator-writer")
+
+    def close(self) -> None:
+        """Finish the write that is under way, forget those that wait, close the store. Blocks."""
+        self._writer.shutdown(wait=True, cancel_futures=True)
+        self._store.close()
+
+    async def get_run(self, _request: pb.GetRunRequest) -> pb.GetRunReply:
+        server_time_unix_ms = self._now_unix_ms()  # on arrival: the client takes the middle of its round trip
+        source = self._run.source
+        addresses = await asyncio.to_thread(self._store.seed_addresses, membership.MAX_SEED_ADDRESSES)
+        return pb.GetRunReply(
+            run_spec=source.spec,
+            genesis=source.genesis,
+            seed_addresses=addresses,
+            server_time_unix_ms=server_time_unix_ms,
+            data_manifest=source.data_manifest,
+            tokenizer=source.tokenizer,
+        )
+
+    async def admit(self, request: pb.AdmitRequest) -> pb.AdmitReply:
+        now = self._now_unix_ms()
+        admission = await self._write(lambda: membership.admit(self._run, self._store, request.request, now))
+        return pb.AdmitReply(admission=admission)
+
+    async def report(self, request: pb.ReportRequest) -> pb.ReportReply:
+        now = self._now_unix_ms()
+        await self._write(lambda: membership.report(self._run, self._store, request.report, now))
+        return pb.ReportReply(next_round_wanted=self._ledger.next_round_wanted)
+
+    async def record_commits(self, request: pb.RecordCommitsRequest) -> pb.RecordCommitsReply:
+        now = self._now_unix_ms()
+        wanted = await self._write(lambda: self._ledger.record(request.commits, now))
+        return pb.RecordCommitsReply(next_round_wanted=wanted)
+
+    async def get_progress(self, _request: pb.GetProgressRequest) -> pb.GetProgressReply:
+        return await asyncio.to_thread(contributions.progress, self._run, self._ledger.head, self._store)
+
+    async def publish(self, request: pb.PublishRequest) -> pb.PublishReply:
+        now = self._now_unix_ms()
+        signed = await self._write(lambda: publication.publish(self._run, self._store, request.request, now))
+        return pb.PublishReply(manifest=signed)
+
+    async def list_checkpoints(self, _request: pb.ListCheckpointsRequest) -> pb.ListCheckpointsReply:
+        return await asyncio.to_thread(publication.list_checkpoints, self._store)
+
+    async def get_checkpoint(self, request: pb.GetCheckpointRequest) -> pb.GetCheckpointReply:
+        return await asyncio.to_thread(publication.get_checkpoint, self._store, request.round)
+
+    async def _write(self, job: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._writer, job)
+
+    def _now_unix_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """One call: its request type, the most bytes that a request may have, and who answers."""
+
+    request: type[Message]
+    max_request_bytes: int
+    answer: Callable[[Service, Any], Awaitable[Message]]
+
+
+METHODS = {
+    "GetRun": Method(request=pb.GetRunRequest, max_request_bytes=0, answer=Service.get_run),
+    "Admit": Method(request=pb.AdmitRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.admit),
+    "Report": Method(request=pb.ReportRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.report),
+    "RecordCommits": Method(
+        request=pb.RecordCommitsRequest, max_request_bytes=MAX_REQUEST_BYTES, answer=Service.record_commits
+    ),
+    "GetProgress": Method(request=pb.GetProgressRequest, max_request_bytes=0, answer=Service.get_progress),
+    "Publish": Method(request=pb.PublishRequest, max_request_bytes=MAX_REQUEST_BYTES, answer=Service.publish),
+    "ListCheckpoints": Method(request=pb.ListCheckpointsRequest, max_request_bytes=0, answer=Service.list_checkpoints),
+    "GetCheckpoint": Method(
+        request=pb.GetCheckpointRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.get_checkpoint
+    ),
+}
+
+# The first class that fits decides; the client raises the named class whatever the status.
+_STATUS: tuple[tuple[type[SwarmError], grpc.StatusCode], ...] = (
+    (errors.NotFound, grpc.StatusCode.NOT_FOUND),
+    (errors.ConfigError, grpc.StatusCode.PERMISSION_DENIED),
+    (errors.DataError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.SignatureError, grpc.StatusCode.UNAUTHENTICATED),
+    (errors.ProtocolError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.VerificationError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.ResourceError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.SwarmError, grpc.StatusCode.INTERNAL),
+)
+
+
+def status_of(error: SwarmError) -> grpc.StatusCode:
+    return next(code for kind, code in _STATUS if isinstance(error, kind))
+
+
+def details_of(error: SwarmError) -> str:
+    """The status details from which a client rebuilds ``error``: a JSON object of strings."""
+    texts = {"error": type(error).__name__, "message": str(error), "advice": error.advice}
+    return json.dumps({name: text[:_MAX_DETAIL_CHARACTERS] for name, text in texts.items()})
+
+
+async def answer(method: Method, service: Service, raw: bytes) -> bytes:
+    """The serialised reply to a serialised request; any `SwarmError`."""
+    if len(raw) > method.max_request_bytes:
+        raise ProtocolError(f"a request of {len(raw)} bytes; at most {method.max_request_bytes}")
+    try:
+        request = method.request.FromString(raw)
+    except DecodeError as error:
+        raise ProtocolError("the request cannot be read") from error
+    return (await method.answer(service, request)).SerializeToString()
+
+
+def handlers(service: Service) -> grpc.GenericRpcHandler:
+    """What the gRPC server calls. Requests arrive as bytes, so that their size is checked before they are decoded."""
+    return grpc.method_handlers_generic_handler(
+        SERVICE_NAME,
+        {name: grpc.unary_unary_rpc_method_handler(_handler(method, service)) for name, method in METHODS.items()},
+    )
+
+
+def _handler(method: Method, service: Service) -> Callable[[bytes, Any], Awaitable[Any]]:
+    async def handle(raw: bytes, context: Any) -> Any:
+        try:
+            return await answer(method, service, raw)
+        except SwarmError as error:
+            code, details = status_of(error), details_of(error)
+        except Exception:  # a bug must not take the service down; the person sees it in the log
+            _logger.exception("unexpected error in %s", method.request.__name__)
+            code, details = grpc.StatusCode.INTERNAL, "unexpected error; see the coordinator's log"
+        return await context.abort(code, details)
+
+    return handle

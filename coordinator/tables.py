@@ -1,0 +1,90 @@
+"""The tables as the newest migration leaves them; a test compares the two.
+
+Decides names and types only; what is read and written is `coordinator.store`'s. Times are milliseconds since 1970.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Boolean, Column, Double, Integer, LargeBinary, MetaData, String, Table
+
+metadata = MetaData()
+
+run = Table(
+    "run",
+    metadata,
+    Column("run_id", LargeBinary(20), primary_key=True),
+    Column("signed_spec", LargeBinary, nullable=False),
+    Column("signed_genesis", LargeBinary, nullable=False),
+)
+
+peers = Table(
+    "peers",
+    metadata,
+    Column("key", LargeBinary(32), primary_key=True),
+    Column("first_seen_unix_ms", BigInteger, nullable=False),
+    Column("last_seen_unix_ms", BigInteger, nullable=False, index=True),
+    Column("admitted_until_unix_ms", BigInteger, nullable=False),
+    Column("tokens", BigInteger, nullable=False),  # contributed, by the signed log
+    Column("reported_unix_ms", BigInteger, nullable=False),  # by the peer's clock; 0: never reported
+    Column("round", BigInteger, nullable=False),
+    Column("state_digest", LargeBinary(32), nullable=False),
+    Column("log_digest", LargeBinary(32), nullable=False),
+    Column("tokens_per_s", Double, nullable=False),
+    Column("bytes_sent", BigInteger, nullable=False),
+    Column("bytes_received", BigInteger, nullable=False),
+    Column("device", String(64), nullable=False),
+    Column("leaving", Boolean, nullable=False),
+)
+
+reports = Table(
+    "reports",
+    metadata,
+    Column("peer_key", LargeBinary(32), primary_key=True),
+    Column("round", BigInteger, primary_key=True, autoincrement=False, index=True),
+    Column("train_loss_sum", Double, nullable=False),
+    Column("num_train_losses", BigInteger, nullable=False),
+    Column("validation_loss", Double, nullable=True),
+)
+
+seed_addresses = Table(
+    "seed_addresses",
+    metadata,
+    Column("peer_key", LargeBinary(32), primary_key=True),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("address", String(256), nullable=False),
+    Column("told_unix_ms", BigInteger, nullable=False),
+)
+
+commits = Table(
+    "commits",
+    metadata,
+    Column("shard", Integer, primary_key=True, autoincrement=False),
+    Column("round", BigInteger, primary_key=True, autoincrement=False),
+    Column("record_digest", LargeBinary(32), nullable=False),
+    Column("state_digest", LargeBinary(32), nullable=False),  # that the round started from
+    Column("log_digest", LargeBinary(32), nullable=False),  # after the round
+    Column("total_tokens", BigInteger, nullable=False),
+    Column("absent_parts", Integer, nullable=False),
+    Column("recorded_unix_ms", BigInteger, nullable=False),
+    Column("commit", LargeBinary, nullable=False),  # serialised Commit
+)
+
+contributions = Table(
+    "contributions",
+    metadata,
+    Column("shard", Integer, primary_key=True, autoincrement=False),
+    Column("round", BigInteger, primary_key=True, autoincrement=False),
+    Column("peer_key", LargeBinary(32), primary_key=True),
+    Column("tokens", BigInteger, nullable=False),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("round", BigInteger, primary_key=True, autoincrement=False),
+    Column("total_tokens", BigInteger, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("manifest_digest", LargeBinary(32), nullable=False),
+    Column("published_unix_ms", BigInteger, nullable=False),
+    Column("signed_manifest", LargeBinary, nullable=False),  # serialised Signed
+)

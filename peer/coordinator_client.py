@@ -1,0 +1,389 @@
+"""A peer's (or a researcher's) side of the coordinator's gRPC service. The door to grpc on this side.
+
+Decides that nothing the coordinator sends is used before it is verified: its TLS key against the invite's pin, the
+run's parts against the run id, admissions and checkpoints against the publication key. Leaves when to call, and what
+to do while the coordinator is away, to the caller: every call ends within its deadline, and a call after an outage
+connects anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import ssl
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from google.protobuf.message import DecodeError, Message
+
+from swarm import __version__, data_manifest, digest, log, manifest, run_spec
+from swarm.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    NetworkError,
+    PinError,
+    ProtocolError,
+    SwarmError,
+    Unreachable,
+    VerificationError,
+)
+from swarm.identity import Identity, verify
+from swarm.invite import Invite
+from swarm.proto import coordinator_pb2 as pb
+from swarm.proto.common_pb2 import Admission, Genesis, Signed
+from swarm.proto.round_pb2 import Commit
+from swarm.run_spec import RunSpec
+
+CONNECT_TIMEOUT_S = 10.0
+CALL_TIMEOUT_S = 20.0
+TRANSFER_TIMEOUT_S = 300.0  # for replies and requests of many megabytes
+MAX_REPLY_BYTES = 144 << 20  # data manifest and tokenizer, 64 MiB each
+MAX_COMMITS_PER_CALL = 64
+MAX_REQUEST_BYTES = 16 << 20
+_BATCH_BYTES = 4 << 20
+_MAX_SEED_ADDRESSES = 16
+_MAX_DETAIL_CHARACTERS = 8192
+_SERVER_NAME = "swarm-coordinator"
+_ADVICE = "check your connection; ask the organizer whether the coordinator runs; training goes on without it"
+_OPTIONS = (
+    ("grpc.ssl_target_name_override", _SERVER_NAME),
+    ("grpc.max_receive_message_length", MAX_REPLY_BYTES),
+    ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
+    ("grpc.enable_http_proxy", 0),  # the pin was checked on a direct connection
+    ("grpc.use_local_subchannel_pool", 1),  # a new connection does not wait for an old one's back-off
+)
+_Reply = TypeVar("_Reply", bound=Message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """A run, verified against the invite.
+
+    ``clock_offset_s``: add it to this machine's clock to get the coordinator's.
+    """
+
+    spec: RunSpec
+    signed_spec: Signed
+    genesis: Genesis
+    signed_genesis: Signed
+    seed_addresses: tuple[str, ...]
+    manifest_bytes: bytes
+    tokenizer_bytes: bytes
+    clock_offset_s: float
+
+
+class CoordinatorClient:
+    """Calls to the coordinator of one run. Make it with `connect`; `close` it in the end.
+
+    Every method raises `Unreachable` or `DeadlineExceeded` while there is no answer, `PinError` where another key
+    answers, `VerificationError` for an answer that is not what it claims, and the error that the coordinator named.
+    """
+
+    def __init__(self, invite: Invite, identity: Identity | None, clock: Callable[[], float] = time.time) -> None:
+        self._invite = invite
+        self._identity = identity
+        self._clock = clock
+        self._connection: _Connection | None = None
+        self._connecting = asyncio.Lock()
+        self._closed = False
+        self._run: RunInfo | None = None
+
+    @classmethod
+    async def connect(cls, invite: Invite, identity: Identity | None = None) -> CoordinatorClient:
+        """Connect to the first of the invite's addresses that answers with the pinned key.
+
+        ``identity`` signs `admit`, `report` and `publish`; a researcher needs none.
+        """
+        client = cls(invite, identity)
+        await client._connected()
+        return client
+
+    async def close(self) -> None:
+        """End the connection, and with it calls that are still under way."""
+        self._closed = True
+        if self._connection is not None:
+            await self._connection.channel.close()
+
+    async def get_run(self) -> RunInfo:
+        """The run's rules, genesis, data manifest and tokenizer, all verified."""
+        round_trip_s = await self._round_trip_s()
+        sent_unix_s, started = self._clock(), time.monotonic()
+        reply = await self._call("GetRun", pb.GetRunRequest(), pb.GetRunReply, TRANSFER_TIMEOUT_S)
+        # The reply is large: half its round trip would count the transfer as clock difference.
+        middle_s = min(round_trip_s, time.monotonic() - started) / 2
+        offset_s = reply.server_time_unix_ms / 1000 - (sent_unix_s + middle_s)
+        self._run = _verified_run(reply, self._invite.run_id, offset_s)
+        return self._run
+
+    async def admit(self, token: str | None = None, seed_addresses: Sequence[str] = ()) -> Signed:
+        """Ask to take part; the admission, signed by the publication key and good for days.
+
+        ``token``: by default the invite's. ``seed_addresses``: from a seed peer, its own multiaddrs.
+        """
+        run = await self._known_run()
+        payload = pb.AdmitPayload(
+            token=self._invite.token if token is None else token,
+            sent_unix_ms=self._server_time_unix_ms(run),
+            agent=f"swarmtrain/{__version__}",
+            seed_addresses=seed_addresses,
+        )
+        reply = await self._call("Admit", pb.AdmitRequest(request=self._sign("admit", payload)), pb.AdmitReply)
+        self._check_admission(reply.admission, run)
+        return reply.admission
+
+    async def report(self, report: pb.ReportPayload) -> int:
+        """Tell how this peer is doing; ``sent_unix_ms`` is filled in.
+
+        Returns the first round whose commit the coordinator lacks.
+        """
+        payload = pb.ReportPayload()
+        payload.CopyFrom(report)
+        payload.sent_unix_ms = self._server_time_unix_ms(await self._known_run())
+        reply = await self._call("Report", pb.ReportRequest(report=self._sign("report", payload)), pb.ReportReply)
+        return reply.next_round_wanted
+
+    async def record_commits(self, commits: Sequence[Commit]) -> int:
+        """Hand over consecutive commits, in as many calls as they need.
+
+        Returns the first round whose commit the coordinator lacks; without commits it just asks.
+        """
+        wanted = 0
+        for batch in _batches(commits):
+            request = pb.RecordCommitsRequest(commits=batch)
+            reply = await self._call("RecordCommits", request, pb.RecordCommitsReply, TRANSFER_TIMEOUT_S)
+            wanted = reply.next_round_wanted
+        return wanted
+
+    async def progress(self) -> pb.GetProgressReply:
+        """How far the run is, by the coordinator's record."""
+        return await self._call("GetProgress", pb.GetProgressRequest(), pb.GetProgressReply)
+
+    async def publish(self, manifest_bytes: bytes) -> Signed:
+        """Have a checkpoint's manifest signed by the publication key (seed peers only)."""
+        run = await self._known_run()
+        request = pb.PublishRequest(request=self._sign("publish", manifest_bytes))
+        reply = await self._call("Publish", request, pb.PublishReply, TRANSFER_TIMEOUT_S)
+        manifest.parse_signed(reply.manifest, self._invite.run_id, bytes.fromhex(run.spec.publication_key))
+        if reply.manifest.payload != manifest_bytes:
+            raise ProtocolError("the coordinator signed another manifest than the one sent")
+        return reply.manifest
+
+    async def checkpoints(self) -> list[pb.CheckpointInfo]:
+        """Published checkpoints, newest first."""
+        reply = await self._call("ListCheckpoints", pb.ListCheckpointsRequest(), pb.ListCheckpointsReply)
+        return list(reply.checkpoints)
+
+    async def checkpoint(self, round_number: int = 0) -> Signed:
+        """The signed manifest of a round, 0 meaning the newest, verified. `NotFound` where there is none."""
+        run = await self._known_run()
+        request = pb.GetCheckpointRequest(round=round_number)
+        reply = await self._call("GetCheckpoint", request, pb.GetCheckpointReply, TRANSFER_TIMEOUT_S)
+        key = bytes.fromhex(run.spec.publication_key)
+        found = manifest.parse_signed(reply.manifest, self._invite.run_id, key)
+        if round_number not in (0, found.round):
+            raise ProtocolError(f"asked for the checkpoint of round {round_number}, got that of {found.round}")
+        return reply.manifest
+
+    async def _known_run(self) -> RunInfo:
+        return self._run or await self.get_run()
+
+    async def _round_trip_s(self) -> float:
+        started = time.monotonic()
+        await self.checkpoints()
+        return time.monotonic() - started
+
+    def _server_time_unix_ms(self, run: RunInfo) -> int:
+        return int((self._clock() + run.clock_offset_s) * 1000)
+
+    def _sign(self, context: str, payload: Message | bytes) -> Signed:
+        if self._identity is None:
+            raise ConfigError(f"{context}: this client was connected without an identity")
+        raw = payload if isinstance(payload, bytes) else payload.SerializeToString()
+        return self._identity.sign(context, self._invite.run_id, raw)
+
+    def _check_admission(self, signed: Signed, run: RunInfo) -> None:
+        raw = verify(signed, "admission", self._invite.run_id, bytes.fromhex(run.spec.publication_key))
+        try:
+            admission = Admission.FromString(raw)
+        except DecodeError as error:
+            raise ProtocolError("the admission cannot be read") from error
+        if self._identity is None or admission.peer_key != self._identity.public_key:
+            raise ProtocolError("the admission is for another peer")
+        if admission.expires_unix_s * 1000 <= self._server_time_unix_ms(run):
+            raise ProtocolError("the admission has expired already")
+
+    async def _call(
+        self, method: str, request: Message, reply_type: type[_Reply], timeout_s: float = CALL_TIMEOUT_S
+    ) -> _Reply:
+        if request.ByteSize() > MAX_REQUEST_BYTES:
+            raise ProtocolError(f"{method}: {request.ByteSize()} bytes are more than {MAX_REQUEST_BYTES}")
+        connection = await self._connected()
+        call = connection.channel.unary_unary(
+            f"/swarm.v1.Coordinator/{method}",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=reply_type.FromString,
+        )
+        connection.calls += 1
+        try:
+            reply: _Reply = await call(request, timeout=timeout_s)
+            return reply
+        except grpc.aio.AioRpcError as error:
+            named = _named_error(method, error.code(), error.details() or "")
+            if isinstance(named, Unreachable | DeadlineExceeded):
+                connection.retired = True  # the next call tries every address again, and checks the pin again
+            raise named from error
+        finally:
+            connection.calls -= 1
+            if connection.retired and connection.calls == 0:
+                await connection.channel.close()
+
+    async def _connected(self) -> _Connection:
+        async with self._connecting:
+            if self._closed:
+                raise Unreachable("the connection to the coordinator was closed")
+            if self._connection is None or self._connection.retired:
+                self._connection = await _open(self._invite)
+            return self._connection
+
+
+@dataclass(slots=True)
+class _Connection:
+    """A channel, how many calls use it, and whether it is given up (closed after its last call)."""
+
+    channel: Any
+    calls: int = 0
+    retired: bool = False
+
+
+async def _open(invite: Invite) -> _Connection:
+    """A connection to the first address that works; else the gravest of what went wrong."""
+    failures: list[SwarmError] = []
+    for address in invite.addresses:
+        try:
+            return await _open_address(address, invite.tls_pin)
+        except (Unreachable, PinError) as error:
+            failures.append(error)
+    for failure in failures:
+        if isinstance(failure, PinError):
+            raise failure
+    raise Unreachable("no coordinator answers: " + "; ".join(str(failure) for failure in failures), _ADVICE)
+
+
+async def _open_address(address: str, tls_pin: bytes) -> _Connection:
+    certificate = await _fetch_certificate(address)
+    _check_pin(certificate, tls_pin, address)
+    credentials = grpc.ssl_channel_credentials(ssl.DER_cert_to_PEM_cert(certificate).encode())
+    channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+    try:
+        await asyncio.wait_for(channel.channel_ready(), CONNECT_TIMEOUT_S)
+    except BaseException as error:
+        await channel.close()
+        if isinstance(error, asyncio.TimeoutError):
+            raise Unreachable(f"{address}: no secure connection within {CONNECT_TIMEOUT_S:.0f} s", _ADVICE) from error
+        raise
+    return _Connection(channel)
+
+
+async def _fetch_certificate(address: str) -> bytes:
+    """The DER certificate that ``address`` shows, not verified by anybody yet."""
+    host, _, port = address.rpartition(":")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    opening = asyncio.open_connection(host.strip("[]"), int(port), ssl=context, server_hostname=_SERVER_NAME)
+    try:
+        _, writer = await asyncio.wait_for(opening, CONNECT_TIMEOUT_S)
+    except asyncio.TimeoutError as error:
+        raise Unreachable(f"{address}: no answer within {CONNECT_TIMEOUT_S:.0f} s", _ADVICE) from error
+    except ssl.SSLError as error:
+        raise Unreachable(f"{address}: does not speak TLS", _ADVICE) from error
+    except OSError as error:
+        raise Unreachable(f"{address}: {error.strerror or error}", _ADVICE) from error
+    try:
+        certificate = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    finally:
+        writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+    return certificate or b""
+
+
+def _check_pin(certificate: bytes, tls_pin: bytes, address: str) -> None:
+    try:
+        public_key = x509.load_der_x509_certificate(certificate).public_key()
+        pin = digest.sha256(public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise PinError(f"{address}: shows no usable certificate") from error
+    if pin != tls_pin:
+        raise PinError(
+            f"{address}: answers with another key than the invite's",
+            "do not join; ask the organizer for a fresh invite over another channel",
+        )
+
+
+def _verified_run(reply: pb.GetRunReply, run_id: bytes, clock_offset_s: float) -> RunInfo:
+    spec = run_spec.parse_signed(reply.run_spec, run_id)
+    genesis = log.parse_genesis(reply.genesis, run_id, bytes.fromhex(spec.organizer_key), spec.num_shards)
+    data_manifest.parse(reply.data_manifest, spec.data.manifest_digest)
+    digest.check(reply.tokenizer, bytes.fromhex(spec.data.tokenizer_digest), "the tokenizer")
+    if len(reply.seed_addresses) > _MAX_SEED_ADDRESSES or any(len(item) > 256 for item in reply.seed_addresses):
+        raise ProtocolError("the coordinator names too many or too long seed addresses")
+    return RunInfo(
+        spec=spec,
+        signed_spec=reply.run_spec,
+        genesis=genesis,
+        signed_genesis=reply.genesis,
+        seed_addresses=tuple(reply.seed_addresses),
+        manifest_bytes=reply.data_manifest,
+        tokenizer_bytes=reply.tokenizer,
+        clock_offset_s=clock_offset_s,
+    )
+
+
+def _batches(commits: Sequence[Commit]) -> Iterator[list[Commit]]:
+    """Consecutive batches within the limits of a call; one empty batch for no commits."""
+    batch: list[Commit] = []
+    size_bytes = 0
+    for commit in commits:
+        if batch and (len(batch) == MAX_COMMITS_PER_CALL or size_bytes + commit.ByteSize() > _BATCH_BYTES):
+            yield batch
+            batch, size_bytes = [], 0
+        batch.append(commit)
+        size_bytes += commit.ByteSize()
+    yield batch
+
+
+def _named_error(method: str, code: grpc.StatusCode, details: str) -> SwarmError:
+    """The error that the coordinator named, or the one that a status of the transport means."""
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return Unreachable("the coordinator cannot be reached", _ADVICE)
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(f"the coordinator did not answer {method} in time", _ADVICE)
+    try:
+        texts = json.loads(details[:_MAX_DETAIL_CHARACTERS])
+        kind, message, advice = (str(texts[name]) for name in ("error", "message", "advice"))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return NetworkError(f"the coordinator answered {method} with {code.name}: {_printable(details)}", _ADVICE)
+    return _error_classes().get(kind, NetworkError)(_printable(message), _printable(advice))
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text[:1000])
+
+
+def _error_classes() -> dict[str, type[SwarmError]]:
+    found: dict[str, type[SwarmError]] = {}
+    waiting: list[type[SwarmError]] = [VerificationError, NetworkError, SwarmError]
+    while waiting:
+        kind = waiting.pop()
+        found[kind.__name__] = kind
+        waiting.extend(kind.__subclasses__())
+    return found

@@ -1,0 +1,55 @@
+"""The compute device: which one a peer trains on, and how to say it to a person.
+
+Decides what ``auto`` means (CUDA, then Apple MPS, then the CPU) and that a device which was asked for by name is never
+replaced by another. Leaves limits on its use to the trainer.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from swarm.errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
+
+GIBIBYTE = 1 << 30
+MAX_DESCRIPTION = 64
+
+
+def choose(name: str = "auto") -> torch.device:
+    """The device called ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``. Raises `DeviceError` if there is none."""
+    import torch
+
+    match = re.fullmatch(r"auto|cpu|mps|cuda(?::(\d{1,3}))?", name)
+    if match is None:
+        raise DeviceError(f"{name!r} is no compute device", "use auto, cpu, cuda, cuda:0 or mps")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda:0" if num_gpus else "mps" if has_mps else "cpu")
+    if name.startswith("cuda"):
+        index = int(match.group(1) or 0)
+        if index >= num_gpus:
+            found = f"{num_gpus} found" if num_gpus else "none found"
+            raise DeviceError(f"no CUDA device {name!r} ({found})", "use --device auto, or check the NVIDIA driver")
+        return torch.device("cuda", index)
+    if name == "mps" and not has_mps:
+        raise DeviceError("no Apple MPS device", "use --device auto")
+    return torch.device(name)
+
+
+def describe(device: torch.device, num_threads: int | None = None) -> str:
+    """A short text for people, at most 64 characters: ``CPU, 2 threads``, ``NVIDIA H200, 139 GiB``."""
+    import torch
+
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        text = f"{properties.name}, {properties.total_memory // GIBIBYTE} GiB"
+    elif device.type == "mps":
+        text = "Apple MPS"
+    else:
+        threads = num_threads or torch.get_num_threads()
+        text = f"CPU, {threads} thread" + ("" if threads == 1 else "s")
+    return text[:MAX_DESCRIPTION]

@@ -1,0 +1,200 @@
+"""Joining a run: from an invite to everything that a peer needs before it takes part.
+
+Order matters: the pin and the signed rules first, then the network, then admission, then a state that the log proves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peer.catch_up import Newcomer, obtain_state
+from peer.chunk_store import ChunkStore, token_shard_source
+from peer.coordinator_client import CoordinatorClient, RunInfo
+from peer.fetch import HolderBook
+from peer.home import Home
+from peer.lasting_transport import LastingTransport
+from peer.ledger import Ledger, LedgerOptions
+from peer.network import Network, NetworkConfig, open_network
+from peer.shard import Shard
+from peer.statuses import StatusRules, read_statuses, status_key
+from peer.trainer import Limits
+from swarm import data_manifest, log
+from swarm.data_manifest import DataManifest
+from swarm.errors import NetworkError, NotFound
+from swarm.identity import Identity, public_key_of
+from swarm.invite import Invite
+from swarm.log import LogHead
+from swarm.proto.common_pb2 import Signed
+
+SHARD = 0  # this version trains a run as one shard
+STATUS_LIFETIME_INTERVALS = 6
+MIN_STATUS_LIFETIME_S = 10.0
+STATE_ATTEMPTS = 20
+RETRY_S = 1.5
+DEFAULT_UPLOAD_BPS = 20_000_000
+DEFAULT_DISK_BYTES = 50 << 30
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerOptions:
+    """What a person chose. ``data_folder`` makes a seed peer: it serves these token shards and does not train."""
+
+    invite: Invite
+    home: Home
+    data_folder: Path | None = None
+    device: str = "auto"
+    limits: Limits = field(default_factory=Limits)
+    disk_bytes: int = DEFAULT_DISK_BYTES
+    upload_bps: int = DEFAULT_UPLOAD_BPS
+    listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
+    announce: tuple[str, ...] = ()
+
+    @property
+    def trains(self) -> bool:
+        return self.data_folder is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """A verified run, an open network, and a place on disk."""
+
+    options: PeerOptions
+    identity: Identity
+    client: CoordinatorClient
+    run: RunInfo
+    manifest: DataManifest
+    clock: Callable[[], float]
+    transport: LastingTransport
+    admission: Signed
+    folder: Path
+    chunks: ChunkStore
+    ledger: Ledger
+    book: HolderBook
+
+    @property
+    def founders(self) -> tuple[bytes, ...]:
+        return tuple(self.run.genesis.voters)
+
+    @property
+    def status_rules(self) -> StatusRules:
+        interval_s = self.run.spec.rounds.status_interval_s
+        return StatusRules(
+            run_id=self.options.invite.run_id,
+            publication_key=bytes.fromhex(self.run.spec.publication_key),
+            founders=self.founders,
+            lifetime_s=max(MIN_STATUS_LIFETIME_S, STATUS_LIFETIME_INTERVALS * interval_s),
+        )
+
+
+async def meet_coordinator(
+    options: PeerOptions, identity: Identity, stack: AsyncExitStack
+) -> tuple[CoordinatorClient, RunInfo]:
+    """The coordinator behind the invite's pin, and its run once every signature is right."""
+    client = await CoordinatorClient.connect(options.invite, identity)
+    stack.push_async_callback(client.close)
+    return client, await client.get_run()
+
+
+async def join(
+    options: PeerOptions, identity: Identity, client: CoordinatorClient, run: RunInfo, stack: AsyncExitStack
+) -> Joined:
+    """Open the network, be admitted, open the folders. What was opened is closed by ``stack``."""
+
+    def clock() -> float:
+        return time.time() + run.clock_offset_s
+
+    transport = await _open_transport(options, identity, run, clock)
+    stack.push_async_callback(transport.close)
+    admission = await client.admit(None, () if options.trains else transport.addresses)
+    folder = options.home.run_folder(options.invite.run_id)
+    chunks = ChunkStore(folder / "chunks", options.disk_bytes)
+    manifest = data_manifest.parse(run.manifest_bytes)
+    if options.data_folder is not None:
+        chunks.add_source(token_shard_source(options.data_folder, manifest))
+    head = log.genesis_head(run.genesis, SHARD)
+    ledger = Ledger(folder / f"shard-{SHARD}", head, chunks, LedgerOptions(archive=not options.trains))
+    return Joined(
+        options=options,
+        identity=identity,
+        client=client,
+        run=run,
+        manifest=manifest,
+        clock=clock,
+        transport=transport,
+        admission=admission,
+        folder=folder,
+        chunks=chunks,
+        ledger=ledger,
+        book=HolderBook(random.Random(identity.public_key)),
+    )
+
+
+async def _open_transport(
+    options: PeerOptions, identity: Identity, run: RunInfo, clock: Callable[[], float]
+) -> LastingTransport:
+    own_id = f"/p2p/{identity.peer_id}"
+    config = NetworkConfig(
+        run_id=options.invite.run_id,
+        clock=clock,
+        directory_keys=(status_key(SHARD),),
+        host_maddrs=options.listen,
+        announce_maddrs=options.announce,
+        initial_peers=tuple(address for address in run.seed_addresses if not address.endswith(own_id)),
+        relay_service=not options.trains,
+    )
+
+    async def reopen() -> Network:
+        return await open_network(config, identity)
+
+    return LastingTransport(await reopen(), reopen)
+
+
+async def find_holders(joined: Joined) -> list[bytes]:
+    """Peers that may hold what we need: seed peers first, then whoever tells a status."""
+    seeds = []
+    for address in joined.run.seed_addresses:
+        seed = public_key_of(address.rpartition("/p2p/")[2])
+        if seed == joined.identity.public_key:
+            continue
+        try:
+            await joined.transport.connect(seed, (address,), timeout_s=5.0)
+            seeds.append(seed)
+        except NetworkError as error:
+            logger.info("a seed peer is away: %s", error)
+    try:
+        values = await joined.transport.lookup(status_key(SHARD))
+    except NetworkError:
+        values = {}
+    others = read_statuses(values, joined.status_rules, joined.clock())
+    return [key for key in dict.fromkeys([*seeds, *others]) if key != joined.identity.public_key]
+
+
+async def starting_state(joined: Joined) -> tuple[LogHead, Shard]:
+    """The state to take part from; asks again while nobody offers one. Raises what the last attempt raised."""
+    genesis = joined.run.genesis.shards[SHARD]
+    newcomer = Newcomer(
+        transport=joined.transport,
+        ledger=joined.ledger,
+        chunks=joined.chunks,
+        spec=joined.run.spec,
+        shard=SHARD,
+        genesis_digest=genesis.state_digest,
+        num_values=genesis.num_values,
+        book=joined.book,
+    )
+    for _ in range(STATE_ATTEMPTS - 1):
+        try:
+            return await obtain_state(newcomer, await find_holders(joined))
+        except NotFound as error:
+            logger.info("no state yet: %s", error)
+            await asyncio.sleep(RETRY_S)
+    return await obtain_state(newcomer, await find_holders(joined))

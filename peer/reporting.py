@@ -1,0 +1,83 @@
+"""What a peer tells the coordinator: progress, and commits that it lacks. Never in the way of training.
+
+Decides when to tell; a coordinator that is away is told later, from the log on disk. Nothing waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+from peer.ledger import Ledger
+from swarm.errors import SwarmError
+from swarm.proto.coordinator_pb2 import ReportPayload
+from swarm.proto.round_pb2 import Commit
+
+INTERVAL_S = 10.0
+COMMITS_PER_CALL = 32
+
+log = logging.getLogger(__name__)
+
+
+class Coordinator(Protocol):
+    async def report(self, report: ReportPayload) -> int: ...
+    async def record_commits(self, commits: list[Commit]) -> int: ...
+
+
+class Reporter:
+    """``describe`` fills in what the peer is doing now; losses measured per round wait here until they are told."""
+
+    def __init__(self, coordinator: Coordinator, ledger: Ledger, describe: Callable[[], ReportPayload]) -> None:
+        self._coordinator, self._ledger, self._describe = coordinator, ledger, describe
+        self._validation: dict[int, float] = {}
+        self._news = asyncio.Event()
+        self._last_sent_unix_ms = 0
+        self.recorded_round = 0
+        """the coordinator has recorded every round up to this one"""
+
+    def tell_soon(self) -> None:
+        """There is news: do not wait for the interval."""
+        self._news.set()
+
+    def measured(self, round_number: int, validation_loss: float) -> None:
+        """Report the loss of the anchor after a round."""
+        self._validation[round_number] = validation_loss
+        self._news.set()
+
+    async def run(self) -> None:
+        """Report at every news and interval, until cancelled."""
+        while True:
+            with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._news.wait(), INTERVAL_S)
+            self._news.clear()
+            try:
+                await self.tell()
+            except SwarmError as error:
+                log.info("the coordinator was not told: %s", error)
+
+    async def tell(self) -> None:
+        """Tell everything once. Raises what the call raises."""
+        for round_number, loss in list(self._validation.items()):
+            payload = self._describe()
+            payload.round, payload.validation_loss, payload.train_loss = round_number, loss, math.nan
+            payload.state_digest, payload.log_digest = b"", b""
+            await self._report(payload)
+            self._validation.pop(round_number, None)
+        wanted = await self._report(self._describe())
+        while wanted <= self._ledger.head.round:
+            commits = self._ledger.commits(wanted, COMMITS_PER_CALL)
+            following = await self._coordinator.record_commits(commits)
+            if following <= wanted:
+                break
+            wanted = following
+        self.recorded_round = wanted - 1
+
+    async def _report(self, payload: ReportPayload) -> int:
+        # The coordinator keeps the newest: two reports of one peer never carry the same time.
+        self._last_sent_unix_ms = max(payload.sent_unix_ms, self._last_sent_unix_ms + 1)
+        payload.sent_unix_ms = self._last_sent_unix_ms
+        return await self._coordinator.report(payload)

@@ -1,0 +1,344 @@
+"""A peer's life, as a page: join, catch up, train, make rounds, leave. The page to read first.
+
+A volunteer trains; a seed peer is the same program without a trainer: it keeps the whole log, serves token shards,
+publishes checkpoints, and does not end by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import math
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from peer.checkpoint import CheckpointParts
+from peer.data import ReaderOptions, TokenReader
+from peer.exchange import Committed, Exchange, ExchangeParts
+from peer.fetch import fetch_chunk
+from peer.home import locked_identity
+from peer.joining import Joined, PeerOptions, find_holders, join, meet_coordinator, starting_state
+from peer.member import Member, MemberParts, Words
+from peer.publishing import CheckpointMaker, StateCopy, Template
+from peer.reporting import Reporter
+from peer.shard import Shard
+from peer.trainer import Stats
+from peer.training import Training
+from swarm import schedule
+from swarm.errors import NetworkError, SwarmError
+from swarm.log import LogHead
+from swarm.proto.coordinator_pb2 import ReportPayload
+
+LEAVE_TIMEOUT_S = 3.0
+TRAINER_STOP_S = 5.0
+PROGRESS_INTERVAL_S = 1.0
+CHECKPOINT_WAIT_S = 90.0
+KEPT_BY_VOLUNTEER, KEPT_BY_SEED = 1, 100
+FETCH_TIMEOUT_S = 60.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class News:
+    """What happened last. ``kind``: joining, ready, progress, commit, checkpoint, finished or left."""
+
+    kind: str
+    values: dict[str, Any]
+
+
+Watch = Callable[[News], None]
+
+
+async def run_peer(options: PeerOptions, stop: asyncio.Event, watch: Watch) -> None:
+    """Take part until the run is finished or ``stop`` is set; then leave cleanly."""
+    with locked_identity(options.home) as identity:
+        async with AsyncExitStack() as stack:
+            client, run = await meet_coordinator(options, identity, stack)
+            watch(News(kind="joining", values={"peer id": identity.peer_id, "spec": run.spec, "options": options}))
+            joined = await join(options, identity, client, run, stack)
+            head, shard = await starting_state(joined)
+            peer = Peer(joined, head, shard, watch)
+            await peer.live(stop)
+
+
+class Peer:
+    def __init__(self, joined: Joined, head: LogHead, shard: Shard, watch: Watch) -> None:
+        self.joined, self.watch = joined, watch
+        self.spec, self.transport = joined.run.spec, joined.transport
+        self.device = "none"
+        self.training = self._build_training() if joined.options.trains else None
+        self.words = Words(
+            trains=joined.options.trains, upload_bps=joined.options.upload_bps, admission=joined.admission
+        )
+        self.exchange = Exchange(
+            ExchangeParts(
+                identity=joined.identity,
+                transport=joined.transport,
+                shard=shard,
+                ledger=joined.ledger,
+                chunks=joined.chunks,
+                founders=joined.founders,
+                trainer=self.training,
+                run_blocking=asyncio.to_thread,
+                on_commit=self._on_commit,
+            ),
+            head,
+        )
+        self.member = Member(
+            MemberParts(
+                identity=joined.identity,
+                transport=joined.transport,
+                exchange=self.exchange,
+                ledger=joined.ledger,
+                chunks=joined.chunks,
+                rules=joined.status_rules,
+                words=self.words,
+                clock=joined.clock,
+            )
+        )
+        self.reporter = Reporter(joined.client, joined.ledger, self._report)
+        self.checkpoints = CheckpointMaker(self._template(), joined.chunks, self._on_checkpoint)
+        self._finished = asyncio.Event()
+        self._told: Stats = Stats()
+        self._evaluations: set[asyncio.Task[None]] = set()
+
+    # ---- life ---------------------------------------------------------------------------------------------------
+
+    async def live(self, stop: asyncio.Event) -> None:
+        """Serve, train and make rounds, until the run ends or the person does."""
+        await self.member.serve()
+        served = self.checkpoints.resume(self.spec.run_id, bytes.fromhex(self.spec.publication_key))
+        self.words.checkpoint_round = max(served, default=0)
+        await self._start_training()
+        self.watch(News(kind="ready", values={"round": self.exchange.head.round, "device": self.device}))
+        jobs = [
+            asyncio.ensure_future(job)
+            for job in (
+                self.member.run(),
+                self.reporter.run(),
+                self.checkpoints.run(),
+                self.transport.watch(),
+                self._tell_progress(),
+                self._watch_trainer(),
+            )
+        ]
+        endings = [asyncio.ensure_future(event.wait()) for event in (stop, self._finished)]
+        self._consider_end()
+        try:
+            done, _ = await asyncio.wait({*jobs, *endings}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            if self._finished.is_set() and not stop.is_set():
+                await self._see_the_run_off(stop)
+        finally:
+            await self._leave([*jobs, *endings, *self._evaluations])
+
+    async def _start_training(self) -> None:
+        if self.training is None:
+            return
+        replica = await asyncio.to_thread(self._build_replica)
+        await self.training.start(replica, self.exchange.shard.anchor, self.exchange.head, self._on_bad_steps)
+        if self.exchange.head.round == 0:
+            self._evaluate(0)
+
+    async def _see_the_run_off(self, stop: asyncio.Event) -> None:
+        """The run is over: wait until its last checkpoint is published, within bounds, then say so."""
+        last = self.exchange.head.round
+        if self.training is not None:
+            self.training.trainer.pause()
+        waited = 0.0
+        while waited < CHECKPOINT_WAIT_S and not stop.is_set():
+            try:
+                await self.reporter.tell()
+                if any(info.round >= last for info in await self.joined.client.checkpoints()) and not self._evaluations:
+                    break
+            except SwarmError as error:
+                logger.info("the last checkpoint is not seen yet: %s", error)
+            await asyncio.sleep(PROGRESS_INTERVAL_S)
+            waited += PROGRESS_INTERVAL_S
+        self.watch(News(kind="finished", values={"round": last, "tokens": self.exchange.head.total_tokens}))
+        if self.training is None:
+            await stop.wait()  # a seed peer goes on serving
+
+    async def _leave(self, tasks: list[asyncio.Future[Any]]) -> None:
+        """Tell the others, stop the trainer, end every task: all within 10 s."""
+        self.words.leaving = True
+        with contextlib.suppress(SwarmError, asyncio.TimeoutError, TimeoutError):
+            await asyncio.wait_for(asyncio.gather(self.member.tell(), self.reporter.tell()), LEAVE_TIMEOUT_S)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self.training is not None:
+            with contextlib.suppress(SwarmError):
+                await self.training.stop(TRAINER_STOP_S)
+        self.watch(News(kind="left", values=self._values()))
+
+    # ---- events -------------------------------------------------------------------------------------------------
+
+    async def _on_commit(self, committed: Committed) -> None:
+        record, head = committed.record, committed.head
+        if self.training is not None:
+            self.training.follow(head)
+        anchor_copy = None
+        if schedule.is_checkpoint_round(self.spec, head.round, head.total_tokens):
+            anchor_copy = self.exchange.shard.anchor.copy()
+            self.checkpoints.offer(StateCopy(head=head, state_digest=committed.state_digest, anchor=anchor_copy))
+        contributors = {share.peer_key for part in record.parts for share in part.shares}
+        if self.training is not None and self._evaluates(head.round, contributors):
+            self._evaluate(head.round)
+        values = self._values() | {
+            "counted": committed.counted,
+            "contributors": len(contributors),
+            "absent parts": sum(1 for part in record.parts if not part.digest),
+            "state digest": committed.state_digest.hex(),
+        }
+        self.watch(News(kind="commit", values=values))
+        self.reporter.tell_soon()
+        self._consider_end()
+
+    def _on_checkpoint(self, round_number: int) -> None:
+        self.words.checkpoint_round = max(self.words.checkpoint_round, round_number)
+        self.watch(News(kind="checkpoint", values={"round": round_number}))
+
+    def _on_bad_steps(self, count: int) -> None:
+        logger.warning("%d inner steps in a row were not finite; starting again from the anchor", count)
+        if self.training is not None:
+            task = asyncio.ensure_future(
+                self.training.land(self.exchange.shard.anchor.copy(), None, self.exchange.round)
+            )
+            self._evaluations.add(task)
+            task.add_done_callback(self._evaluations.discard)
+
+    def _consider_end(self) -> None:
+        if schedule.is_finished(self.spec, self.exchange.head.total_tokens):
+            self._finished.set()
+
+    def _evaluates(self, round_number: int, contributors: set[bytes]) -> bool:
+        """One contributor of the round, by rendezvous hash, measures the validation loss of its result."""
+        return self.joined.identity.public_key == min(
+            contributors, key=lambda key: hashlib.sha256(b"evaluate" + round_number.to_bytes(8, "big") + key).digest()
+        )
+
+    def _evaluate(self, round_number: int) -> None:
+        anchor = self.exchange.shard.anchor.copy()
+
+        async def measure() -> None:
+            try:
+                if self.training is not None:
+                    self.reporter.measured(round_number, await self.training.evaluate(anchor))
+            except SwarmError as error:
+                logger.warning("round %d was not evaluated: %s", round_number, error)
+
+        task = asyncio.ensure_future(measure())
+        self._evaluations.add(task)
+        task.add_done_callback(self._evaluations.discard)
+
+    # ---- what others are told -----------------------------------------------------------------------------------
+
+    async def _tell_progress(self) -> None:
+        while True:
+            self.words.tokens_per_s = self.training.stats.tokens_per_s if self.training is not None else 0.0
+            self.watch(News(kind="progress", values=self._values()))
+            await asyncio.sleep(PROGRESS_INTERVAL_S)
+
+    async def _watch_trainer(self) -> None:
+        if self.training is None:
+            await asyncio.Event().wait()
+            return
+        await self.training.failed.wait()
+        raise self.training.trainer.failure or SwarmError("training ended")
+
+    def _values(self) -> dict[str, Any]:
+        stats = self.training.stats if self.training is not None else Stats()
+        sent, received = self.transport.traffic()
+        return {
+            "round": self.exchange.head.round,
+            "committed tokens": self.exchange.head.total_tokens,
+            "target tokens": self.spec.total_tokens,
+            "my tokens": stats.tokens,
+            "tokens/s": round(stats.tokens_per_s),
+            "loss": stats.last_loss,
+            "peers": len(self.member.statuses),
+            "sent bytes": sent,
+            "received bytes": received,
+            "disk bytes": self.joined.chunks.used_bytes,
+        }
+
+    def _report(self) -> ReportPayload:
+        stats = self.training.stats if self.training is not None else Stats()
+        loss, self._told = stats.mean_loss_since(self._told), stats
+        sent, received = self.transport.traffic()
+        return ReportPayload(
+            round=self.exchange.head.round,
+            train_loss=loss,
+            validation_loss=math.nan,
+            tokens_per_s=stats.tokens_per_s,
+            bytes_sent=sent,
+            bytes_received=received,
+            sent_unix_ms=int(self.joined.clock() * 1000),
+            state_digest=self.exchange.shard.state_digest,
+            log_digest=self.exchange.head.log_digest,
+            leaving=self.words.leaving,
+            seed_addresses=() if self.training is not None else self.transport.addresses,
+            device=self.device,
+        )
+
+    # ---- building -----------------------------------------------------------------------------------------------
+
+    def _build_training(self) -> Training:
+        async def fetch(key: bytes, size: int) -> bytes:
+            holders = list(dict.fromkeys([*self.joined.founders, *self.exchange.live_peers]))
+            try:
+                return await fetch_chunk(self.transport, key, size, holders, FETCH_TIMEOUT_S, self.joined.book)
+            except NetworkError:
+                await find_holders(self.joined)  # connects to the seed peers again
+                raise
+
+        options = ReaderOptions(
+            sequence_length=self.spec.data.sequence_length,
+            cache=self.joined.folder / "tokens",
+            max_cache_bytes=max(1 << 28, self.joined.options.disk_bytes // 2),
+        )
+        reader = TokenReader(self.joined.manifest, options, fetch)
+        return Training(self.spec, self.joined.identity.public_key, reader, self.joined.options.limits)
+
+    def _build_replica(self) -> Any:
+        from peer import device, model
+        from peer.replica import Replica
+
+        chosen = device.choose(self.joined.options.device)
+        self.device = device.describe(chosen, self.joined.options.limits.num_threads)[:64]
+        config = model.build_config(self.spec, self.joined.manifest.vocab_size)
+        built = model.build_model(config, self.spec.seed)
+        return Replica(built, model.layout_of(built), self.spec.inner, chosen)
+
+    def _template(self) -> Template:
+        from peer import model
+
+        config = model.build_config(self.spec, self.joined.manifest.vocab_size)
+        layout = model.build_layout(config)
+        joined = self.joined
+        return Template(
+            folder=joined.folder,
+            parts=CheckpointParts(
+                run_id=self.spec.run_id,
+                spec=self.spec,
+                data=joined.manifest,
+                round=1,
+                total_tokens=0,
+                state_digest=bytes(32),
+                log_digest=bytes(32),
+                config_json=model.config_json(config),
+                tokenizer_json=joined.run.tokenizer_bytes,
+                tensors=layout.views(self.exchange.shard.anchor),
+            ),
+            layout=layout,
+            signed_spec=joined.run.signed_spec,
+            publisher=None if joined.options.trains else joined.client,
+            kept=KEPT_BY_VOLUNTEER if joined.options.trains else KEPT_BY_SEED,
+        )

@@ -1,0 +1,200 @@
+"""What `swarm start` prepares and runs: keys, signed rules, genesis, the coordinator, and a seed peer beside it.
+
+The run's folder holds everything: ``run.toml`` and ``state/`` (signed spec and genesis, publication and TLS keys, the
+database, the seed peer's home). Started again, the same run goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coordinator.run import RunSource
+from coordinator.server import RunningServer, ServerConfig, serve
+from swarm import data_manifest, keyfiles, run_file, run_spec
+from swarm.data_manifest import MANIFEST_NAME, TOKENIZER_NAME, DataManifest
+from swarm.digest import sha256
+from swarm.errors import ConfigError, DataError
+from swarm.identity import Identity
+from swarm.invite import Invite
+from swarm.log import GENESIS_CONTEXT, genesis_head, parse_genesis
+from swarm.proto.common_pb2 import Genesis, ShardGenesis, Signed
+from swarm.run_spec import RunSpec
+
+SEED_RESTART_PAUSE_S = 2.0
+SEED_STOP_S = 10.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartOptions:
+    """Where `swarm start` listens. ``public_host``: the name in the invite where it is not ``host``."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    seed_port: int = 0
+    public_host: str | None = None
+    token: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRun:
+    spec: RunSpec
+    source: RunSource
+    data_folder: Path
+    state: Path
+
+    @property
+    def seed_home(self) -> Path:
+        return self.state / "seed"
+
+
+def prepare_run(path: Path) -> PreparedRun:
+    """Sign the rules in ``path`` (run.toml) and make the genesis; or find what an earlier start made of them."""
+    if not path.is_file():
+        raise ConfigError(f"there is no run file {path}", "write one with: swarm init NAME")
+    rules = run_file.parse(path.read_text(encoding="utf-8"), str(path))
+    data_folder = (path.parent / rules.data.path).resolve()
+    raw_manifest, tokenizer = _read_data(data_folder)
+    manifest = data_manifest.parse(raw_manifest)
+    state = path.parent / "state"
+    state.mkdir(mode=0o700, exist_ok=True)
+    organizer = keyfiles.load_or_create(keyfiles.data_home() / "organizer.key")
+    publication = keyfiles.load_or_create(state / "publication.key")
+    spec = run_file.to_spec(
+        rules,
+        organizer_key=organizer.public_key,
+        publication_key=publication.public_key,
+        manifest=manifest,
+        manifest_digest=sha256(raw_manifest).hex(),
+    )
+    signed_spec = organizer.sign(run_spec.CONTEXT, spec.run_id, spec.canonical_bytes())
+    _refuse_another_run(state, spec)
+    genesis = _genesis(state, spec, organizer, manifest)
+    (state / "spec.sig").write_bytes(signed_spec.SerializeToString())
+    source = RunSource(
+        spec=signed_spec, genesis=genesis, data_manifest=raw_manifest, tokenizer=tokenizer, publication=publication
+    )
+    return PreparedRun(spec=spec, source=source, data_folder=data_folder, state=state)
+
+
+def _read_data(folder: Path) -> tuple[bytes, bytes]:
+    try:
+        return (folder / MANIFEST_NAME).read_bytes(), (folder / TOKENIZER_NAME).read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{folder} holds no prepared data",
+            "make it with: swarm data prepare SOURCE... --out DIR, and set data.path",
+        ) from error
+
+
+def _refuse_another_run(state: Path, spec: RunSpec) -> None:
+    path = state / "spec.sig"
+    if path.exists():
+        earlier = Signed.FromString(path.read_bytes())
+        if earlier.payload != spec.canonical_bytes():
+            raise ConfigError(
+                "run.toml or its data changed since this run was started; signed rules cannot change",
+                f"change it back, or start another run: move {state} away",
+            )
+
+
+def _genesis(state: Path, spec: RunSpec, organizer: Identity, manifest: DataManifest) -> Signed:
+    """The signed genesis; the first time, its state is built and written to the seed peer's disk."""
+    path = state / "genesis.sig"
+    if path.exists():
+        signed = Signed.FromString(path.read_bytes())
+        parse_genesis(signed, spec.run_id, organizer.public_key, spec.num_shards)
+        return signed
+    from peer import model
+    from peer.chunk_store import ChunkStore
+    from peer.home import Home
+    from peer.joining import DEFAULT_DISK_BYTES, SHARD
+    from peer.ledger import Ledger, LedgerOptions
+    from peer.shard import Shard
+
+    home = Home(state / "seed")
+    seed = keyfiles.load_or_create(home.key_path)
+    anchor = model.initial_anchor(model.build_config(spec, manifest.vocab_size), spec.seed)
+    shard = Shard(spec, SHARD, anchor)
+    genesis = Genesis(
+        run_id=spec.run_id,
+        voters=[seed.public_key],
+        shards=[ShardGenesis(state_digest=shard.state_digest, num_values=shard.num_values)],
+        created_unix_s=int(time.time()),
+    )
+    folder = home.run_folder(spec.run_id)
+    chunks = ChunkStore(folder / "chunks", DEFAULT_DISK_BYTES)
+    ledger = Ledger(folder / f"shard-{SHARD}", genesis_head(genesis, SHARD), chunks, LedgerOptions(archive=True))
+    ledger.save_state(0, shard)
+    signed = organizer.sign(GENESIS_CONTEXT, spec.run_id, genesis.SerializeToString())
+    path.write_bytes(signed.SerializeToString())
+    return signed
+
+
+async def start_coordinator(prepared: PreparedRun, options: StartOptions) -> tuple[RunningServer, Invite]:
+    """Serve the run; the invite that leads to it is also written to ``state/invite.txt``."""
+    remembered = prepared.state / "port"
+    port = options.port or (int(remembered.read_text()) if remembered.exists() else 0)
+    config = ServerConfig(state_dir=prepared.state, source=prepared.source, host=options.host, port=port)
+    server = await serve(config)
+    remembered.write_text(str(server.port))  # the invite must lead here also after a restart
+    host = options.public_host or options.host
+    invite = Invite(
+        run_id=prepared.spec.run_id,
+        tls_pin=server.tls_pin,
+        addresses=(f"{host}:{server.port}",),
+        token=options.token,
+    )
+    (prepared.state / "invite.txt").write_text(invite.encode() + "\n")
+    return server, invite
+
+
+async def keep_seed_peer(
+    prepared: PreparedRun, invite: Invite, options: StartOptions, on_news: Callable[[dict[str, Any]], None]
+) -> None:
+    """Run a seed peer as a process of its own, and start it again when it ends, until cancelled."""
+    command = [sys.executable, "-m", "swarm.cli.main", "seed", invite.encode(), "--json"]
+    command += ["--home", str(prepared.seed_home), "--data", str(prepared.data_folder), "--parent", str(os.getpid())]
+    command += ["--listen", f"{options.host}:{options.seed_port}"]
+    if options.public_host:
+        command += ["--announce", f"{options.public_host}:{options.seed_port}"]
+    while True:
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        try:
+            await _read_news(process, on_news)
+            code = await process.wait()
+        finally:
+            await _end(process)
+        log.warning("the seed peer ended with exit code %d; starting it again", code)
+        await asyncio.sleep(SEED_RESTART_PAUSE_S)
+
+
+async def _read_news(process: asyncio.subprocess.Process, on_news: Callable[[dict[str, Any]], None]) -> None:
+    if process.stdout is None:
+        return
+    async for line in process.stdout:
+        try:
+            on_news(json.loads(line))
+        except ValueError:
+            log.info("seed peer: %s", line.decode(errors="replace").rstrip())
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is not None:
+        return
+    process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), SEED_STOP_S)
+    except (TimeoutError, asyncio.TimeoutError):
+        process.kill()
+        await process.wait()

@@ -1,0 +1,311 @@
+"""`swarm join`, `start`, `seed`, `status`: taking part in a run, from every side.
+
+Only wiring: options become the dataclasses of `peer` and `coordinator`, news become lines. Everything heavy is imported
+when a command runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from swarm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peer.runtime import News
+    from swarm.invite import Invite
+    from swarm.proto.coordinator_pb2 import GetProgressReply
+
+InviteText = Annotated[str, typer.Argument(metavar="INVITE", help="The string that the organizer shared.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Listen = Annotated[str, typer.Option(metavar="HOST:PORT", help="Where peers reach this one; port 0: any free one.")]
+Announce = Annotated[str, typer.Option(metavar="HOST:PORT", help="What others are told to dial, if not --listen.")]
+PARENT_CHECK_S = 1.0
+MAX_ROWS = 30
+
+
+def join(
+    invite: InviteText,
+    home: Annotated[Path | None, typer.Option(help="Folder for the key and all data of this peer.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads for training.")] = None,
+    duty: Annotated[float, typer.Option(min=1, max=100, help="Largest share of time spent training, %.")] = 100,
+    disk: Annotated[float, typer.Option(min=0.1, help="Disk limit, GiB.")] = 50,
+    upload: Annotated[float, typer.Option(min=0.1, help="Upload that this peer offers, Mbit/s.")] = 20,
+    listen: Listen = "127.0.0.1:0",
+    announce: Announce = "",
+    json_lines: Annotated[bool, typer.Option("--json", help="Print news as JSON, one object a line.")] = False,
+) -> None:
+    """Train with others: join the run behind INVITE until it is finished or you press Ctrl-C."""
+    from peer.home import Home
+    from peer.joining import PeerOptions
+    from peer.runtime import run_peer
+    from peer.trainer import Limits
+    from swarm.keyfiles import data_home
+
+    options = PeerOptions(
+        invite=_parse(invite),
+        home=Home((home or data_home()).absolute()),
+        device=device,
+        limits=Limits(num_threads=threads, max_duty=duty / 100),
+        disk_bytes=int(disk * 2**30),
+        upload_bps=int(upload * 1e6),
+        listen=(_maddr(listen),),
+        announce=(_maddr(announce),) if announce else (),
+    )
+    with _Voice(json_lines) as voice:
+        _run(lambda stop: run_peer(options, stop, voice.hear))
+
+
+def seed(
+    invite: InviteText,
+    data: Annotated[Path, typer.Option(help="Folder made by `swarm data prepare`; its token shards are served.")],
+    home: Annotated[Path | None, typer.Option(help="Folder for the key and all data of this peer.")] = None,
+    disk: Annotated[float, typer.Option(min=0.1, help="Disk limit, GiB.")] = 50,
+    listen: Listen = "127.0.0.1:0",
+    announce: Announce = "",
+    parent: Annotated[int, typer.Option(hidden=True, help="End when this process has ended.")] = 0,
+    json_lines: Annotated[bool, typer.Option("--json", help="Print news as JSON, one object a line.")] = False,
+) -> None:
+    """Keep a run alive: bootstrap, relay, archive and mirror. Trains nothing. `swarm start` runs one by itself."""
+    from peer.home import Home
+    from peer.joining import PeerOptions
+    from peer.runtime import run_peer
+    from swarm.keyfiles import data_home
+
+    options = PeerOptions(
+        invite=_parse(invite),
+        home=Home((home or data_home() / "seed").absolute()),
+        data_folder=data.absolute(),
+        disk_bytes=int(disk * 2**30),
+        listen=(_maddr(listen),),
+        announce=(_maddr(announce),) if announce else (),
+    )
+    with _Voice(json_lines) as voice:
+        _run(lambda stop: run_peer(options, stop, voice.hear), parent)
+
+
+def start(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file that `swarm init` wrote.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for everybody.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the coordinator; 0: any free one.")] = 0,
+    seed_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the seed peer; 0: any free one.")] = 0,
+    public_host: Annotated[str, typer.Option(help="Name or address that volunteers dial, if not --host.")] = "",
+    token: Annotated[str, typer.Option(help="Admission token to put into the invite.")] = "",
+    with_seed: Annotated[bool, typer.Option("--seed/--no-seed", help="Bring up a seed peer too.")] = True,
+    json_lines: Annotated[bool, typer.Option("--json", help="Print news as JSON, one object a line.")] = False,
+) -> None:
+    """Start (or go on with) a run: sign its rules, print its invite, coordinate until Ctrl-C."""
+    from swarm.cli.organizer import StartOptions, keep_seed_peer, prepare_run, start_coordinator
+
+    options = StartOptions(host=host, port=port, seed_port=seed_port, public_host=public_host or None, token=token)
+    prepared = prepare_run(run_file)
+
+    async def main(stop: asyncio.Event) -> None:
+        server, invite = await start_coordinator(prepared, options)
+        voice.say(
+            "started", {"run": prepared.spec.name, "run id": prepared.spec.run_id.hex(), "invite": invite.encode()}
+        )
+        jobs = [asyncio.ensure_future(stop.wait())]
+        if with_seed:
+            jobs.append(asyncio.ensure_future(keep_seed_peer(prepared, invite, options, voice.hear_line)))
+        try:
+            done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+            for job in done:
+                job.result()
+        finally:
+            for job in jobs:
+                job.cancel()
+            await asyncio.gather(*jobs, return_exceptions=True)
+            await server.stop()
+
+    with _Voice(json_lines) as voice:
+        _run(main)
+
+
+def status(invite: InviteText, as_json: Json = False) -> None:
+    """Show how far a run is: rounds, losses, and who contributed."""
+    from peer.coordinator_client import CoordinatorClient
+
+    async def ask() -> GetProgressReply:
+        client = await CoordinatorClient.connect(_parse(invite))
+        try:
+            return await client.progress()
+        finally:
+            await client.close()
+
+    reply = asyncio.run(ask())
+    values = _progress_values(reply)
+    if as_json:
+        from swarm.cli import output
+
+        output.print_json(values)
+        return
+    done = 100 * reply.total_tokens / max(1, reply.target_tokens)
+    print(f"{reply.name}: round {reply.round}, {reply.total_tokens} of {reply.target_tokens} tokens ({done:.0f} %)")
+    _table(
+        "Rounds", ["round", "tokens", "train loss", "validation loss", "contributors", "absent parts"], values["rounds"]
+    )
+    _table(
+        "Peers", ["peer", "round", "tokens", "tokens/s", "sent MB", "received MB", "state", "device"], values["peers"]
+    )
+
+
+def _table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    from swarm.cli import output
+
+    cells = [["-" if row[column] is None else row[column] for column in columns] for row in rows[-MAX_ROWS:]]
+    output.table(title, columns, cells)
+
+
+def _progress_values(reply: GetProgressReply) -> dict[str, Any]:
+    from swarm.identity import peer_id_of
+
+    def loss(value: float) -> float | None:
+        return round(value, 4) if value == value else None
+
+    return {
+        "name": reply.name,
+        "round": reply.round,
+        "total tokens": reply.total_tokens,
+        "target tokens": reply.target_tokens,
+        "initial validation loss": loss(reply.initial_validation_loss),
+        "rounds": [
+            {
+                "round": r.round,
+                "tokens": r.total_tokens,
+                "train loss": loss(r.train_loss),
+                "validation loss": loss(r.validation_loss),
+                "contributors": len(r.shares),
+                "absent parts": r.absent_parts,
+                "shares": {peer_id_of(share.peer_key): share.weight_tokens for share in r.shares},
+            }
+            for r in reply.rounds
+        ],
+        "peers": [
+            {
+                "peer": peer_id_of(p.peer_key),
+                "round": p.round,
+                "tokens": p.tokens,
+                "tokens/s": round(p.tokens_per_s),
+                "sent MB": round(p.bytes_sent / 1e6, 2),
+                "received MB": round(p.bytes_received / 1e6, 2),
+                "state": "left" if p.leaving else p.state_digest.hex()[:16],
+                "state digest": p.state_digest.hex(),
+                "leaving": p.leaving,
+                "device": p.device,
+            }
+            for p in reply.peers
+        ],
+    }
+
+
+class _Voice:
+    """Says what happens: JSON lines for programs, a live view for people."""
+
+    def __init__(self, json_lines: bool) -> None:
+        from swarm.cli import output
+
+        logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+        self._json_lines = json_lines
+        self._view = None if json_lines else output.LiveView("swarm")
+
+    def __enter__(self) -> _Voice:
+        if self._view is not None:
+            self._view.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._view is not None:
+            self._view.__exit__(*error)
+
+    def hear(self, news: News) -> None:
+        """News of a peer in this process."""
+        if news.kind == "joining":
+            self.say("joining", _plans(news.values))
+        else:
+            self.say(news.kind, news.values)
+
+    def hear_line(self, news: dict[str, Any]) -> None:
+        """News of a seed peer in a process of its own."""
+        self.say(f"seed {news.pop('event', 'said')}", news)
+
+    def say(self, kind: str, values: dict[str, Any]) -> None:
+        if self._json_lines:
+            clean = {key: None if value != value else value for key, value in values.items()}
+            sys.stdout.write(json.dumps({"event": kind, **clean}) + "\n")
+            sys.stdout.flush()
+        elif self._view is not None and kind.endswith(("progress", "commit")):
+            self._view.update({key: value for key, value in values.items() if key in _SHOWN})
+        else:
+            sys.stdout.write(f"{kind}\n" + "".join(f"  {key}: {value}\n" for key, value in values.items()))
+            sys.stdout.flush()
+
+
+_SHOWN = ("round", "committed tokens", "target tokens", "my tokens", "tokens/s", "loss", "peers", "sent bytes")
+
+
+def _plans(values: dict[str, Any]) -> dict[str, Any]:
+    """What a peer will do and use, before it does."""
+    spec, options = values["spec"], values["options"]
+    return {
+        "run": spec.name,
+        "run id": spec.run_id.hex(),
+        "peer id": values["peer id"],
+        "will": "train" if options.trains else "keep and serve the run",
+        "model": f"{spec.model.family}, {spec.total_tokens} tokens in all",
+        "folder": str(options.home.folder),
+        "disk limit": f"{options.disk_bytes / 2**30:.1f} GiB",
+        "upload": f"{options.upload_bps / 1e6:.0f} Mbit/s",
+        "time": f"{options.limits.max_duty * 100:.0f} %",
+    }
+
+
+def _parse(invite: str) -> Invite:
+    from swarm.invite import parse
+
+    return parse(invite)
+
+
+def _maddr(address: str) -> str:
+    """``HOST:PORT`` as a multiaddr."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{address!r} is not HOST:PORT", "write for example 0.0.0.0:7001")
+    if host.replace(".", "").isdigit():
+        return f"/ip4/{host}/tcp/{port}"
+    return f"/ip6/{host.strip('[]')}/tcp/{port}" if ":" in host else f"/dns/{host}/tcp/{port}"
+
+
+def _run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]], parent: int = 0) -> None:
+    """Run until done; the first Ctrl-C or SIGTERM asks for a clean end."""
+
+    async def until_stopped() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        guard = asyncio.ensure_future(_stop_with(parent, stop)) if parent else None
+        try:
+            await main(stop)
+        finally:
+            if guard is not None:
+                guard.cancel()
+
+    asyncio.run(until_stopped())
+
+
+async def _stop_with(parent: int, stop: asyncio.Event) -> None:
+    """A child does not outlive its parent, however that ended."""
+    while os.getppid() == parent:  # noqa: ASYNC110  no event tells this one
+        await asyncio.sleep(PARENT_CHECK_S)
+    stop.set()

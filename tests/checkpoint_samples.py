@@ -1,0 +1,148 @@
+"""Small signed checkpoints and an in-memory transport for the tests of chunks, downloads and verification."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from peer.checkpoint import CheckpointParts, assemble, write_signed
+from peer.transport import MAX_CALL_BYTES, Handler
+from swarm import manifest as manifests
+from swarm import run_spec
+from swarm.data_manifest import DataManifest, Source, TokenShard
+from swarm.digest import sha256
+from swarm.errors import DeadlineExceeded, ProtocolError, Unreachable
+from swarm.identity import Identity
+from swarm.proto.common_pb2 import Signed
+from swarm.run_spec import RunSpec
+
+ORGANIZER = Identity(b"o" * 32)
+PUBLISHER = Identity(b"p" * 32)
+TOKENIZER = json.dumps({"added_tokens": [{"id": 0, "content": "<|endoftext|>"}]}).encode()
+CONFIG = json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+
+
+def data_manifest(tokenizer: bytes = TOKENIZER, vocab_size: int = 256) -> DataManifest:
+    return DataManifest(
+        tokenizer_digest=sha256(tokenizer).hex(),
+        vocab_size=vocab_size,
+        end_of_text_id=0,
+        dtype="uint16",
+        train=(TokenShard(file="train-00000.bin", digest=sha256(b"train").hex(), num_tokens=10),),
+        validation=(TokenShard(file="validation-00000.bin", digest=sha256(b"val").hex(), num_tokens=10),),
+        sources=(Source(path="a|b\n# *book*", licence="CC0", digest=sha256(b"s").hex(), documents=2, text_bytes=9),),
+    )
+
+
+def make_spec(data: DataManifest, name: str = "sample") -> RunSpec:
+    return RunSpec(
+        name=name,
+        total_tokens=1000,
+        organizer_key=ORGANIZER.public_key.hex(),
+        publication_key=PUBLISHER.public_key.hex(),
+        model={"family": "llama", "config": {}},
+        data={"manifest_digest": sha256(data.canonical_bytes()).hex(), "tokenizer_digest": data.tokenizer_digest},
+    )
+
+
+def make_parts(round_number: int = 10, name: str = "sample", num_values: int = 3_000_000) -> CheckpointParts:
+    """12 MB of weights by default: a file of three chunks, the last one short."""
+    data = data_manifest()
+    spec = make_spec(data, name)
+    rng = np.random.default_rng(round_number)
+    return CheckpointParts(
+        run_id=spec.run_id,
+        spec=spec,
+        data=data,
+        round=round_number,
+        total_tokens=500,
+        state_digest=sha256(b"state"),
+        log_digest=sha256(b"log"),
+        config_json=CONFIG,
+        tokenizer_json=TOKENIZER,
+        tensors={
+            "b.weight": rng.random((num_values // 2, 2), dtype=np.float32),
+            "a.weight": np.ones(7, np.float32),
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SignedCheckpoint:
+    """A checkpoint on disk, and what signs it."""
+
+    folder: Path
+    manifest: manifests.CheckpointManifest
+    run_id: bytes
+    signed_spec: Signed
+    signed_manifest: Signed
+
+
+def signed_checkpoint(folder: Path, parts: CheckpointParts) -> SignedCheckpoint:
+    manifest = assemble(folder, parts)
+    signed_spec = ORGANIZER.sign(run_spec.CONTEXT, parts.run_id, parts.spec.canonical_bytes())
+    signed_manifest = PUBLISHER.sign(manifests.CONTEXT, parts.run_id, manifest.canonical_bytes())
+    write_signed(folder, signed_manifest, signed_spec)
+    return SignedCheckpoint(folder, manifest, parts.run_id, signed_spec, signed_manifest)
+
+
+def small_checkpoint(folder: Path, round_number: int = 10, name: str = "sample") -> SignedCheckpoint:
+    return signed_checkpoint(folder, make_parts(round_number, name, num_values=1000))
+
+
+def with_tensors(parts: CheckpointParts, tensors: dict[str, np.ndarray]) -> CheckpointParts:
+    return replace(parts, tensors=tensors)
+
+
+@dataclass
+class FakeTransport:
+    """Calls answered by plain functions, one per peer; a peer without one is unreachable."""
+
+    peers: dict[bytes, Handler] = field(default_factory=dict)
+    public_key: bytes = b"me" * 16
+    addresses: tuple[str, ...] = ()
+    calls: list[bytes] = field(default_factory=list)
+    directory: dict[str, dict[bytes, bytes]] | None = field(default_factory=dict)
+
+    async def call(
+        self, peer: bytes, method: str, request: bytes, *, timeout_s: float, max_response_bytes: int = MAX_CALL_BYTES
+    ) -> bytes:
+        self.calls.append(peer)
+        if method != "chunk" or peer not in self.peers:
+            raise Unreachable("no such peer")
+        try:
+            response = await asyncio.wait_for(self.peers[peer](self.public_key, request), timeout_s)
+        except asyncio.TimeoutError as error:
+            raise DeadlineExceeded("too late") from error
+        if len(response) > max_response_bytes:
+            raise ProtocolError("the response is too large")
+        return response
+
+    async def serve(self, method: str, handler: Handler) -> None:
+        self.peers[self.public_key] = handler
+
+    async def connect(self, peer: bytes, addresses: tuple[str, ...], *, timeout_s: float) -> None:
+        if peer not in self.peers:
+            raise Unreachable("no such peer")
+
+    async def publish(self, key: str, value: bytes, *, lifetime_s: float) -> None:
+        raise Unreachable("no directory")
+
+    async def lookup(self, key: str) -> Mapping[bytes, bytes]:
+        if self.directory is None:
+            raise Unreachable("no directory")
+        return self.directory.get(key, {})
+
+    def traffic(self) -> tuple[int, int]:
+        return (0, 0)
+
+    async def close(self) -> None:
+        self.peers.clear()
+
+
+Answer = Callable[[bytes, bytes], Awaitable[bytes]]

@@ -1,0 +1,381 @@
+"""A published checkpoint is downloaded, verified, and opened by a clean process that has none of our code."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peer.checkpoint import CheckpointParts
+from peer.chunk_store import CHUNK_METHOD, ChunkStore, FileChunks
+from peer.coordinator_client import CoordinatorClient, RunInfo
+from peer.download import Order, download
+from peer.generate import GenerateOptions, draw, generate, open_checkpoint
+from peer.model import build_config, build_model, config_json
+from peer.network import NetworkConfig, open_network
+from peer.transport import Transport
+from peer.verify import Report, verify_folder
+from swarm.cli import researcher
+from swarm.digest import sha256
+from swarm.errors import ConfigError, DataError, DeviceError, DigestError, VerificationError
+from swarm.identity import Identity
+from swarm.invite import Invite
+from swarm.proto.common_pb2 import Genesis, Signed
+from swarm.run_spec import RunSpec
+from tests.checkpoint_samples import FakeTransport, SignedCheckpoint, data_manifest, make_spec, signed_checkpoint
+
+TEXT = "The quick brown fox jumps over the lazy dog. Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich 🦊."
+VOCAB_SIZE = 300
+HOLDER = b"h" * 32
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
+    "mistral": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    },
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "max_position_embeddings": 64,
+    },
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64},
+    "gpt_neox": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A signed checkpoint, the model that it was made of, and its tokenizer."""
+
+    made: SignedCheckpoint
+    model: Any
+    tokenizer: Any
+
+
+def train_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 10, trainer)
+    return tokenizer
+
+
+def publish(folder: Path, family: str) -> Published:
+    tokenizer = train_tokenizer()
+    tokenizer_json = tokenizer.to_str().encode()
+    data = data_manifest(tokenizer_json, tokenizer.get_vocab_size())
+    values = make_spec(data).model_dump()
+    values["model"] = {"family": family, "config": CONFIGS[family]}
+    values["data"]["sequence_length"] = 16
+    spec = RunSpec.model_validate(values)
+    config = build_config(spec, tokenizer.get_vocab_size())
+    model = build_model(config, seed=1).eval()
+    parts = CheckpointParts(
+        run_id=spec.run_id,
+        spec=spec,
+        data=data,
+        round=10,
+        total_tokens=1000,
+        state_digest=sha256(b"state"),
+        log_digest=sha256(b"log"),
+        config_json=config_json(config),
+        tokenizer_json=tokenizer_json,
+        tensors={name: parameter.detach().numpy() for name, parameter in model.named_parameters()},
+        max_file_bytes=60_000,  # several files with an index, as large models have
+    )
+    return Published(signed_checkpoint(folder, parts), model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    return publish(tmp_path_factory.mktemp("published") / "c", "llama")
+
+
+@pytest.fixture(scope="module")
+def folder(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The downloaded checkpoint."""
+    base = tmp_path_factory.mktemp("downloaded")
+    made = published.made
+    store = ChunkStore(base / "store", 0)
+    store.add_source(FileChunks(made.folder, made.manifest))
+    order = Order(
+        run_id=made.run_id,
+        signed_spec=made.signed_spec,
+        signed_manifest=made.signed_manifest,
+        target=base / "out",
+    )
+    return asyncio.run(download(FakeTransport({HOLDER: store.handle_chunk}), order, [HOLDER])).folder
+
+
+def logits_of(model: Any, ids: list[int]) -> list[list[float]]:
+    import torch
+
+    with torch.inference_mode():
+        logits: list[list[float]] = model(input_ids=torch.tensor([ids])).logits[0].tolist()
+    return logits
+
+
+CLEAN_PROCESS = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, text = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+ids = tokenizer(text)["input_ids"]
+with torch.inference_mode():
+    logits = model(input_ids=torch.tensor([ids])).logits[0].tolist()
+    more = model.generate(torch.tensor([ids[:5]]), attention_mask=torch.ones(1, 5), max_new_tokens=8, do_sample=False)
+ours = [name for name in sys.modules if name.split(".")[0] in ("swarm", "peer", "coordinator")]
+result = {
+    "ids": ids, "logits": logits, "more": more[0].tolist(), "ours": ours, "dtype": str(model.dtype),
+    "eos": tokenizer.eos_token, "eos_id": tokenizer.eos_token_id, "text": tokenizer.decode(ids),
+}
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def opened_elsewhere(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process with transformers alone makes of the folder: no environment, no path, no code of ours."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", CLEAN_PROCESS, str(folder), TEXT],
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+        env={"HOME": str(tmp_path_factory.mktemp("home")), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "newly initialized" not in done.stderr
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_a_clean_process_computes_the_logits_of_the_model_that_was_published(
+    published: Published, opened_elsewhere: dict[str, Any]
+) -> None:
+    assert opened_elsewhere["logits"] == logits_of(published.model, opened_elsewhere["ids"])
+    assert opened_elsewhere["dtype"] == "torch.float32"
+    assert opened_elsewhere["ours"] == []
+
+
+def test_a_clean_process_reads_text_as_the_runs_tokenizer_does(
+    published: Published, opened_elsewhere: dict[str, Any]
+) -> None:
+    assert opened_elsewhere["ids"] == published.tokenizer.encode(TEXT).ids
+    assert opened_elsewhere["text"] == TEXT
+    assert (opened_elsewhere["eos"], opened_elsewhere["eos_id"]) == ("<|endoftext|>", 0)
+
+
+def test_the_downloaded_folder_verifies_offline(published: Published, folder: Path) -> None:
+    report = verify_folder(folder, published.made.run_id)
+    assert report.ok
+    assert len([file for file in report.provenance.manifest.files if file.name.endswith(".safetensors")]) > 1
+
+
+def test_generate_streams_the_text_that_transformers_generates(
+    folder: Path, published: Published, opened_elsewhere: dict[str, Any]
+) -> None:
+    prompt = published.tokenizer.decode(opened_elsewhere["ids"][:5])
+    pieces = list(generate(folder, prompt, GenerateOptions(max_tokens=8, temperature=0, device="cpu")))
+    assert "".join(pieces) == published.tokenizer.decode(opened_elsewhere["more"][5:])
+    assert len(pieces) > 1
+
+
+def text_of(folder: Path, **options: Any) -> str:
+    return "".join(generate(folder, "The fox", GenerateOptions(max_tokens=20, device="cpu", **options)))
+
+
+def test_one_seed_gives_one_text_and_another_seed_another(folder: Path) -> None:
+    assert text_of(folder, seed=1) == text_of(folder, seed=1) != text_of(folder, seed=2)
+
+
+def test_generation_ends_where_the_models_context_is_full(folder: Path, published: Published) -> None:
+    room = 64 - len(published.tokenizer.encode("The fox").ids)
+    most, full, less = (
+        "".join(generate(folder, "The fox", GenerateOptions(max_tokens=count, temperature=0, device="cpu")))
+        for count in (1000, room, room - 1)
+    )
+    assert most == full != less
+
+
+def test_an_empty_prompt_starts_from_the_beginning_of_a_text(folder: Path) -> None:
+    assert "".join(generate(folder, "", GenerateOptions(max_tokens=5, device="cpu", seed=1)))
+
+
+def test_a_prompt_longer_than_the_context_is_a_config_error(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="the model reads 64"):
+        next(generate(folder, TEXT * 20, GenerateOptions(device="cpu")))
+
+
+def test_a_device_that_is_not_there_is_named(folder: Path) -> None:
+    with pytest.raises(DeviceError):
+        next(generate(folder, "x", GenerateOptions(device="cuda:99")))
+
+
+BAD_OPTIONS: dict[str, dict[str, Any]] = {
+    "no tokens": {"max_tokens": 0},
+    "negative temperature": {"temperature": -1.0},
+    "temperature that is no number": {"temperature": float("nan")},
+    "top-p 0": {"top_p": 0.0},
+    "top-p above 1": {"top_p": 1.5},
+    "negative seed": {"seed": -1},
+}
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
+def test_options_out_of_range_are_config_errors(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="must be"):
+        GenerateOptions(**options)
+
+
+@pytest.fixture
+def damaged(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint with one flipped bit in its model card."""
+    copy = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    data = bytearray((copy / "README.md").read_bytes())
+    data[100] ^= 1
+    (copy / "README.md").write_bytes(data)
+    return copy
+
+
+def test_a_damaged_folder_is_refused_unless_checking_is_turned_off(damaged: Path) -> None:
+    with pytest.raises(DigestError, match=r"README.md is damaged"):
+        text_of(damaged)
+    assert text_of(damaged, verify=False)
+
+
+def test_a_checkpoint_of_another_run_is_refused(folder: Path) -> None:
+    with pytest.raises(VerificationError):
+        text_of(folder, run_id=b"x" * 20)
+
+
+def test_a_folder_without_a_model_is_a_data_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="no model that can be opened"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_opens_with_equal_logits_and_its_tokenizer(family: str, tmp_path: Path) -> None:
+    published = publish(tmp_path / "c", family)
+    model, tokenizer = open_checkpoint(published.made.folder)
+    ids = tokenizer.encode(TEXT)
+    assert ids == published.tokenizer.encode(TEXT).ids
+    assert logits_of(model, ids) == logits_of(published.model, ids)
+    greedy = GenerateOptions(max_tokens=4, temperature=0, device="cpu")
+    assert "".join(generate(published.made.folder, "The quick", greedy))
+
+
+def test_top_p_draws_only_from_the_smallest_likely_set() -> None:
+    import torch
+
+    logits_V = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(temperature: float, top_p: float) -> set[int]:
+        return {draw(logits_V, temperature, top_p, generator) for _ in range(300)}
+
+    assert drawn(1.0, 1.0) == {0, 1, 2, 3}
+    assert drawn(1.0, 0.79) == {0, 1}
+    assert drawn(1.0, 0.01) == {0}
+    assert drawn(0.0, 1.0) == {0}
+
+
+def test_a_model_whose_output_is_not_finite_is_a_data_error() -> None:
+    import torch
+
+    with pytest.raises(DataError, match="not finite"):
+        draw(torch.tensor([1.0, float("nan")]), 1.0, 1.0, torch.Generator())
+
+
+class Coordinator:
+    """The coordinator's answers to a researcher: the run, and its one checkpoint."""
+
+    def __init__(self, made: SignedCheckpoint, seed: Transport) -> None:
+        self.made = made
+        self.run = RunInfo(
+            spec=verify_folder(made.folder, made.run_id).provenance.spec,
+            signed_spec=made.signed_spec,
+            genesis=Genesis(run_id=made.run_id, voters=[seed.public_key]),
+            signed_genesis=made.signed_spec,
+            seed_addresses=seed.addresses,
+            manifest_bytes=b"",
+            tokenizer_bytes=b"",
+            clock_offset_s=0.0,
+        )
+
+    async def get_run(self) -> RunInfo:
+        return self.run
+
+    async def checkpoint(self, round_number: int) -> Signed:
+        assert round_number == 0
+        return self.made.signed_manifest
+
+    async def close(self) -> None:
+        pass
+
+
+def test_swarm_download_fetches_over_libp2p_from_the_seed_peer(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = published.made
+    store = ChunkStore(tmp_path / "store", 0)
+    store.add_source(FileChunks(made.folder, made.manifest))
+    invite = Invite(run_id=made.run_id, tls_pin=b"t" * 32, addresses=("localhost:1",))
+
+    async def scenario() -> Report:
+        config = NetworkConfig(run_id=made.run_id, clock=time.time, directory_keys=("status-0",))
+        seed = await open_network(config, Identity.generate())
+        try:
+            await seed.serve(CHUNK_METHOD, store.handle_chunk)
+
+            async def connect(invite: Invite) -> Coordinator:
+                return Coordinator(made, seed)
+
+            monkeypatch.setattr(CoordinatorClient, "connect", connect)
+            downloading = researcher.download_checkpoint(invite, 0, tmp_path / "out", False)
+            return await asyncio.wait_for(downloading, 60)
+        finally:
+            await seed.close()
+
+    report = asyncio.run(scenario())
+    assert report.ok
+    assert report.folder == tmp_path / "out" / "round-000010"

@@ -1,0 +1,202 @@
+"""Whole rounds of a simulated swarm, healthy and hurt. Every test ends with equal state digests."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.simulation.swarm_in_memory import PHASES, SimulatedSwarm
+from tests.simulation.virtual_time import run
+
+
+async def start(folder: Path, volunteers: int = 3, **rounds: object) -> SimulatedSwarm:
+    swarm = SimulatedSwarm(folder, **rounds)
+    await swarm.start_seed()
+    for index in range(volunteers):
+        await swarm.start_volunteer(f"v{index}")
+    return swarm
+
+
+def test_healthy_rounds_commit_and_leave_all_replicas_equal(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        swarm = await start(tmp_path)
+        names = ["seed", "v0", "v1", "v2"]
+        await swarm.until_round(6, names)
+        swarm.assert_equal_states()
+        record = swarm.peers["seed"].commits[-1].record
+        contributors = {share.peer_key for part in record.parts for share in part.shares}
+        assert contributors == {swarm.peers[name].key for name in names[1:]}, "all volunteers are in"
+        assert all(part.digest for part in record.parts), "no part is absent"
+
+    run(scenario())
+
+
+def test_a_round_moves_the_anchor_by_the_weighted_average(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        swarm = await start(tmp_path)
+        before = swarm.anchor
+        await swarm.until_round(1, ["seed"])
+        moved = swarm.peers["seed"].exchange.shard.anchor - before
+        # the replicas of one round drift by noise of a known size; an average that averaged nothing would not move
+        assert 0.0005 < float(np.abs(moved).mean()) < 0.05
+
+    run(scenario())
+
+
+# A peer sends one promise and one vote per ballot; the other messages go to several.
+MOMENTS = [(phase, nth) for phase in PHASES for nth in (1, 2) if nth == 1 or phase not in ("promise", "vote")]
+
+
+@pytest.mark.parametrize(("phase", "nth"), MOMENTS)
+@pytest.mark.parametrize("round_number", [3, 4])
+def test_whoever_is_killed_in_a_phase_the_others_go_on_and_stay_equal(
+    tmp_path: Path, round_number: int, phase: str, nth: int
+) -> None:
+    async def scenario() -> None:
+        swarm = await start(tmp_path)
+        victims = swarm.fail_at(None, round_number, phase, nth=nth)
+        names = {"seed", "v0", "v1", "v2"}
+        await swarm.until_round(2, sorted(names))
+        await swarm.until(lambda: bool(victims), "the fault happened", at_most_s=120)
+        await swarm.until_round(round_number + 3, sorted(names - set(victims)))
+        await swarm.restart(victims[0])
+        await swarm.until_round(swarm.peers["v0" if victims != ["v0"] else "v1"].round + 2, sorted(names))
+        swarm.assert_equal_states()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_kills_stalls_partitions_and_restarts_never_part_the_replicas(tmp_path: Path, seed: int) -> None:
+    async def scenario() -> None:
+        rng = random.Random(seed)
+        swarm = await start(tmp_path, volunteers=4)
+        names = ["seed", "v0", "v1", "v2", "v3"]
+        for _ in range(6):
+            await asyncio.sleep(rng.uniform(1, 15))
+            victim = rng.choice(names)
+            fault = rng.choice(["kill", "stall", "mute", "one-way"])
+            key = swarm.peers[victim].key
+            others = [peer.key for name, peer in swarm.peers.items() if name != victim]
+            if fault == "kill":
+                swarm.kill(victim)
+            elif fault == "stall":
+                swarm.network.stalled.add(key)
+            elif fault == "mute":
+                swarm.network.blocked |= {(key, other) for other in others}
+            else:
+                swarm.network.blocked.add((key, rng.choice(others)))
+            await asyncio.sleep(rng.uniform(1, 40))
+            swarm.network.stalled.clear()
+            swarm.network.blocked.clear()
+            if fault == "kill":
+                await swarm.restart(victim)
+        reached = max(swarm.peers[name].round for name in names)
+        assert reached >= 3, "rounds went on between the faults"
+        await swarm.until_round(reached + 2, names)
+        swarm.assert_equal_states()
+
+    run(scenario())
+
+
+def test_a_late_volunteer_joins_and_is_counted(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        swarm = await start(tmp_path)
+        await swarm.until_round(6, ["seed"])
+        late = await swarm.start_volunteer("late")
+        reached = swarm.peers["seed"].round + 4
+        await swarm.until_round(reached, ["seed", "late", "v0"])
+        swarm.assert_equal_states()
+        assert any(committed.counted for committed in late.commits)
+
+    run(scenario())
+
+
+def test_a_killed_volunteer_restarts_from_its_own_disk(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        swarm = await start(tmp_path)
+        await swarm.until_round(5, ["v0", "v1", "v2"])
+        swarm.kill("v1")
+        await swarm.until_round(8, ["seed", "v0", "v2"])
+        restarted = await swarm.restart("v1")
+        assert restarted.exchange.head.round >= 4, "it starts from its own newest state, not from genesis"
+        await swarm.until_round(11, ["seed", "v0", "v1", "v2"])
+        swarm.assert_equal_states()
+
+    run(scenario())
+
+
+def test_a_stalled_volunteer_is_waited_for_only_so_long_and_catches_up(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        swarm = await start(tmp_path)
+        await swarm.until_round(2, ["seed", "v0", "v1", "v2"])
+        key = swarm.peers["v2"].key
+        swarm.network.stalled.add(key)
+        others = [peer.key for name, peer in swarm.peers.items() if name != "v2"]
+        swarm.network.blocked |= {(key, other) for other in others}
+        await swarm.until_round(5, ["seed", "v0", "v1"])
+        swarm.network.stalled.clear()
+        swarm.network.blocked.clear()
+        await swarm.until_round(8, ["seed", "v0", "v1", "v2"])
+        swarm.assert_equal_states()
+
+    run(scenario())
+
+
+def test_a_whole_swarm_that_died_restarts_from_its_disks(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        swarm = await start(tmp_path)
+        names = ["seed", "v0", "v1", "v2"]
+        await swarm.until_round(5, names)
+        for name in names:
+            swarm.kill(name)
+        committed = max(swarm.peers[name].round for name in names)
+        for name in names:
+            await swarm.restart(name)
+        await swarm.until_round(committed + 3, names)
+        swarm.assert_equal_states()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("hostile", ["nan", "wrong size", "other round", "huge weight"])
+def test_a_hostile_contribution_is_left_out_and_harms_nobody(tmp_path: Path, hostile: str) -> None:
+    async def scenario() -> None:
+        swarm = await start(tmp_path)
+        bad = swarm.peers["v2"]
+        machine_send = bad.transport.call
+
+        async def call(peer: bytes, method: str, request: bytes, **options: object) -> bytes:
+            from swarm.proto.round_pb2 import RoundMessage
+
+            if method == "round":
+                message = RoundMessage.FromString(request)
+                if message.WhichOneof("body") == "contribution":
+                    encoded = message.contribution.encoded
+                    if hostile == "nan":
+                        message.contribution.encoded = b"\xff" * len(encoded)
+                    elif hostile == "wrong size":
+                        message.contribution.encoded = encoded + b"\0"
+                    elif hostile == "other round":
+                        message.round += 1
+                    else:
+                        message.contribution.weight_tokens = 10**12
+                    request = message.SerializeToString()
+            return await machine_send(peer, method, request, **options)  # type: ignore[arg-type]
+
+        bad.transport.call = call  # type: ignore[method-assign]
+        await swarm.until_round(3, ["seed", "v0", "v1"])
+        swarm.assert_equal_states()
+        for committed in swarm.peers["seed"].commits:
+            for part in committed.record.parts:
+                if part.digest and bad.key in {share.peer_key for share in part.shares}:
+                    # its own part is the one place where its contribution did not travel
+                    assert len(part.shares) >= 1
+        honest = swarm.peers["v0"].exchange.shard.anchor
+        assert np.isfinite(honest).all() and float(np.abs(honest - swarm.anchor).max()) < 1.0
+
+    run(scenario())

@@ -1,0 +1,146 @@
+"""The bytes of a call: what is sent arrives, and hostile bytes get a named error before memory is used for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import pytest
+
+from peer import call_stream
+from peer.call_stream import Traffic
+from peer.transport import FRAME_BYTES
+from swarm.errors import AlreadyRunning, NetworkError, ProtocolError, SwarmError
+from swarm.proto.round_pb2 import Frame
+
+T = TypeVar("T")
+
+
+class Sink:
+    """As much of a StreamWriter as a call needs."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def write(self, data: bytes) -> None:
+        self.data += data
+
+    async def drain(self) -> None:
+        return
+
+
+def sent(send: Callable[[Any], Awaitable[None]]) -> bytes:
+    sink = Sink()
+
+    async def whole() -> None:
+        await send(sink)
+
+    asyncio.run(whole())
+    return bytes(sink.data)
+
+
+def received(raw: bytes, receive: Callable[[asyncio.StreamReader], Awaitable[T]]) -> T:
+    async def whole() -> T:
+        reader = asyncio.StreamReader()
+        reader.feed_data(raw)
+        reader.feed_eof()
+        return await receive(reader)
+
+    return asyncio.run(whole())
+
+
+def traffic(limit_bytes: int = 1 << 30) -> Traffic:
+    return Traffic(limit_bytes)
+
+
+@pytest.mark.parametrize("size", [0, 1, FRAME_BYTES - 1, FRAME_BYTES, 3 * FRAME_BYTES + 7])
+def test_a_request_and_its_deadline_arrive(size: int) -> None:
+    payload = bytes(range(256)) * (size // 256 + 1)
+    payload = payload[:size]
+    raw = sent(lambda writer: call_stream.send_request(writer, payload, 1.5, traffic()))
+
+    async def receive(reader: asyncio.StreamReader) -> tuple[float, bytearray]:
+        return await call_stream.receive_timeout_s(reader), await call_stream.receive_message(reader, size, traffic())
+
+    assert received(raw, receive) == (1.5, payload)
+
+
+@pytest.mark.parametrize("size", [0, FRAME_BYTES - 1, FRAME_BYTES, 2 * FRAME_BYTES])
+def test_a_response_arrives_up_to_the_byte_that_is_allowed(size: int) -> None:
+    raw = sent(lambda writer: call_stream.send_response(writer, bytes(size), traffic()))
+    counted = traffic()
+    assert received(raw, lambda reader: call_stream.receive_response(reader, size, counted)) == bytes(size)
+    assert counted.received_bytes == size
+    if size:
+        with pytest.raises(ProtocolError):
+            received(raw, lambda reader: call_stream.receive_response(reader, size - 1, traffic()))
+
+
+def error_response(error: SwarmError) -> bytes:
+    return sent(lambda writer: call_stream.send_error(writer, error, traffic()))
+
+
+def test_a_named_error_comes_back_as_itself() -> None:
+    with pytest.raises(AlreadyRunning, match="twice"):
+        received(
+            error_response(AlreadyRunning("twice")),
+            lambda reader: call_stream.receive_response(reader, 0x1000, traffic()),
+        )
+
+
+class Homemade(SwarmError):
+    """A class that swarm.errors does not have."""
+
+
+@pytest.mark.parametrize(
+    ("case", "error", "expected"),
+    [
+        ("a class of no name here", Homemade("strange"), "strange"),
+        ("control characters", NetworkError("a\x1b[2Jb\nc"), "a [2Jb c"),
+        ("a very long text", NetworkError("x" * 10_000), "x" * 512),
+    ],
+)
+def test_a_peers_error_is_made_harmless(case: str, error: SwarmError, expected: str) -> None:
+    with pytest.raises(NetworkError) as caught:
+        received(error_response(error), lambda reader: call_stream.receive_response(reader, 1 << 20, traffic()))
+    assert type(caught.value) is NetworkError and str(caught.value) == expected
+
+
+def framed(data: bytes) -> bytes:
+    raw = Frame(data=data).SerializeToString()
+    return len(raw).to_bytes(4, "big") + raw
+
+
+END = bytes(4)
+HOSTILE = [
+    ("a frame of four gigabytes", b"\xff\xff\xff\xff"),
+    ("a frame just too large", framed(bytes(FRAME_BYTES + 1))),
+    ("more frames than allowed", framed(bytes(FRAME_BYTES)) * 3 + END),
+    ("a frame that is no Frame", b"\0\0\0\4\xff\xff\xff\xff"),
+    ("a frame without data", b"\0\0\0\2\x0a\x00" + END),
+    ("no status", END),
+    ("an unknown status", framed(b"\x07hello") + END),
+]
+
+
+@pytest.mark.parametrize("raw", [raw for _, raw in HOSTILE], ids=[name for name, _ in HOSTILE])
+def test_a_hostile_response_is_a_protocol_error(raw: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        received(raw, lambda reader: call_stream.receive_response(reader, 2 * FRAME_BYTES, traffic()))
+
+
+@pytest.mark.parametrize("raw", [b"", b"\0\0", framed(b"\0hello"), framed(b"\0hello")[:-2]], ids=repr)
+def test_a_stream_that_ends_early_is_noticed(raw: bytes) -> None:
+    with pytest.raises(asyncio.IncompleteReadError):
+        received(raw, lambda reader: call_stream.receive_response(reader, 100, traffic()))
+
+
+def test_requests_that_together_fill_the_memory_are_refused_and_release_it() -> None:
+    full = traffic(FRAME_BYTES + 10)
+    raw = framed(bytes(FRAME_BYTES)) * 2 + END
+    with pytest.raises(NetworkError, match="busy"):
+        received(raw, lambda reader: call_stream.receive_message(reader, 1 << 30, full, hold=True))
+    assert full.held_bytes == 0
+    message = received(framed(b"x" * 10) + END, lambda r: call_stream.receive_message(r, 100, full, hold=True))
+    assert (len(message), full.held_bytes) == (10, 10)
