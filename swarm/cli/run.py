@@ -115,9 +115,9 @@ def start(
         voice.say(
             "started", {"run": prepared.spec.name, "run id": prepared.spec.run_id.hex(), "invite": invite.encode()}
         )
-        jobs = [asyncio.ensure_future(stop.wait())]
+        jobs: list[asyncio.Task[Any]] = [asyncio.create_task(stop.wait())]
         if with_seed:
-            jobs.append(asyncio.ensure_future(keep_seed_peer(prepared, invite, options, voice.hear_line)))
+            jobs.append(asyncio.create_task(keep_seed_peer(prepared, invite, options, voice.hear_line)))
         try:
             done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
             for job in done:
