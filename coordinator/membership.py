@@ -16,7 +16,7 @@ from coordinator.run import Run
 from coordinator.store import ReportRow, Store
 from swarm import run_spec
 from swarm.digest import DIGEST_BYTES, sha256
-from swarm.errors import ConfigError, ProtocolError
+from swarm.errors import NotAdmitted, ProtocolError
 from swarm.identity import peer_id_of, verify
 from swarm.proto.common_pb2 import Admission, Signed
 from swarm.proto.coordinator_pb2 import AdmitPayload, ReportPayload
@@ -38,7 +38,7 @@ _MAX_ADDRESSES_PER_PEER = 8
 def admit(run: Run, store: Store, request: Signed, now_unix_ms: int) -> Signed:
     """The signed `Admission` of whoever signed ``request``.
 
-    Raises `SignatureError`, `ProtocolError`, and `ConfigError` for a peer that the run's rules keep out.
+    Raises `SignatureError`, `ProtocolError`, and `NotAdmitted` for a peer that the run's rules keep out.
     """
     raw = verify(request, ADMIT_CONTEXT, run.run_id)
     try:
@@ -50,7 +50,7 @@ def admit(run: Run, store: Store, request: Signed, now_unix_ms: int) -> Signed:
     check_seed_addresses(payload.seed_addresses, request.signer, run.seed_peers)
     reason = refusal(run.spec.admission, request.signer, payload.token, run.seed_peers)
     if reason is not None:
-        raise ConfigError(f"not admitted: {reason}", "ask the organizer of the run for an invite")
+        raise NotAdmitted(f"not admitted: {reason}", "ask the organizer of the run for an invite")
     expires_unix_s = now_unix_ms // 1000 + ADMISSION_LIFETIME_S
     store.admit(request.signer, expires_unix_s * 1000, now_unix_ms, MAX_PEERS)
     if payload.seed_addresses:
@@ -62,7 +62,7 @@ def admit(run: Run, store: Store, request: Signed, now_unix_ms: int) -> Signed:
 def report(run: Run, store: Store, request: Signed, now_unix_ms: int) -> None:
     """Write down what an admitted peer reports; one that arrives twice or late changes nothing.
 
-    Raises `SignatureError`, `ProtocolError`, and `ConfigError` for a peer that is not (or no longer) admitted.
+    Raises `SignatureError`, `ProtocolError`, and `NotAdmitted` for a peer that is not (or no longer) admitted.
     """
     raw = verify(request, REPORT_CONTEXT, run.run_id)
     try:
@@ -71,7 +71,7 @@ def report(run: Run, store: Store, request: Signed, now_unix_ms: int) -> None:
         raise ProtocolError("a report cannot be read") from error
     peer = store.peer(request.signer)
     if peer is None or peer.admitted_until_unix_ms <= now_unix_ms:
-        raise ConfigError("only admitted peers report", "ask for admission first, or again")
+        raise NotAdmitted("only admitted peers report", "ask for admission first, or again")
     check_fresh(payload.sent_unix_ms, now_unix_ms)
     check_seed_addresses(payload.seed_addresses, request.signer, run.seed_peers)
     row = checked_report(payload)

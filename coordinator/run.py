@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from swarm import data_manifest, digest, log, run_spec
 from swarm.errors import ConfigError
 from swarm.identity import Identity
-from swarm.invite import RUN_ID_BYTES
 from swarm.proto.common_pb2 import Genesis, Signed
 from swarm.run_spec import RunSpec
 
@@ -51,7 +50,7 @@ def open_run(source: RunSource) -> Run:
     Raises `SpecError`, `VerificationError` or `DataError` for a part that is not what it claims, `ConfigError` for a
     publication key that the spec does not name.
     """
-    run_id = digest.sha256(b"swarm.v1 run" + source.spec.signer + source.spec.payload)[:RUN_ID_BYTES]
+    run_id = run_spec.run_id_of(source.spec.signer, source.spec.payload)
     spec = run_spec.parse_signed(source.spec, run_id)
     genesis = log.parse_genesis(source.genesis, run_id, bytes.fromhex(spec.organizer_key), spec.num_shards)
     data_manifest.parse(source.data_manifest, spec.data.manifest_digest)

@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from peer.chunk_store import disk_errors, fsync_folder, write_durably
 from swarm import manifest as manifests
 from swarm.data_manifest import TOKENIZER_NAME, DataManifest
 from swarm.digest import sha256
 from swarm.errors import DataError
+from swarm.files import disk_errors, fsync_folder, write_durably
 from swarm.manifest import FILE_CHUNK_BYTES, CheckpointFile, CheckpointManifest
 from swarm.proto.common_pb2 import Signed
 from swarm.run_spec import RunSpec

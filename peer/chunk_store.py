@@ -10,14 +10,11 @@ place by sources, without a copy.
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
-import secrets
 import stat
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +24,7 @@ from peer.transport import MAX_CALL_BYTES
 from swarm.data_manifest import DataManifest
 from swarm.digest import DIGEST_BYTES, sha256
 from swarm.errors import DiskFull, NetworkError, ProtocolError
+from swarm.files import TEMPORARY_PREFIX, disk_errors, fsync_folder, write_durably
 from swarm.manifest import FILE_CHUNK_BYTES, CheckpointManifest
 from swarm.proto.round_pb2 import ChunkReply, ChunkRequest
 
@@ -36,46 +34,9 @@ MAX_BLOB_BYTES = MAX_CALL_BYTES - REPLY_OVERHEAD_BYTES
 MAX_REQUEST_BYTES = 64
 MAX_READS_AT_ONCE = 4
 MAX_READS_WAITING = 256
-TEMPORARY_PREFIX = ".tmp-"
-_DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 Source = Callable[[bytes], bytes | None]
 """digest -> the bytes, or None; what it returns is verified before it is used."""
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" into `DiskFull` that names ``path``."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _DISK_FULL_ERRNOS:
-            raise DiskFull(f"no space left for {path}", "free some space, or choose another folder") from error
-        raise
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write ``path`` so that after a crash it holds all of ``data`` or what it held before. Raises `DiskFull`."""
-    temporary = path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
-    try:
-        with disk_errors(path):
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            fsync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peer.chunk_store import disk_errors, token_shard_source, write_durably
 from swarm import digest
 from swarm.assignment import Reading
 from swarm.data_manifest import DataManifest, TokenShard
 from swarm.errors import DataError, DigestError, DiskFull
+from swarm.files import disk_errors, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -199,18 +199,3 @@ class TokenReader:
                 + (f", of which validation needs {used}" if used else ""),
                 "allow the data cache more space",
             )
-
-
-class LocalTokenFiles:
-    """Token shards of a prepared folder by digest, as a seed peer serves them; every read is verified."""
-
-    def __init__(self, manifest: DataManifest, folder: Path) -> None:
-        self._source = token_shard_source(folder, manifest)
-
-    def read(self, key: bytes) -> bytes | None:
-        """The token shard with SHA-256 ``key``; None where the manifest has none, or its file is gone or damaged."""
-        data = self._source(key)
-        if data is not None and digest.sha256(data) != key:
-            logger.warning("the file of token shard %s is damaged: run `swarm data verify`", key.hex())
-            return None
-        return data

@@ -21,13 +21,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peer.checkpoint import write_signed
-from peer.chunk_store import TEMPORARY_PREFIX, FileRange, disk_errors, fsync_folder, read_range
+from peer.chunk_store import FileRange, read_range
 from peer.fetch import MAX_HOLDERS, FetchLimits, HolderBook, Wanted, fetch_many
 from peer.statuses import StatusRules, read_statuses, status_key
 from peer.transport import Transport
 from peer.verify import Provenance, Report, check_provenance, read_provenance, verify_folder
 from swarm.digest import sha256
 from swarm.errors import AlreadyRunning, ConfigError, DataError, DiskFull, NetworkError, SwarmError, VerificationError
+from swarm.files import TEMPORARY_PREFIX, disk_errors, fsync_folder
 from swarm.manifest import FILE_CHUNK_BYTES, MANIFEST_FILE, CheckpointFile, CheckpointManifest
 from swarm.proto.common_pb2 import Signed
 

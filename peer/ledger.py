@@ -20,11 +20,12 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from peer.chunk_store import ChunkStore, disk_errors, fsync_folder, write_durably
+from peer.chunk_store import ChunkStore
 from peer.paxos import Acceptor
 from peer.shard import Shard, load_state, state_bytes
 from swarm import digest
 from swarm.errors import DigestError, NotFound
+from swarm.files import disk_errors, fsync_folder, write_durably
 from swarm.log import LogHead, verify_commit
 from swarm.proto.round_pb2 import Commit, Record, StateReply
 from swarm.run_spec import RunSpec

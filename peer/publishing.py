@@ -61,19 +61,23 @@ class CheckpointMaker:
         self._waiting: asyncio.Queue[StateCopy] = asyncio.Queue(MAX_WAITING)
         self._served: list[tuple[int, FileChunks]] = []
 
-    def resume(self, run_id: bytes, publication_key: bytes) -> list[int]:
-        """Serve the published checkpoints that lie here from before; their rounds."""
+    def resume(self, run_id: bytes, publication_key: bytes) -> int:
+        """Serve the published checkpoints that lie here from before; the newest's round (0: none).
+
+        Folders that were never published go away: they are made again when their round is offered again.
+        """
         for folder in self._template.folder.glob("checkpoint-*"):
             try:
                 signed = Signed.FromString((folder / manifests.SIGNATURE_FILE).read_bytes())
                 manifest = manifests.parse_signed(signed, run_id, publication_key)
             except (OSError, DecodeError, SwarmError):
-                continue  # never published: it is made again when its round is offered again
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
             self._served.append((manifest.round, FileChunks(folder, manifest)))
         self._served.sort(key=_round_of)
         for _, chunks in self._served:
             self._chunks.add_source(chunks)
-        return [number for number, _ in self._served]
+        return max((number for number, _ in self._served), default=0)
 
     def offer(self, state: StateCopy) -> None:
         """Make a checkpoint of this state in the background; where too many wait already, this one is left out."""

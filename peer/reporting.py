@@ -9,15 +9,16 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from peer.ledger import Ledger
-from swarm.errors import SwarmError
+from swarm.errors import NotAdmitted, SwarmError
 from swarm.proto.coordinator_pb2 import ReportPayload
 from swarm.proto.round_pb2 import Commit
 
 INTERVAL_S = 10.0
+RENEW_INTERVAL_S = 24 * 3600.0
 COMMITS_PER_CALL = 32
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,16 @@ class Coordinator(Protocol):
 class Reporter:
     """``describe`` fills in what the peer is doing now; losses measured per round wait here until they are told."""
 
-    def __init__(self, coordinator: Coordinator, ledger: Ledger, describe: Callable[[], ReportPayload]) -> None:
-        self._coordinator, self._ledger, self._describe = coordinator, ledger, describe
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        ledger: Ledger,
+        describe: Callable[[], ReportPayload],
+        renew: Callable[[], Awaitable[None]],
+    ) -> None:
+        """``renew`` asks for admission again."""
+        self._coordinator, self._ledger, self._describe, self._renew = coordinator, ledger, describe, renew
+        self._renewed_at = asyncio.get_running_loop().time()
         self._validation: dict[int, float] = {}
         self._news = asyncio.Event()
         self._last_sent_unix_ms = 0
@@ -55,9 +64,19 @@ class Reporter:
                 await asyncio.wait_for(self._news.wait(), INTERVAL_S)
             self._news.clear()
             try:
+                await self._renew_when_due()
                 await self.tell()
+            except NotAdmitted as error:
+                log.warning("the coordinator does not admit us any more: %s", error)
+                self._renewed_at = -math.inf
             except SwarmError as error:
                 log.info("the coordinator was not told: %s", error)
+
+    async def _renew_when_due(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._renewed_at > RENEW_INTERVAL_S:
+            await self._renew()
+            self._renewed_at = now
 
     async def tell(self) -> None:
         """Tell everything once. Raises what the call raises."""

@@ -101,7 +101,7 @@ class Peer:
                 clock=joined.clock,
             )
         )
-        self.reporter = Reporter(joined.client, joined.ledger, self._report)
+        self.reporter = Reporter(joined.client, joined.ledger, self._report, self._renew_admission)
         self.checkpoints = CheckpointMaker(self._template(), joined.chunks, self._on_checkpoint)
         self._finished = asyncio.Event()
         self._told: Stats = Stats()
@@ -112,8 +112,10 @@ class Peer:
     async def live(self, stop: asyncio.Event) -> None:
         """Serve, train and make rounds, until the run ends or the person does."""
         await self.member.serve()
-        served = self.checkpoints.resume(self.spec.run_id, bytes.fromhex(self.spec.publication_key))
-        self.words.checkpoint_round = max(served, default=0)
+        self.words.checkpoint_round = self.checkpoints.resume(
+            self.spec.run_id, bytes.fromhex(self.spec.publication_key)
+        )
+        self._offer_checkpoint_again()
         await self._start_training()
         self.watch(News(kind="ready", values={"round": self.exchange.head.round, "device": self.device}))
         jobs = [
@@ -184,10 +186,9 @@ class Peer:
         record, head = committed.record, committed.head
         if self.training is not None:
             self.training.follow(head)
-        anchor_copy = None
         if schedule.is_checkpoint_round(self.spec, head.round, head.total_tokens):
-            anchor_copy = self.exchange.shard.anchor.copy()
-            self.checkpoints.offer(StateCopy(head=head, state_digest=committed.state_digest, anchor=anchor_copy))
+            anchor = self.exchange.shard.anchor.copy()
+            self.checkpoints.offer(StateCopy(head=head, state_digest=committed.state_digest, anchor=anchor))
         contributors = {share.peer_key for part in record.parts for share in part.shares}
         if self.training is not None and self._evaluates(head.round, contributors):
             self._evaluate(head.round)
@@ -200,6 +201,14 @@ class Peer:
         self.watch(News(kind="commit", values=values))
         self.reporter.tell_soon()
         self._consider_end()
+
+    def _offer_checkpoint_again(self) -> None:
+        """A checkpoint that a crash kept from being made or published, where the state still is that of its round."""
+        head, shard = self.exchange.head, self.exchange.shard
+        due = head.round > 0 and schedule.is_checkpoint_round(self.spec, head.round, head.total_tokens)
+        if due and self.words.checkpoint_round < head.round:
+            state = StateCopy(head=head, state_digest=shard.state_digest, anchor=shard.anchor.copy())
+            self.checkpoints.offer(state)
 
     def _on_checkpoint(self, round_number: int) -> None:
         self.words.checkpoint_round = max(self.words.checkpoint_round, round_number)
@@ -268,6 +277,10 @@ class Peer:
             "received bytes": received,
             "disk bytes": self.joined.chunks.used_bytes,
         }
+
+    async def _renew_admission(self) -> None:
+        addresses = () if self.training is not None else self.transport.addresses
+        self.words.admission = await self.joined.client.admit(None, addresses)
 
     def _report(self) -> ReportPayload:
         stats = self.training.stats if self.training is not None else Stats()

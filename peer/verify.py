@@ -25,7 +25,6 @@ from swarm.data_manifest import TOKENIZER_NAME
 from swarm.digest import sha256
 from swarm.errors import DataError, DigestError, SignatureError, SpecError, VerificationError
 from swarm.identity import PUBLIC_KEY_BYTES, SIGNATURE_BYTES
-from swarm.invite import RUN_ID_BYTES
 from swarm.manifest import (
     FILE_CHUNK_BYTES,
     MANIFEST_FILE,
@@ -145,7 +144,7 @@ def read_provenance(folder: Path, run_id: bytes | None) -> Provenance:
 def check_provenance(signed_spec: Signed, signed_manifest: Signed, run_id: bytes | None) -> Provenance:
     """Spec and manifest, once both signatures are right and both belong to the run."""
     if run_id is None:
-        run_id = sha256(b"swarm.v1 run" + signed_spec.signer + signed_spec.payload)[:RUN_ID_BYTES]
+        run_id = run_spec.run_id_of(signed_spec.signer, signed_spec.payload)
     try:
         spec = run_spec.parse_signed(signed_spec, run_id)
     except SpecError as error:

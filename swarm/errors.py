@@ -3,7 +3,8 @@
     SwarmError                     70  a bug or an unexpected state
     ├── ConfigError                78  the user can fix it; the message says how
     │   ├── SpecError                  a run spec or run file that does not hold together
-    │   └── AlreadyRunning         75  a second process uses the same key or folder
+    │   ├── AlreadyRunning         75  a second process uses the same key or folder
+    │   └── NotAdmitted            77  the run's rule, or the lack of an admission, keeps this peer out
     ├── DataError                  65  input files or strings that cannot be used
     │   └── InviteError                an invite that is cut short, mistyped or of another version
     ├── NetworkError               69  somebody cannot be reached; trying again may help
@@ -46,6 +47,10 @@ class SpecError(ConfigError):
 
 class AlreadyRunning(ConfigError):
     exit_code = 75
+
+
+class NotAdmitted(ConfigError):
+    exit_code = 77
 
 
 class DataError(SwarmError):

@@ -183,7 +183,7 @@ class RunSpec(Rules):
     @property
     def run_id(self) -> bytes:
         """20 bytes that bind the organizer's key and every rule."""
-        return sha256(b"swarm.v1 run" + bytes.fromhex(self.organizer_key) + self.canonical_bytes())[:RUN_ID_BYTES]
+        return run_id_of(bytes.fromhex(self.organizer_key), self.canonical_bytes())
 
 
 def parse_section(model: type[BaseModel], values: Any, where: str) -> Any:
@@ -197,12 +197,17 @@ def parse_section(model: type[BaseModel], values: Any, where: str) -> Any:
         raise SpecError(f"{where}: " + "; ".join(lines), "correct the file and try again") from error
 
 
+def run_id_of(organizer_key: bytes, spec_bytes: bytes) -> bytes:
+    """The run id of a spec as it was signed; `parse_signed` says whether the spec holds together."""
+    return sha256(b"swarm.v1 run" + organizer_key + spec_bytes)[:RUN_ID_BYTES]
+
+
 def parse_signed(signed: Signed, run_id: bytes) -> RunSpec:
     """The spec inside ``signed``, once it is the spec of this run and its own organizer signed it."""
     if len(signed.payload) > MAX_SPEC_BYTES:
         raise SpecError(f"the run spec is larger than {MAX_SPEC_BYTES} bytes")
     key = signed.signer
-    if sha256(b"swarm.v1 run" + key + signed.payload)[:RUN_ID_BYTES] != run_id:
+    if run_id_of(key, signed.payload) != run_id:
         raise SpecError(
             "the run spec is not the one that the invite names (changed, or signed by another key)",
             "ask the organizer for a fresh invite; do not join this one",

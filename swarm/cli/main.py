@@ -34,6 +34,7 @@ Exit codes (sysexits.h):
   74  the machine lacks something: disk, device, port
   75  already running with the same key or folder
   76  bytes that are not what they claim; do not use them
+  77  this peer is not admitted to the run
   78  a setting is wrong; the message says which
   130 interrupted
   141 whoever read the output is gone"""

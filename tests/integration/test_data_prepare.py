@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import zstandard
 
-from peer.data import LocalTokenFiles, ReaderOptions, TokenReader
+from peer.chunk_store import token_shard_source
+from peer.data import ReaderOptions, TokenReader
 from swarm import assignment, data_manifest
 
 PACKAGES = tuple(Path(asyncio.__file__).parents[1] / name for name in ("json", "email", "asyncio"))
@@ -85,10 +86,10 @@ def test_show_and_verify_say_what_was_prepared(standard_library: Path) -> None:
 
 def test_a_peer_reads_from_a_seed_peers_folder(standard_library: Path, tmp_path: Path) -> None:
     manifest = data_manifest.load(standard_library)
-    local = LocalTokenFiles(manifest, standard_library)
+    source = token_shard_source(standard_library, manifest)
 
     async def fetch(digest: bytes, size: int) -> bytes:
-        data = local.read(digest)
+        data = source(digest)
         assert data is not None and len(data) == size
         return data
 

@@ -39,8 +39,11 @@ def run(main: Coroutine[Any, Any, T], *, at_most_s: float = 3600.0) -> T:
     try:
         return loop.run_until_complete(asyncio.wait_for(main, at_most_s))
     finally:
-        tasks = asyncio.all_tasks(loop)
-        for task in tasks:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.run_until_complete(_cancel(asyncio.all_tasks(loop)))
         loop.close()
+
+
+async def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from peer.data import (
     MAX_VALIDATION_SHARDS,
-    LocalTokenFiles,
     ReaderOptions,
     TokenReader,
     sequences_in,
@@ -271,15 +270,3 @@ def test_a_reading_out_of_range_is_refused(shard: int, sequence: int, said: str,
     asyncio.run(reader.ensure(0))
     with pytest.raises(DataError, match=said):
         reader.batch(Reading(token_shard=shard, sequences=(0, sequence)))
-
-
-def test_local_token_files_serve_what_matches_its_digest_and_nothing_else(tmp_path: Path) -> None:
-    data = Data([100, 90, 80], [100])
-    for shard in (*data.manifest.train, *data.manifest.validation):
-        (tmp_path / shard.file).write_bytes(data.blobs[bytes.fromhex(shard.digest)])
-    (tmp_path / "train-00001.bin").write_bytes(b"\0" * 180)
-    (tmp_path / "train-00002.bin").unlink()
-    local = LocalTokenFiles(data.manifest, tmp_path)
-    keys = [bytes.fromhex(shard.digest) for shard in (*data.manifest.train, *data.manifest.validation)]
-    assert [local.read(key) for key in keys] == [data.blobs[keys[0]], None, None, data.blobs[keys[3]]]
-    assert local.read(b"\0" * 32) is None
