@@ -57,7 +57,10 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Persist:
-    """Make the acceptor's state and these parts durable; only then perform ``then``."""
+    """Make the acceptor's state and these parts durable; only then perform ``then``.
+
+    In the order in which the machine asked: a later state speaks of parts that an earlier one brought.
+    """
 
     acceptor: Acceptor
     parts: Mapping[bytes, bytes]

@@ -1,0 +1,204 @@
+"""Round machines without a network: every message, disk write and tick is an event that a test may order as it likes.
+
+The machines are the real ones; averaging is replaced by joining bytes. A crash forgets everything except what was
+persisted before; a message may be lost, repeated, or arrive in any order.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from peer.paxos import Acceptor
+from peer.planning import Candidate
+from peer.round import RoundMachine
+from peer.round_actions import Action, Apply, Fetch, Persist, Reduce, RoundSettings, Send, TakeSnapshot, View
+from swarm.digest import sha256
+from swarm.errors import SwarmError
+from swarm.identity import Identity
+from swarm.log import VOTE_CONTEXT, LogHead, verify_commit
+from swarm.proto.round_pb2 import Record, RoundMessage
+
+RUN_ID = b"r" * 20
+STATE = b"s" * 32
+NUM_SLICES = 6
+BYTES_PER_SLICE = 4
+
+Event = Callable[[], list[Action]]
+
+
+@dataclass
+class Machine:
+    """One replica: its machine, and what survives its crashes."""
+
+    identity: Identity
+    trains: bool
+    durable: Acceptor = field(default_factory=Acceptor)
+    stored: dict[bytes, bytes] = field(default_factory=dict)
+    machine: RoundMachine | None = None
+    applied: Apply | None = None
+    writes: list[Persist] = field(default_factory=list)
+    life: int = 0
+
+    @property
+    def key(self) -> bytes:
+        return self.identity.public_key
+
+
+class Machines:
+    """``voters`` of ``size`` replicas decide; the last replica only receives, as a seed peer does."""
+
+    def __init__(self, size: int, voters: int, rng: random.Random) -> None:
+        self.rng = rng
+        self.now = 0.0
+        self.peers = [Machine(Identity(bytes([i + 1]) * 32), trains=i < size - 1) for i in range(size)]
+        self.head = LogHead(
+            run_id=RUN_ID,
+            shard=0,
+            round=4,
+            log_digest=b"l" * 32,
+            voters=tuple(peer.key for peer in self.peers[-voters:]),
+            total_tokens=100,
+        )
+        self.waiting: list[tuple[Machine, int, Event, bool]] = []
+        """(whose, in which of its lives, what, whether a network could lose or repeat it)"""
+        self.commits: set[bytes] = set()
+        for peer in self.peers:
+            self._start(peer)
+
+    def _start(self, peer: Machine) -> None:
+        settings = RoundSettings(
+            me=peer.key,
+            head=self.head,
+            founders=(self.peers[-1].key,),
+            state_digest=STATE,
+            num_slices=NUM_SLICES,
+            codec="int8",
+            part_size_bytes=lambda first, count: count * BYTES_PER_SLICE,
+            sign_vote=lambda payload: peer.identity.sign(VOTE_CONTEXT, RUN_ID, payload),
+            max_weight_tokens=1000,
+            max_members=64,
+            reduce_timeout_s=8.0,
+            takeover_timeout_s=6.0,
+        )
+        peer.machine = RoundMachine(settings, peer.durable)
+        view = View(
+            candidates=tuple(Candidate(key=p.key, trains=p.trains, upload_bps=1) for p in self.peers), ready=True
+        )
+        self._later(peer, lambda: self._machine(peer).on_view(view, self.now))
+
+    def crash(self, peer: Machine) -> None:
+        """Forget what was not persisted, and start again."""
+        peer.life += 1
+        peer.writes.clear()
+        if peer.applied is None:
+            self._start(peer)
+
+    def step(self, faults: bool) -> None:
+        """Let one thing happen: an event in any order, time passing, or a fault."""
+        roll = self.rng.random()
+        if faults and roll < 0.03:
+            self.crash(self.rng.choice(self.peers))
+        elif self.waiting and roll < 0.93:
+            peer, life, event, is_message = self.waiting.pop(self.rng.randrange(len(self.waiting)))
+            if faults and is_message and self.rng.random() < 0.1:
+                if self.rng.random() < 0.5:
+                    return  # lost
+                self.waiting.append((peer, life, event, True))  # repeated
+            self._happen(peer, life, event)
+        else:
+            self.now += self.rng.choice([0.1, 1.0, 7.0])
+            for peer in self.peers:
+                self._later(peer, lambda p=peer: self._machine(p).on_tick(self.now))
+
+    def settle(self, at_most_s: float = 300.0) -> None:
+        """No more faults: everything that is under way arrives, in any order, before time moves on."""
+        until = self.now + at_most_s
+        while self.now < until and any(peer.applied is None for peer in self.peers):
+            batch, self.waiting = self.waiting, []
+            self.rng.shuffle(batch)
+            for peer, life, event, _ in batch:
+                self._happen(peer, life, event)
+            self.now += 0.2
+            for peer in self.peers:
+                self._later(peer, lambda p=peer: self._machine(p).on_tick(self.now))
+            self._tell_who_is_behind()
+
+    def _happen(self, peer: Machine, life: int, event: Event) -> None:
+        if life != peer.life or peer.applied is not None:
+            return
+        try:
+            actions = event()
+        except SwarmError:
+            return  # refused; the sender would be told
+        for action in actions:
+            self._carry_out(peer, action)
+
+    def _carry_out(self, peer: Machine, action: Action) -> None:
+        machine = self._machine(peer)
+        if isinstance(action, Send):
+            self._send(peer, action)
+        elif isinstance(action, Persist):
+            peer.writes.append(action)  # writes happen in order, whenever they happen
+            self._later(peer, lambda: self._write(peer))
+        elif isinstance(action, TakeSnapshot):
+            encoded = [bytes([self.rng.randrange(256)]) * (p.num_slices * BYTES_PER_SLICE) for p in action.open.parts]
+            self._later(peer, lambda: machine.on_snapshot(action.ballot, 10, encoded, self.now))
+        elif isinstance(action, Reduce):
+            joined = b"".join(data for _, data in action.contributions)
+            average = sha256(joined)[:1] * (action.num_slices * BYTES_PER_SLICE)
+            shares = [share for share, _ in action.contributions]
+            data = average if shares else b""
+            self._later(peer, lambda: machine.on_reduced(action.ballot, action.part, shares, data, self.now))
+        elif isinstance(action, Fetch):
+            self._later(peer, lambda: machine.on_fetched(action.digest, self._find(action), self.now))
+        elif isinstance(action, Apply):
+            self._apply(peer, action)
+
+    def _write(self, peer: Machine) -> list[Action]:
+        action = peer.writes.pop(0)
+        peer.durable = action.acceptor
+        peer.stored.update(action.parts)
+        return list(action.then)
+
+    def _apply(self, peer: Machine, action: Apply) -> None:
+        record, _ = verify_commit(self.head, action.commit)
+        assert {part.digest for part in record.parts if part.digest} == set(action.parts), "every byte is here"
+        peer.applied = action
+        peer.stored.update(action.parts)
+        self.commits.add(sha256(action.commit.record))
+
+    def _tell_who_is_behind(self) -> None:
+        """Whoever has the commit hands it to whoever lacks it, as statuses and the log make sure of."""
+        holder = next((peer for peer in self.peers if peer.applied is not None), None)
+        if holder is None or holder.applied is None:
+            return
+        message = RoundMessage(round=self.head.round + 1, commit=holder.applied.commit)
+        for peer in self.peers:
+            if peer.applied is None:
+                self._later(peer, lambda p=peer, h=holder: self._machine(p).on_message(h.key, message, self.now))
+
+    def _send(self, sender: Machine, send: Send) -> None:
+        target = next(peer for peer in self.peers if peer.key == send.to)
+        arrival = lambda: self._machine(target).on_message(sender.key, send.message, self.now)  # noqa: E731
+        self.waiting.append((target, target.life, arrival, True))
+
+    def _find(self, action: Fetch) -> bytes | None:
+        for peer in self.peers:
+            if action.digest in peer.stored:
+                return peer.stored[action.digest]
+            if peer.machine is not None and action.digest in peer.machine._parts:
+                return peer.machine._parts[action.digest]
+        return None
+
+    def _later(self, peer: Machine, event: Event) -> None:
+        self.waiting.append((peer, peer.life, event, False))
+
+    def _machine(self, peer: Machine) -> RoundMachine:
+        assert peer.machine is not None
+        return peer.machine
+
+
+def records_of(machines: Machines) -> list[Record]:
+    return [peer.applied.record for peer in machines.peers if peer.applied is not None]

@@ -1,0 +1,149 @@
+"""The ledger: what was acknowledged is found again, what was torn is cut, what is damaged is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peer.chunk_store import ChunkStore
+from peer.ledger import Ledger, LedgerOptions
+from peer.paxos import Acceptor
+from swarm import digest
+from swarm.errors import DigestError, NotFound
+from swarm.identity import Identity
+from swarm.log import VOTE_CONTEXT, LogHead, genesis_head, next_head
+from swarm.proto.common_pb2 import Genesis, ShardGenesis
+from swarm.proto.round_pb2 import Ballot, Commit, PartResult, Record, Share, Vote
+from tests.unit.test_shard import SPEC, make_shard
+
+VOTER = Identity(b"v" * 32)
+RUN_ID = b"r" * 20
+SHARD = make_shard()
+GENESIS = Genesis(
+    run_id=RUN_ID,
+    voters=[VOTER.public_key],
+    shards=[ShardGenesis(state_digest=SHARD.state_digest, num_values=SHARD.num_values)],
+)
+
+
+def open_ledger(folder: Path, *, archive: bool = False) -> Ledger:
+    chunks = ChunkStore(folder / "chunks", 1 << 28)
+    return Ledger(folder / "shard-0", genesis_head(GENESIS, 0), chunks, LedgerOptions(archive=archive))
+
+
+def commit_after(head: LogHead, data: bytes) -> tuple[Commit, LogHead]:
+    record = Record(
+        shard=0,
+        round=head.round + 1,
+        log_digest=head.log_digest,
+        state_digest=bytes(32),
+        parts=[
+            PartResult(
+                num_slices=1,
+                digest=digest.sha256(data),
+                size_bytes=len(data),
+                shares=[Share(peer_key=b"p" * 32, weight_tokens=5)],
+            )
+        ],
+        next_voters=[VOTER.public_key],
+        total_tokens=head.total_tokens + 5,
+        codec="int8",
+    )
+    raw = record.SerializeToString()
+    vote = Vote(
+        shard=0,
+        round=record.round,
+        ballot=Ballot(number=1, leader=VOTER.public_key),
+        record_digest=digest.sha256(raw),
+    )
+    commit = Commit(record=raw, votes=[VOTER.sign(VOTE_CONTEXT, RUN_ID, vote.SerializeToString())])
+    return commit, next_head(head, raw, record)
+
+
+def fill(ledger: Ledger, rounds: int) -> None:
+    for _ in range(rounds):
+        data = f"average of {ledger.head.round}".encode()
+        commit, head = commit_after(ledger.head, data)
+        ledger.append(commit, head, {digest.sha256(data): data})
+
+
+def test_the_log_is_found_again_with_its_parts(tmp_path: Path) -> None:
+    fill(open_ledger(tmp_path), 3)
+    ledger = open_ledger(tmp_path)
+    assert ledger.head.round == 3 and ledger.head.total_tokens == 15
+    commits = ledger.commits(2, 10)
+    assert len(commits) == 2
+    record = Record.FromString(commits[0].record)
+    assert list(ledger.parts_of(record).values()) == [b"average of 1"]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40])
+def test_a_torn_tail_is_cut_and_the_log_goes_on(tmp_path: Path, cut: int) -> None:
+    fill(open_ledger(tmp_path), 3)
+    log = tmp_path / "shard-0" / "log"
+    log.write_bytes(log.read_bytes()[:-cut])
+    ledger = open_ledger(tmp_path)
+    assert ledger.head.round == 2
+    fill(ledger, 2)
+    assert open_ledger(tmp_path).head.round == 4
+
+
+def test_a_flipped_byte_in_the_log_is_not_believed(tmp_path: Path) -> None:
+    fill(open_ledger(tmp_path), 3)
+    log = tmp_path / "shard-0" / "log"
+    raw = bytearray(log.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    log.write_bytes(raw)
+    assert open_ledger(tmp_path).head.round < 3
+
+
+def test_a_vote_survives_a_restart_and_belongs_to_its_round(tmp_path: Path) -> None:
+    cast = Acceptor(promised=(3, b"l" * 32), accepted=(2, b"k" * 32), record=b"record")
+    open_ledger(tmp_path).save_acceptor(4, cast, {})
+    ledger = open_ledger(tmp_path)
+    assert ledger.load_acceptor(4) == cast
+    assert ledger.load_acceptor(5) == Acceptor()
+
+
+def test_a_damaged_vote_is_an_error_and_never_a_fresh_vote(tmp_path: Path) -> None:
+    open_ledger(tmp_path).save_acceptor(4, Acceptor(promised=(3, b"l" * 32)), {})
+    path = tmp_path / "shard-0" / "acceptor"
+    path.write_bytes(path.read_bytes().replace(b"3", b"4", 1))
+    with pytest.raises(DigestError, match="damaged"):
+        open_ledger(tmp_path).load_acceptor(4)
+
+
+def test_only_a_state_that_the_log_proves_is_offered(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path)
+    assert not ledger.offer_state().anchor_chunks
+    ledger.save_state(0, SHARD)
+    assert ledger.offer_state().round == 0 and ledger.offer_state().anchor_chunks
+    fill(ledger, 2)
+    ledger.save_state(2, SHARD)
+    assert ledger.offer_state().round == 0, "no commit names the digest of the state after round 2 yet"
+    fill(ledger, 1)
+    assert ledger.offer_state().round == 2
+
+
+def test_a_state_is_found_again_and_one_with_a_damaged_chunk_is_passed_over(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path)
+    ledger.save_state(0, SHARD)
+    fill(ledger, 4)
+    later = make_shard(seed=9)
+    ledger.save_state(4, later)
+    found = open_ledger(tmp_path).load_state(SPEC, 0)
+    assert found is not None and found[0].round == 4 and found[1].state_digest == later.state_digest
+    chunk = later.chunk_digests()[0][0].hex()
+    path = tmp_path / "chunks" / chunk[:2] / chunk
+    path.write_bytes(b"\0" + path.read_bytes()[1:])
+    found = open_ledger(tmp_path).load_state(SPEC, 0)
+    assert found is not None and found[0].round == 0, "the older state is whole"
+
+
+def test_a_part_that_is_gone_is_named(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path)
+    commit, head = commit_after(ledger.head, b"never stored")
+    ledger.append(commit, head, {})
+    with pytest.raises(NotFound, match="round 1"):
+        ledger.parts_of(Record.FromString(commit.record))

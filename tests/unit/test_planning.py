@@ -1,0 +1,105 @@
+"""Plans of a round, as tables."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peer.planning import (
+    Candidate,
+    choose_members,
+    choose_voters,
+    leader_order,
+    num_slices,
+    part_values,
+    split_parts,
+    takeover_rank,
+)
+from swarm.proto.round_pb2 import Member
+
+KEYS = [bytes([i]) * 32 for i in range(1, 12)]
+
+
+def test_everybody_computes_the_same_order_and_rounds_rotate_the_leader() -> None:
+    orders = [leader_order(KEYS[:5], 0, number) for number in range(1, 60)]
+    assert all(sorted(order) == KEYS[:5] for order in orders)
+    assert orders == [leader_order(list(reversed(KEYS[:5])), 0, number) for number in range(1, 60)]
+    assert {order[0] for order in orders} == set(KEYS[:5])
+
+
+@pytest.mark.parametrize(
+    ("case", "me", "after", "rank"),
+    [
+        ("nobody led yet: my place", 2, None, 2),
+        ("the first to lead waits for nobody", 0, None, 0),
+        ("the one after the last leader", 1, 0, 1),
+        ("around the end", 0, 2, 1),
+        ("the leader itself comes last", 1, 1, 3),
+    ],
+)
+def test_takeover_rank(case: str, me: int, after: int | None, rank: int) -> None:
+    order = KEYS[:3]
+    assert takeover_rank(order, order[me], None if after is None else order[after]) == rank, case
+
+
+def test_contributors_and_fast_uplinks_come_first_where_not_all_fit() -> None:
+    candidates = [
+        Candidate(key=KEYS[0], trains=False, upload_bps=10**9),
+        Candidate(key=KEYS[1], trains=True, upload_bps=10),
+        Candidate(key=KEYS[2], trains=True, upload_bps=1000),
+    ]
+    assert [m.peer_key for m in choose_members(candidates, 2)] == [KEYS[1], KEYS[2]]
+    assert [m.contributes for m in choose_members(candidates, 3)] == [False, True, True]
+
+
+@given(
+    slices=st.integers(1, 500),
+    uplinks=st.lists(st.integers(0, 10**10), min_size=1, max_size=10),
+)
+def test_parts_cover_every_slice_once_in_proportion_to_uplinks(slices: int, uplinks: list[int]) -> None:
+    members = [Member(peer_key=KEYS[i], contributes=True) for i in range(len(uplinks))]
+    parts = split_parts(members, dict(zip(KEYS, uplinks, strict=False)), slices)
+    assert [part.first_slice for part in parts] == [sum(p.num_slices for p in parts[:i]) for i in range(len(parts))]
+    assert sum(part.num_slices for part in parts) == slices
+    total = sum(max(1, uplink) for uplink in uplinks)
+    for part in parts:
+        exact = slices * max(1, uplinks[part.reducer]) / total
+        assert abs(part.num_slices - exact) < 1.0001
+
+
+def test_members_that_only_receive_average_nothing() -> None:
+    members = [Member(peer_key=KEYS[0], contributes=False), Member(peer_key=KEYS[1], contributes=True)]
+    assert {part.reducer for part in split_parts(members, {}, 7)} == {1}
+
+
+@pytest.mark.parametrize(
+    ("case", "present", "founders", "current", "expected"),
+    [
+        ("alone", [0], [0], [0], [0]),
+        ("two: only the founder, so that one death of a volunteer stalls nothing", [0, 1], [0], [0], [0]),
+        ("three: all", [0, 1, 2], [0], [0], [0, 1, 2]),
+        ("a founder that is away is not named", [1, 2, 3], [0], [0, 1, 2], [1, 2, 3]),
+    ],
+)
+def test_choose_voters(
+    case: str, present: list[int], founders: list[int], current: list[int], expected: list[int]
+) -> None:
+    chosen = choose_voters([KEYS[i] for i in present], [KEYS[i] for i in founders], [KEYS[i] for i in current], 1)
+    assert chosen == [KEYS[i] for i in expected], case
+
+
+def test_voters_are_odd_at_most_seven_and_stay_where_they_can() -> None:
+    current = KEYS[1:6]
+    chosen = choose_voters(KEYS, KEYS[:1], current, 9)
+    assert len(chosen) == 7 and set(chosen) >= {KEYS[0], *current}
+
+
+def test_slices_cover_the_vector_and_the_last_is_cut() -> None:
+    count = num_slices(40_000)
+    assert count == 3
+    covered = [part_values(i, 1, 40_000) for i in range(count)]
+    assert covered[0].start == 0 and covered[-1].stop == 40_000
+    assert all(a.stop == b.start for a, b in itertools.pairwise(covered))

@@ -1,0 +1,160 @@
+"""A shard's arithmetic: exact error feedback, equal states from equal bytes, hostile averages."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from peer.planning import SLICE_VALUES
+from peer.round_actions import Reduce
+from peer.shard import Shard, load_state, state_bytes
+from swarm import digest
+from swarm.errors import DigestError
+from swarm.identity import Identity
+from swarm.proto.round_pb2 import OpenRound, Part, PartResult, Record, Share
+from tests.simulation.swarm_in_memory import make_spec
+
+ME, OTHER = b"m" * 32, b"o" * 32
+NUM_VALUES = 3 * SLICE_VALUES + 100
+SPEC = make_spec(Identity(b"1" * 32), Identity(b"2" * 32))
+
+
+def make_shard(seed: int = 0) -> Shard:
+    anchor = np.random.default_rng(seed).standard_normal(NUM_VALUES).astype(np.float32)
+    return Shard(SPEC, 0, anchor)
+
+
+def moved(shard: Shard, seed: int) -> np.ndarray:
+    return shard.anchor + np.random.default_rng(seed).standard_normal(NUM_VALUES).astype(np.float32) * 1e-2
+
+
+OPENED = OpenRound(parts=[Part(first_slice=0, num_slices=2), Part(first_slice=2, num_slices=2)])
+
+
+def committed(
+    shard: Shard, encoded: dict[int, bytes], shares: dict[int, list[bytes]]
+) -> tuple[Record, dict[bytes, bytes]]:
+    """A record of one average per part that is present (first slice -> encoded average, and who is in it)."""
+    record, parts = Record(round=1), {}
+    for part in OPENED.parts:
+        result = PartResult(first_slice=part.first_slice, num_slices=part.num_slices)
+        if part.first_slice in encoded:
+            data = encoded[part.first_slice]
+            result.digest = digest.sha256(data)
+            result.shares.extend(Share(peer_key=key, weight_tokens=10) for key in shares[part.first_slice])
+            parts[result.digest] = data
+        record.parts.append(result)
+    return record, parts
+
+
+def test_what_a_commit_counted_leaves_only_its_encoding_error_behind() -> None:
+    shard = make_shard()
+    snapshot = shard.offer(moved(shard, 1), 10, OPENED)
+    assert snapshot is not None
+    record, parts = committed(shard, dict(snapshot.encoded), {0: [ME], 2: [ME, OTHER]})
+    assert shard.settle(record, parts, snapshot, ME)
+    sent = np.concatenate(
+        [shard.codec.decode(snapshot.encoded[0], 2 * SLICE_VALUES), _tail(shard, snapshot.encoded[2])]
+    )
+    np.testing.assert_array_equal(shard.feedback, snapshot.offered - sent)
+    assert np.abs(shard.feedback).max() < np.abs(snapshot.offered).max() / 100
+
+
+def _tail(shard: Shard, encoded: bytes) -> np.ndarray:
+    return shard.codec.decode(encoded, NUM_VALUES - 2 * SLICE_VALUES)
+
+
+@pytest.mark.parametrize(
+    ("case", "present", "shares"),
+    [
+        ("the part is absent", {0}, {0: [ME]}),
+        ("others are in the part", {0, 2}, {0: [ME], 2: [OTHER]}),
+    ],
+)
+def test_what_a_commit_did_not_count_stays_owed_in_full(
+    case: str, present: set[int], shares: dict[int, list[bytes]]
+) -> None:
+    shard = make_shard()
+    snapshot = shard.offer(moved(shard, 1), 10, OPENED)
+    assert snapshot is not None
+    record, parts = committed(shard, {k: v for k, v in snapshot.encoded.items() if k in present}, shares)
+    assert shard.settle(record, parts, snapshot, ME), case
+    np.testing.assert_array_equal(shard.feedback[2 * SLICE_VALUES :], snapshot.offered[2 * SLICE_VALUES :])
+
+
+def test_over_many_rounds_offers_and_debts_add_up_to_the_movement() -> None:
+    """Nothing is lost: what was sent so far plus what is owed equals all movement, to fp32 rounding."""
+    shard = make_shard()
+    total = np.zeros(NUM_VALUES, np.float64)
+    sent = np.zeros(NUM_VALUES, np.float64)
+    for number in range(1, 6):
+        weights = moved(shard, number)
+        total += (shard.anchor - weights).astype(np.float64)
+        snapshot = shard.offer(weights, 10, OPENED)
+        assert snapshot is not None
+        present = dict(snapshot.encoded) if number % 2 else {0: snapshot.encoded[0]}
+        record, parts = committed(shard, present, {first: [ME] for first in present})
+        shard.settle(record, parts, snapshot, ME)
+        sent[: 2 * SLICE_VALUES] += shard.codec.decode(snapshot.encoded[0], 2 * SLICE_VALUES)
+        if 2 in present:
+            sent[2 * SLICE_VALUES :] += _tail(shard, snapshot.encoded[2])
+        shard.apply(record, parts)
+    np.testing.assert_allclose(sent + shard.feedback, total, atol=1e-5)
+
+
+def test_replicas_that_apply_the_same_bytes_hold_equal_digests_and_absent_slices_do_not_move() -> None:
+    first, second = make_shard(), make_shard()
+    snapshot = first.offer(moved(first, 3), 10, OPENED)
+    assert snapshot is not None
+    record, parts = committed(first, {0: snapshot.encoded[0]}, {0: [ME]})
+    before = first.anchor.copy()
+    for shard in (first, second):
+        shard.apply(record, parts)
+    assert first.state_digest == second.state_digest != make_shard().state_digest
+    assert (first.anchor[: 2 * SLICE_VALUES] != before[: 2 * SLICE_VALUES]).any()
+    np.testing.assert_array_equal(first.anchor[2 * SLICE_VALUES :], before[2 * SLICE_VALUES :])
+
+
+def test_an_average_that_does_not_decode_is_absent_for_everybody() -> None:
+    shard = make_shard()
+    garbage = b"\xff" * shard.part_size_bytes(0, 2)
+    snapshot = shard.offer(moved(shard, 1), 10, OPENED)
+    assert snapshot is not None
+    record, parts = committed(shard, {0: garbage}, {0: [ME]})
+    before = shard.state_digest
+    assert not shard.settle(record, parts, snapshot, ME)
+    np.testing.assert_array_equal(shard.feedback, snapshot.offered)
+    shard.apply(record, parts)
+    assert shard.state_digest == before
+
+
+def test_a_replica_that_is_not_finite_offers_nothing() -> None:
+    shard = make_shard()
+    weights = moved(shard, 1)
+    weights[5] = np.nan
+    assert shard.offer(weights, 10, OPENED) is None
+
+
+def test_the_average_is_by_tokens_and_leaves_out_what_does_not_decode() -> None:
+    shard = make_shard()
+    count = 2 * SLICE_VALUES
+    ones, fours = np.ones(count, np.float32), np.full(count, 4, np.float32)
+    contributions = (
+        (Share(peer_key=ME, weight_tokens=20), shard.codec.encode(ones)),
+        (Share(peer_key=OTHER, weight_tokens=10), shard.codec.encode(fours)),
+        (Share(peer_key=b"h" * 32, weight_tokens=10), b"\xff" * shard.part_size_bytes(0, 2)),
+    )
+    shares, encoded = shard.reduce(Reduce((1, ME), 0, 0, 2, contributions))
+    assert [share.peer_key for share in shares] == [ME, OTHER]
+    np.testing.assert_allclose(shard.codec.decode(encoded, count), 2.0, rtol=1e-2)
+
+
+def test_a_state_is_loaded_only_under_its_own_digest() -> None:
+    shard = make_shard()
+    anchor, momentum = bytes(state_bytes(shard.anchor)), bytes(state_bytes(shard.momentum))
+    assert load_state(SPEC, 0, anchor, momentum, shard.state_digest).state_digest == shard.state_digest
+    flipped = bytes([anchor[0] ^ 1]) + anchor[1:]
+    with pytest.raises(DigestError, match="digest"):
+        load_state(SPEC, 0, flipped, momentum, shard.state_digest)
+    with pytest.raises(DigestError, match="size"):
+        load_state(SPEC, 0, anchor, momentum[:-4], shard.state_digest)
