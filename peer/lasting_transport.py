@@ -49,15 +49,22 @@ class LastingTransport:
                 ended, self._current = self._current, None
                 await ended.close()
             log.warning("the network daemon ended; starting another")
-            await asyncio.sleep(PAUSES_S[min(self.restarts, len(PAUSES_S) - 1)])
+            await self._replace()
+
+    async def _replace(self) -> None:
+        """Try until a new daemon serves what the old one served."""
+        failures = 0
+        while self._current is None:
+            await asyncio.sleep(PAUSES_S[min(failures, len(PAUSES_S) - 1)])
+            failures += 1
             self.restarts += 1
             try:
                 current = await self._reopen()
+                for method, handler in self._handlers.items():
+                    await current.serve(method, handler)
             except SwarmError as error:
                 log.warning("the network daemon does not start: %s", error)
                 continue
-            for method, handler in self._handlers.items():
-                await current.serve(method, handler)
             self._current = current
 
     async def call(

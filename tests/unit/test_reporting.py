@@ -1,0 +1,105 @@
+"""Reports reach the coordinator when it is there, and wait when it is not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from pathlib import Path
+
+from peer.reporting import Reporter
+from swarm.errors import NotAdmitted, Unreachable
+from swarm.proto.coordinator_pb2 import ReportPayload
+from swarm.proto.round_pb2 import Commit
+from tests.simulation.virtual_time import run
+from tests.unit.test_ledger import fill, open_ledger
+
+
+class FakeCoordinator:
+    def __init__(self) -> None:
+        self.away = False
+        self.admits = True
+        self.reports: list[ReportPayload] = []
+        self.recorded = 0
+        self.renewals = 0
+
+    async def report(self, report: ReportPayload) -> int:
+        if self.away:
+            raise Unreachable("away")
+        if not self.admits:
+            raise NotAdmitted("only admitted peers report")
+        self.reports.append(report)
+        return self.recorded + 1
+
+    async def record_commits(self, commits: list[Commit]) -> int:
+        self.recorded += len(commits)
+        return self.recorded + 1
+
+    async def renew(self) -> None:
+        self.renewals += 1
+        self.admits = True
+
+
+def describe() -> ReportPayload:
+    return ReportPayload(round=7, train_loss=2.0, validation_loss=math.nan, sent_unix_ms=1000)
+
+
+def scenario(tmp_path: Path, rounds: int) -> tuple[FakeCoordinator, Reporter]:
+    ledger = open_ledger(tmp_path)
+    fill(ledger, rounds)
+    coordinator = FakeCoordinator()
+    return coordinator, Reporter(coordinator, ledger, describe, coordinator.renew)
+
+
+async def running(reporter: Reporter, seconds: float) -> None:
+    task = asyncio.ensure_future(reporter.run())
+    await asyncio.sleep(seconds)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def test_commits_that_the_coordinator_lacks_are_told_from_the_log(tmp_path: Path) -> None:
+    async def main() -> None:
+        coordinator, reporter = scenario(tmp_path, 70)
+        await reporter.tell()
+        assert coordinator.recorded == 70 and reporter.recorded_round == 70
+
+    run(main())
+
+
+def test_nothing_is_lost_while_the_coordinator_is_away(tmp_path: Path) -> None:
+    async def main() -> None:
+        coordinator, reporter = scenario(tmp_path, 3)
+        coordinator.away = True
+        reporter.measured(2, 1.5)
+        await running(reporter, 60)
+        assert not coordinator.reports
+        coordinator.away = False
+        await running(reporter, 15)
+        assert coordinator.recorded == 3
+        assert [r.validation_loss for r in coordinator.reports if r.round == 2] == [1.5]
+
+    run(main())
+
+
+def test_no_two_reports_carry_the_same_time_because_the_coordinator_keeps_the_newest(tmp_path: Path) -> None:
+    async def main() -> None:
+        coordinator, reporter = scenario(tmp_path, 1)
+        reporter.measured(0, 3.0)
+        reporter.measured(1, 2.0)
+        await reporter.tell()
+        times = [report.sent_unix_ms for report in coordinator.reports]
+        assert len(times) == 3 and len(set(times)) == 3 and times == sorted(times)
+
+    run(main())
+
+
+def test_a_peer_that_is_not_admitted_any_more_asks_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        coordinator, reporter = scenario(tmp_path, 1)
+        coordinator.admits = False
+        await running(reporter, 40)
+        assert coordinator.renewals == 1 and coordinator.reports
+
+    run(main())
