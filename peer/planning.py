@@ -14,6 +14,8 @@ from swarm.proto.round_pb2 import Member, Part
 
 # Wire blocks are a divisor of this, so a part never splits a block.
 SLICE_VALUES = 16384
+# Fewer live replicas than this: founders decide alone.
+SMALL_SWARM = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,12 +83,15 @@ def choose_voters(
 ) -> list[bytes]:
     """Who decides the next round: founders that are present, then voters that stay, then others by rendezvous hash.
 
-    An odd number, so that every voter counts; at most 7.
+    An odd number, so that every voter counts; at most 7. In a small swarm only the founders, where one is present:
+    volunteers go for good more often than a seed peer does not come back (docs/decisions/0009).
     """
 
     def preference(key: bytes) -> tuple[bool, bool, bytes]:
         return key not in founders, key not in current, hashlib.sha256(seed.to_bytes(8, "big") + key).digest()
 
     ranked = sorted(set(present), key=preference)[:MAX_VOTERS]
+    if len(ranked) < SMALL_SWARM:
+        ranked = [key for key in ranked if key in founders] or ranked
     size = len(ranked) if len(ranked) % 2 else len(ranked) - 1
     return sorted(ranked[: max(1, size)])

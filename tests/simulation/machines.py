@@ -112,8 +112,19 @@ class Machines:
             for peer in self.peers:
                 self._later(peer, lambda p=peer: self._machine(p).on_tick(self.now))
 
-    def settle(self, at_most_s: float = 300.0) -> None:
-        """No more faults: everything that is under way arrives, in any order, before time moves on."""
+    def chaos(self, steps: int) -> None:
+        """Faults in any order, until somebody has applied; then most of what is under way is lost."""
+        for _ in range(steps):
+            self.step(faults=True)
+            if self.commits and self.rng.random() < 0.5:
+                break
+        self.waiting = [item for item in self.waiting if not item[3] or self.rng.random() < 0.2]
+
+    def settle(self, at_most_s: float = 300.0, *, tell: bool = True) -> None:
+        """No more faults: everything that is under way arrives, in any order, before time moves on.
+
+        ``tell`` False: those who know the result keep it to themselves, and the others must come to the same.
+        """
         until = self.now + at_most_s
         while self.now < until and any(peer.applied is None for peer in self.peers):
             batch, self.waiting = self.waiting, []
@@ -123,7 +134,8 @@ class Machines:
             self.now += 0.2
             for peer in self.peers:
                 self._later(peer, lambda p=peer: self._machine(p).on_tick(self.now))
-            self._tell_who_is_behind()
+            if tell:
+                self._tell_who_is_behind()
 
     def _happen(self, peer: Machine, life: int, event: Event) -> None:
         if life != peer.life or peer.applied is not None:

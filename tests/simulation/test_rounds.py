@@ -57,9 +57,9 @@ def test_whoever_is_killed_in_a_phase_the_others_go_on_and_stay_equal(
     tmp_path: Path, round_number: int, phase: str, nth: int
 ) -> None:
     async def scenario() -> None:
-        swarm = await start(tmp_path)
+        swarm = await start(tmp_path, volunteers=4)  # five voters, two of whom may be away
         victims = swarm.fail_at(None, round_number, phase, nth=nth)
-        names = {"seed", "v0", "v1", "v2"}
+        names = {"seed", "v0", "v1", "v2", "v3"}
         await swarm.until_round(2, sorted(names))
         await swarm.until(lambda: bool(victims), "the fault happened", at_most_s=120)
         await swarm.until_round(round_number + 3, sorted(names - set(victims)))

@@ -8,7 +8,7 @@ import pytest
 
 from tests.simulation.machines import Machines, records_of
 
-SCHEDULES = 60
+SCHEDULES = 120
 
 
 @pytest.mark.parametrize(("size", "voters"), [(3, 1), (4, 3), (5, 5), (8, 7)])
@@ -16,8 +16,8 @@ def test_no_schedule_commits_two_results_and_every_schedule_ends(size: int, vote
     """Losses, repetitions, reordering and crashes for a while; then peace, in which everybody must finish."""
     for seed in range(SCHEDULES):
         machines = Machines(size, voters, random.Random(seed))
-        for _ in range(300):
-            machines.step(faults=True)
+        machines.chaos(300)
+        machines.settle(60.0, tell=False)
         machines.settle()
         assert all(peer.applied is not None for peer in machines.peers), f"schedule {seed} did not end"
         assert len(machines.commits) == 1, f"schedule {seed}: {len(machines.commits)} different commits"
