@@ -25,7 +25,7 @@ from peer.round_actions import Action, Apply, Fetch, Persist, Reduce, RoundSetti
 from peer.shard import ReplicaSnapshot, Shard
 from peer.transport import Transport
 from swarm import schedule
-from swarm.errors import NetworkError, NotFound, ProtocolError, SwarmError
+from swarm.errors import NetworkError, ProtocolError, SwarmError
 from swarm.identity import Identity
 from swarm.log import VOTE_CONTEXT, LogHead, next_head
 from swarm.proto.round_pb2 import Commit, Record, RoundMessage
@@ -253,7 +253,7 @@ class Exchange:
                     holders,
                     timeout_s=machine.settings.reduce_timeout_s,
                 )
-            except (NetworkError, NotFound) as error:
+            except SwarmError as error:
                 log.debug("round %d: a part is not to be had yet: %s", machine.settings.round, error)
         self._event(machine, lambda now: machine.on_fetched(action.digest, data, now))
 

@@ -24,7 +24,7 @@ from swarm import schedule
 from swarm.errors import NetworkError, ProtocolError, SwarmError
 from swarm.identity import Identity
 from swarm.proto.common_pb2 import Signed
-from swarm.proto.round_pb2 import LogReply, LogRequest, Status
+from swarm.proto.round_pb2 import LogReply, LogRequest, StateRequest, Status
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -127,8 +127,8 @@ class Member:
             try:
                 await self.tell()
                 await self.look()
-            except NetworkError as error:
-                log.info("the directory did not answer: %s", error)
+            except SwarmError as error:
+                log.info("the directory did not serve: %s", error)
             # A round that was just decided, or somebody further on, is worth telling and asking at once.
             with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
                 await asyncio.wait_for(self.parts.exchange.behind.wait(), interval_s)
@@ -171,4 +171,10 @@ class Member:
         return LogReply(commits=self.parts.ledger.commits(wanted.first_round, count)).SerializeToString()
 
     async def _handle_state(self, caller: bytes, request: bytes) -> bytes:
+        try:
+            wanted = StateRequest.FromString(request)
+        except DecodeError as error:
+            raise ProtocolError("a request for a state cannot be read") from error
+        if wanted.shard != self.parts.exchange.shard.index:
+            raise ProtocolError("a request for a state that is not here")
         return self.parts.ledger.offer_state().SerializeToString()

@@ -118,9 +118,11 @@ class Peer:
         self._offer_checkpoint_again()
         await self._start_training()
         self.watch(News(kind="ready", values={"round": self.exchange.head.round, "device": self.device}))
-        jobs = [
-            asyncio.ensure_future(job)
+        jobs: list[asyncio.Task[Any]] = [
+            asyncio.create_task(job)
             for job in (
+                stop.wait(),
+                self._see_the_run_off(),
                 self.member.run(),
                 self.reporter.run(),
                 self.checkpoints.run(),
@@ -129,16 +131,13 @@ class Peer:
                 self._watch_trainer(),
             )
         ]
-        endings = [asyncio.ensure_future(event.wait()) for event in (stop, self._finished)]
         self._consider_end()
         try:
-            done, _ = await asyncio.wait({*jobs, *endings}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
-            if self._finished.is_set() and not stop.is_set():
-                await self._see_the_run_off(stop)
         finally:
-            await self._leave([*jobs, *endings, *self._evaluations])
+            await self._leave([*jobs, *self._evaluations])
 
     async def _start_training(self) -> None:
         if self.training is None:
@@ -148,13 +147,14 @@ class Peer:
         if self.exchange.head.round == 0:
             self._evaluate(0)
 
-    async def _see_the_run_off(self, stop: asyncio.Event) -> None:
-        """The run is over: wait until its last checkpoint is published, within bounds, then say so."""
+    async def _see_the_run_off(self) -> None:
+        """Return when the run is over and its last checkpoint is published (or that took too long)."""
+        await self._finished.wait()
         last = self.exchange.head.round
         if self.training is not None:
             self.training.trainer.pause()
         waited = 0.0
-        while waited < CHECKPOINT_WAIT_S and not stop.is_set():
+        while waited < CHECKPOINT_WAIT_S:
             try:
                 await self.reporter.tell()
                 if any(info.round >= last for info in await self.joined.client.checkpoints()) and not self._evaluations:
@@ -165,9 +165,9 @@ class Peer:
             waited += PROGRESS_INTERVAL_S
         self.watch(News(kind="finished", values={"round": last, "tokens": self.exchange.head.total_tokens}))
         if self.training is None:
-            await stop.wait()  # a seed peer goes on serving
+            await asyncio.Event().wait()  # a seed peer goes on serving
 
-    async def _leave(self, tasks: list[asyncio.Future[Any]]) -> None:
+    async def _leave(self, tasks: list[asyncio.Task[Any]]) -> None:
         """Tell the others, stop the trainer, end every task: all within 10 s."""
         self.words.leaving = True
         with contextlib.suppress(SwarmError, asyncio.TimeoutError, TimeoutError):
@@ -217,9 +217,7 @@ class Peer:
     def _on_bad_steps(self, count: int) -> None:
         logger.warning("%d inner steps in a row were not finite; starting again from the anchor", count)
         if self.training is not None:
-            task = asyncio.ensure_future(
-                self.training.land(self.exchange.shard.anchor.copy(), None, self.exchange.round)
-            )
+            task = asyncio.create_task(self.training.land(self.exchange.shard.anchor.copy(), None, self.exchange.round))
             self._evaluations.add(task)
             task.add_done_callback(self._evaluations.discard)
 
@@ -243,7 +241,7 @@ class Peer:
             except SwarmError as error:
                 logger.warning("round %d was not evaluated: %s", round_number, error)
 
-        task = asyncio.ensure_future(measure())
+        task = asyncio.create_task(measure())
         self._evaluations.add(task)
         task.add_done_callback(self._evaluations.discard)
 

@@ -16,10 +16,12 @@ from swarm.run_file import DataFolder, RunFile
 from swarm.run_spec import Checkpoints, Inner, Model, Outer, Rounds
 
 # The demo's dials: how long it learns, how often its peers agree, how soon they give up on one that died.
-DEMO_TOTAL_TOKENS = 400_000
-DEMO_TOKENS_PER_ROUND = 24_576
-DEMO_LEARNING_RATE = 3e-3
-DEMO_CHECKPOINT_EVERY_ROUNDS = 5
+DEMO_TOTAL_TOKENS = 900_000
+DEMO_FIRST_TOKENS_PER_ROUND = 8_192
+DEMO_TOKENS_PER_ROUND = 32_768
+DEMO_GROWTH_ROUNDS = 16
+DEMO_LEARNING_RATE = 4e-3
+DEMO_CHECKPOINT_EVERY_ROUNDS = 10
 DEMO_REDUCE_TIMEOUT_S = 8.0
 DEMO_TAKEOVER_TIMEOUT_S = 6.0
 DEMO_STATUS_INTERVAL_S = 1.0
@@ -46,15 +48,17 @@ def tiny(name: str) -> RunFile:
 
 
 def demo(name: str) -> RunFile:
-    """What ``scripts/demo`` trains: a LLaMA of about a million parameters, for minutes on two cores."""
+    """What ``scripts/demo`` trains: a LLaMA of half a million parameters, for two minutes on two cores."""
     return RunFile(
         name=name,
         total_tokens=DEMO_TOTAL_TOKENS,
-        model=Model(family="llama", config=_llama(hidden=128, layers=4, heads=4, intermediate=352, context=256)),
+        model=Model(family="llama", config=_llama(hidden=128, layers=2, heads=4, intermediate=384, context=256)),
         data=DataFolder(sequence_length=128),
         inner=Inner(learning_rate=DEMO_LEARNING_RATE, warmup_tokens=DEMO_TOTAL_TOKENS // 20, microbatch_sequences=8),
         rounds=Rounds(
             tokens_per_round=DEMO_TOKENS_PER_ROUND,
+            first_tokens_per_round=DEMO_FIRST_TOKENS_PER_ROUND,
+            growth_rounds=DEMO_GROWTH_ROUNDS,
             reduce_timeout_s=DEMO_REDUCE_TIMEOUT_S,
             takeover_timeout_s=DEMO_TAKEOVER_TIMEOUT_S,
             status_interval_s=DEMO_STATUS_INTERVAL_S,
