@@ -1,0 +1,135 @@
+"""Checkpoints are made, served and published as rounds come, and found again after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peer import publishing
+from peer.chunk_store import ChunkStore
+from peer.layout import Layout
+from peer.publishing import CheckpointMaker, StateCopy, Template
+from peer.verify import verify_folder
+from swarm import manifest as manifests
+from swarm import run_spec
+from swarm.errors import Unreachable
+from swarm.log import LogHead
+from swarm.proto.common_pb2 import Signed
+from tests.checkpoint_samples import ORGANIZER, PUBLISHER, make_parts
+
+PARTS = make_parts(num_values=1000)
+LAYOUT = Layout.of((name, tensor.shape) for name, tensor in sorted(PARTS.tensors.items()))
+
+
+class FakeCoordinator:
+    def __init__(self) -> None:
+        self.failures = 0
+        self.published: list[int] = []
+
+    async def publish(self, manifest_bytes: bytes) -> Signed:
+        if self.failures:
+            self.failures -= 1
+            raise Unreachable("away")
+        self.published.append(manifests.parse(manifest_bytes).round)
+        return PUBLISHER.sign(manifests.CONTEXT, PARTS.run_id, manifest_bytes)
+
+
+def make(folder: Path, coordinator: FakeCoordinator | None, ready: list[int], kept: int = 2) -> CheckpointMaker:
+    template = Template(
+        folder=folder,
+        parts=PARTS,
+        layout=LAYOUT,
+        signed_spec=ORGANIZER.sign(run_spec.CONTEXT, PARTS.run_id, PARTS.spec.canonical_bytes()),
+        publisher=coordinator,
+        kept=kept,
+    )
+    return CheckpointMaker(template, ChunkStore(folder / "chunks", 1 << 26), ready.append)
+
+
+def state(round_number: int) -> StateCopy:
+    head = LogHead(
+        run_id=PARTS.run_id, shard=0, round=round_number, log_digest=b"l" * 32, voters=(b"v" * 32,), total_tokens=9
+    )
+    return StateCopy(head=head, state_digest=b"s" * 32, anchor=np.full(LAYOUT.num_values, round_number, np.float32))
+
+
+async def until(maker: CheckpointMaker, done: Callable[[], bool]) -> None:
+    task = asyncio.ensure_future(maker.run())
+    for _ in range(500):
+        if done():
+            break
+        await asyncio.sleep(0.02)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    assert done()
+
+
+def chunk_of(folder: Path, round_number: int) -> bytes:
+    manifest = manifests.parse((folder / f"checkpoint-{round_number}" / manifests.MANIFEST_FILE).read_bytes())
+    return bytes.fromhex(manifest.files[-1].chunks[0])
+
+
+def test_a_seed_peer_publishes_every_checkpoint_and_it_verifies(tmp_path: Path) -> None:
+    coordinator, ready = FakeCoordinator(), list[int]()
+
+    async def main() -> None:
+        maker = make(tmp_path, coordinator, ready)
+        maker.offer(state(10))
+        maker.offer(state(20))
+        await until(maker, lambda: ready == [10, 20])
+
+    asyncio.run(main())
+    assert coordinator.published == [10, 20]
+    assert verify_folder(tmp_path / "checkpoint-20", PARTS.run_id).ok
+
+
+def test_a_coordinator_that_is_away_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publishing, "RETRY_S", 0.01)
+    coordinator, ready = FakeCoordinator(), list[int]()
+    coordinator.failures = 5
+
+    async def main() -> None:
+        maker = make(tmp_path, coordinator, ready)
+        maker.offer(state(10))
+        await until(maker, lambda: ready == [10])
+
+    asyncio.run(main())
+    assert coordinator.published == [10] and coordinator.failures == 0
+
+
+def test_a_volunteer_serves_its_newest_checkpoint_only(tmp_path: Path) -> None:
+    ready = list[int]()
+
+    async def main() -> None:
+        maker = make(tmp_path, None, ready, kept=1)
+        maker.offer(state(10))
+        maker.offer(state(20))
+        await until(maker, lambda: ready == [10, 20])
+
+    asyncio.run(main())
+    assert not (tmp_path / "checkpoint-10").exists() and (tmp_path / "checkpoint-20").is_dir()
+
+
+def test_after_a_restart_published_checkpoints_are_served_and_others_are_gone(tmp_path: Path) -> None:
+    ready = list[int]()
+
+    async def main() -> None:
+        maker = make(tmp_path, FakeCoordinator(), ready)
+        maker.offer(state(10))
+        await until(maker, lambda: ready == [10])
+        unsigned = tmp_path / "checkpoint-30"
+        unsigned.mkdir()
+        (unsigned / "config.json").write_text("{}")
+        chunks = ChunkStore(tmp_path / "chunks", 1 << 26)
+        again = CheckpointMaker(maker._template, chunks, ready.append)
+        assert again.resume(PARTS.run_id, PUBLISHER.public_key) == 10
+        assert chunks.get(chunk_of(tmp_path, 10)) is not None
+        assert not unsigned.exists()
+
+    asyncio.run(main())
