@@ -6,6 +6,7 @@ Pure: it keeps bytes that arrived, and asks for nothing.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from peer.paxos import Ballot
@@ -42,6 +43,7 @@ class Attempt:
     ballot: Ballot
     open: OpenRound
     deadline: float
+    """when reducers stop waiting for contributions; averages have as long again"""
     contributions: dict[tuple[int, bytes], tuple[int, bytes]] = field(default_factory=dict)
     """(part, contributor) -> (weight in tokens, encoded); weight 0: nothing to add"""
     averages: dict[int, PartResult] = field(default_factory=dict)
@@ -113,9 +115,10 @@ class Attempt:
         """Keep a part's average (or the word that there is none); `ProtocolError` where it cannot be one."""
         if message.part >= len(self.open.parts) or self.reducer_of(message.part) != sender:
             raise ProtocolError("an average by somebody who does not average that part")
-        contributors = self.contributors
-        if len(message.shares) > len(contributors) or any(s.peer_key not in contributors for s in message.shares):
-            raise ProtocolError("an average that counts somebody who is no contributor")
+        places = {key: place for place, key in enumerate(self.contributors)}
+        order = [places.get(share.peer_key, -1) for share in message.shares]
+        if -1 in order or any(a >= b for a, b in itertools.pairwise(order)):
+            raise ProtocolError("an average that counts somebody twice, or somebody who is no contributor")
         if any(not 0 < s.weight_tokens <= self.settings.max_weight_tokens for s in message.shares):
             raise ProtocolError("an average with a weight out of bounds")
         expected = self.part_size_bytes(message.part) if message.shares else 0
@@ -138,6 +141,11 @@ class Attempt:
         return all(
             part in self.averages or self.reducer_of(part) in self.unreachable for part in range(len(self.open.parts))
         )
+
+    def silent(self) -> set[bytes]:
+        """Contributors that are unreachable, or in no average though others are: of no use to the next attempt."""
+        heard = {share.peer_key for result in self.averages.values() for share in result.shares}
+        return self.unreachable | (set(self.contributors) - heard if heard else set())
 
     def results(self) -> list[PartResult]:
         """One result per part, in order; parts that did not arrive are absent."""

@@ -20,7 +20,7 @@ from peer.shard import Shard, load_state
 from peer.transport import Transport
 from swarm import digest
 from swarm.errors import NetworkError, NotFound, ProtocolError, SwarmError, VerificationError
-from swarm.log import LogHead, parse_record, verify_commit
+from swarm.log import LogHead, canonical, parse_record, verify_commit
 from swarm.proto.round_pb2 import Commit, LogReply, LogRequest, StateReply, StateRequest
 from swarm.run_spec import RunSpec
 
@@ -72,7 +72,7 @@ async def extend_log(newcomer: Newcomer, holder: bytes) -> None:
         page = await fetch_commits(newcomer.transport, holder, newcomer.shard, newcomer.ledger.head.round + 1)
         for commit in page.values():
             _, head = verify_commit(newcomer.ledger.head, commit)
-            newcomer.ledger.append(commit, head, {})
+            newcomer.ledger.append(canonical(commit), head, {})
         if len(page) < COMMITS_PER_PAGE:
             return
 
@@ -96,19 +96,25 @@ async def obtain_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[Lo
 
 
 async def _fetch_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[LogHead, Shard]:
-    offers: dict[int, tuple[StateReply, list[bytes]]] = {}
+    offers: dict[int, StateReply] = {}
     for holder in holders:
         try:
             reply = await _ask_for_offer(newcomer, holder)
         except (NetworkError, VerificationError) as error:
             log.info("a holder offers no state: %s", error)
             continue
-        offers.setdefault(reply.round, (reply, []))[1].append(holder)
+        offers[reply.round] = reply
     for number in sorted(offers, reverse=True):
-        reply, donors = offers[number]
-        anchor, momentum = await _fetch_chunks(newcomer, reply, donors)
+        reply = offers[number]
+        try:
+            anchor, momentum = await _fetch_chunks(newcomer, reply, holders)
+        except SwarmError as error:
+            log.info("the state after round %d cannot be had whole: %s", number, error)
+            continue
         expected = digest.state_digest(reply.anchor_chunks, reply.momentum_chunks)
-        return newcomer.ledger.heads[number], load_state(newcomer.spec, newcomer.shard, anchor, momentum, expected)
+        shard = load_state(newcomer.spec, newcomer.shard, anchor, momentum, expected)
+        newcomer.ledger.save_state(number, shard)
+        return newcomer.ledger.heads[number], shard
     raise NotFound("nobody offers a state that the log proves", "check that a seed peer or a volunteer is running")
 
 

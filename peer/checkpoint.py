@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from swarm import manifest as manifests
@@ -131,11 +133,7 @@ def _write_weights(folder: Path, tensors: Tensors, max_file_bytes: int) -> None:
     weight_map: dict[str, str] = {}
     for number, names in enumerate(groups, start=1):
         file_name = WEIGHTS_NAME if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        save_file(
-            {name: np.ascontiguousarray(tensors[name]) for name in names},
-            folder / file_name,
-            metadata={"format": "pt"},
-        )
+        _save({name: np.ascontiguousarray(tensors[name]) for name in names}, folder / file_name)
         with open(folder / file_name, "rb") as file:
             os.fsync(file.fileno())
         weight_map.update(dict.fromkeys(names, file_name))
@@ -143,6 +141,17 @@ def _write_weights(folder: Path, tensors: Tensors, max_file_bytes: int) -> None:
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_durably(folder / INDEX_NAME, _json(index))
+
+
+def _save(tensors: dict[str, npt.NDArray[np.float32]], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # The library tells what the system said in words alone.
+        said = re.search(r"\(os error (\d+)\)", str(error))
+        if said is None:
+            raise
+        raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
 
 
 def _split(tensors: Tensors, max_file_bytes: int) -> list[list[str]]:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 # A large run has thousands of validation shards: this many, evenly spaced, stand for all of them.
 MAX_VALIDATION_SHARDS = 8
 # Training shards kept open: the one being read, and the next round's.
-_OPEN_TRAIN_SHARDS = 2
+_OPEN_TRAIN_SHARDS = 3
 _DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 
 Fetch = Callable[[bytes, int], Awaitable[bytes]]

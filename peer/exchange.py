@@ -9,80 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
-from peer.chunk_store import ChunkStore
-from peer.codec import Float32
+from peer.exchange_parts import Committed, ExchangeParts
 from peer.fetch import fetch_chunk
-from peer.ledger import Ledger
-from peer.paxos import Ballot, ballot_of
 from peer.round import RoundMachine
 from peer.round_actions import Action, Apply, Fetch, Persist, Reduce, RoundSettings, Send, TakeSnapshot, View
-from peer.shard import ReplicaSnapshot, Shard
-from peer.transport import Transport
+from peer.shard import ReplicaSnapshot
 from swarm import schedule
-from swarm.errors import NetworkError, ProtocolError, SwarmError
-from swarm.identity import Identity
+from swarm.errors import DivergedError, NetworkError, ProtocolError, ResourceError, SwarmError
 from swarm.log import VOTE_CONTEXT, LogHead, next_head
-from swarm.proto.round_pb2 import Commit, Record, RoundMessage
+from swarm.proto.round_pb2 import Commit, RoundMessage
 
 ROUND_METHOD = "round"
 MAX_EARLY_MESSAGES = 256
-KEPT_SNAPSHOTS = 3
 CONTROL_TIMEOUT_S = 10.0
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class Trainer(Protocol):
-    """What a round asks of a replica under training; both happen between two inner steps."""
-
-    async def snapshot(self) -> tuple[Float32, int]:
-        """(weights as flat float32, tokens trained since the start)"""
-        ...
-
-    async def land(self, anchor: Float32, snapshot: Float32 | None, round_number: int) -> None:
-        """Weights become ``anchor`` plus the movement since ``snapshot`` (None: just the anchor).
-
-        The next round is ``round_number``. ``anchor`` is only read until the call returns.
-        """
-        ...
-
-    @property
-    def tokens(self) -> int:
-        """Tokens trained since the start."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Committed:
-    """What happened in a round, for whoever watches."""
-
-    record: Record
-    head: LogHead
-    state_digest: bytes
-    counted: bool
-    """our contribution is in it"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExchangeParts:
-    """What an exchange is built from; ``trainer`` is None on a seed peer."""
-
-    identity: Identity
-    transport: Transport
-    shard: Shard
-    ledger: Ledger
-    chunks: ChunkStore
-    founders: tuple[bytes, ...]
-    trainer: Trainer | None
-    run_blocking: Callable[[Callable[[], Any]], Awaitable[Any]]
-    on_commit: Callable[[Committed], Awaitable[None]]
 
 
 class Exchange:
@@ -96,8 +43,11 @@ class Exchange:
         self.live_peers: tuple[bytes, ...] = ()
         """who may hold what we lack, by the newest statuses"""
         self._uncounted_from = parts.trainer.tokens if parts.trainer is not None else 0
-        self._snapshots: dict[Ballot, ReplicaSnapshot] = {}
+        self._snapshot: ReplicaSnapshot | None = None
+        self._snapshot_lock = asyncio.Lock()
+        self._state_lock = asyncio.Lock()
         self._early: list[tuple[bytes, RoundMessage]] = []
+        self._early_bytes = 0
         self._known_commits: dict[int, tuple[bytes, Commit]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -125,21 +75,31 @@ class Exchange:
             raise ProtocolError("a round message cannot be read") from error
         if message.shard != self.shard.index:
             raise ProtocolError(f"this peer does not host shard {message.shard}")
-        if message.round < self.round:
+        if message.round <= max(self.head.round, self.parts.ledger.head.round):
             raise ProtocolError(f"round {message.round} is committed here; this replica works towards {self.round}")
         if message.round > self.round:
-            self.behind.set()
-            size = sum(len(kept.SerializeToString()) for _, kept in self._early) + len(request)
-            room = 2 * self.shard.part_size_bytes(0, self.shard.num_slices) + (1 << 20)
-            if message.round == self.round + 1 and len(self._early) < MAX_EARLY_MESSAGES and size <= room:
-                self._early.append((sender, message))
+            self._keep_early(sender, message, len(request))
             return b""
-        self._do(self._machine.on_message(sender, message, self._now()))
+        try:
+            self._do(self._machine.on_message(sender, message, self._now()))
+        except DivergedError as error:
+            self._fail(error)
         return b""
+
+    def _keep_early(self, sender: bytes, message: RoundMessage, size_bytes: int) -> None:
+        """Others may have committed our round already: keep what they say of the next, within bounds, and ask them."""
+        if sender not in self.live_peers and sender not in self.head.voters:
+            raise ProtocolError(f"round {message.round} has not begun here, and we do not know you")
+        self.behind.set()
+        room = 2 * self.shard.part_size_bytes(0, self.shard.num_slices) + (1 << 20)
+        is_next = message.round == self.round + 1
+        if is_next and len(self._early) < MAX_EARLY_MESSAGES and self._early_bytes + size_bytes <= room:
+            self._early.append((sender, message))
+            self._early_bytes += size_bytes
 
     def set_view(self, view: View) -> None:
         """Tell the machine who is live; only for the round that the view was made for."""
-        self._do(self._machine.on_view(view, self._now()))
+        self._event(self._machine, lambda now: self._machine.on_view(view, now))
 
     def offer_commits(self, holder: bytes, commits: dict[int, Commit]) -> None:
         """Hand over commits that were fetched from ``holder``; each is verified when its turn comes."""
@@ -148,9 +108,18 @@ class Exchange:
                 self._known_commits[number] = (holder, commit)
         self._use_known_commit()
 
+    async def reset_replica(self) -> None:
+        """Put the replica back onto the anchor, with fresh moments; what it had offered in this round stays offered."""
+        if self.parts.trainer is None:
+            return
+        async with self._state_lock:
+            anchor = self.shard.anchor.copy()
+            await self.parts.trainer.land(anchor, None, self.round)
+            if self._snapshot is not None:
+                self._snapshot.weights = anchor
+
     async def run(self) -> None:
         """Drive the machine's clock until cancelled; raises what went wrong beyond repair."""
-        self._do(self._machine.on_tick(self._now()))
         self._use_known_commit()
         try:
             while True:
@@ -161,7 +130,8 @@ class Exchange:
                 try:
                     await asyncio.wait_for(self._wake.wait(), timeout or 0.001)
                 except (TimeoutError, asyncio.TimeoutError):
-                    self._do(self._machine.on_tick(self._now()))
+                    machine = self._machine
+                    self._event(machine, machine.on_tick)
                 self._wake.clear()
         finally:
             for task in self._tasks:
@@ -179,19 +149,19 @@ class Exchange:
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            self._failure = task.exception()
-            self._wake.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = self._failure or error
+        self._wake.set()
 
     async def _carry_out(self, machine: RoundMachine, action: Action) -> None:
         if isinstance(action, Send):
             await self._send(machine, action)
         elif isinstance(action, Persist):
-            async with self._persist_lock:
-                round_number = machine.settings.round
-                await self._blocking(
-                    lambda: self.parts.ledger.save_acceptor(round_number, action.acceptor, action.parts)
-                )
+            if not await self._persist(machine.settings.round, action):
+                return
             for answer in action.then:
                 await self._send(machine, answer)
         elif isinstance(action, TakeSnapshot):
@@ -222,29 +192,49 @@ class Exchange:
         except SwarmError as error:
             log.info("round %d: refused: %s", machine.settings.round, error)
 
+    async def _persist(self, round_number: int, action: Persist) -> bool:
+        """In the order of asking; False where the round is over and no vote counts any more."""
+        async with self._persist_lock:
+            try:
+                await self._blocking(
+                    lambda: self.parts.ledger.save_acceptor(round_number, action.acceptor, action.parts)
+                )
+            except ProtocolError as error:
+                log.debug("%s", error)
+                return False
+        return True
+
     async def _take_snapshot(self, machine: RoundMachine, action: TakeSnapshot) -> None:
-        if self.parts.trainer is None:
-            return
-        weights, tokens = await self.parts.trainer.snapshot()
-        uncounted = min(tokens - self._uncounted_from, machine.settings.max_weight_tokens)
-        snapshot = await self._blocking(lambda: self.shard.offer(weights, uncounted, action.open))
-        if machine is not self._machine or machine.finished:
-            return
-        if snapshot is None:
-            log.warning("round %d: the replica is not finite; nothing to contribute", machine.settings.round)
-            self._event(machine, lambda now: machine.on_snapshot(action.ballot, 0, [], now))
-            return
-        self._snapshots[action.ballot] = snapshot
-        while len(self._snapshots) > KEPT_SNAPSHOTS:
-            self._snapshots.pop(next(iter(self._snapshots)))
-        encoded = [snapshot.encoded.get(part.first_slice, b"") for part in action.open.parts]
-        weight = uncounted if snapshot.encoded else 0
+        """One snapshot per round: a later attempt offers the same, so that no movement can be counted twice."""
+        encoded: list[bytes] = []
+        try:
+            async with self._snapshot_lock:
+                if self._snapshot is None and machine is self._machine and not machine.finished:
+                    self._snapshot = await self._new_snapshot(machine)
+            snapshot = self._snapshot
+            if snapshot is not None:
+                encoded = await self._blocking(lambda: self.shard.encode(snapshot, action.open))
+        except ResourceError as error:
+            log.warning("round %d: nothing to contribute: %s", machine.settings.round, error)
+        weight = self._snapshot.tokens if self._snapshot is not None and encoded else 0
         self._event(machine, lambda now: machine.on_snapshot(action.ballot, weight, encoded, now))
 
+    async def _new_snapshot(self, machine: RoundMachine) -> ReplicaSnapshot | None:
+        trainer = self.parts.trainer
+        if trainer is None:
+            return None
+        weights, tokens = await trainer.snapshot()
+        uncounted = min(tokens - self._uncounted_from, machine.settings.max_weight_tokens)
+        snapshot = await self._blocking(lambda: self.shard.offer(weights, uncounted))
+        if snapshot is None:
+            log.warning("round %d: the replica is not finite; nothing to contribute", machine.settings.round)
+        # A commit may have landed meanwhile: then this snapshot is of a round that is over.
+        return snapshot if machine is self._machine and not machine.finished else None
+
     async def _fetch(self, machine: RoundMachine, action: Fetch) -> None:
-        data: bytes | None = self.parts.chunks.get(action.digest)
+        data: bytes | None = await self._blocking(lambda: self.parts.chunks.get(action.digest))
         if data is None:
-            holders = list(dict.fromkeys([*action.holders, *self.live_peers]))
+            holders = list(dict.fromkeys([*self.live_peers, *action.holders]))
             try:
                 data = await fetch_chunk(
                     self.parts.transport,
@@ -258,32 +248,43 @@ class Exchange:
         self._event(machine, lambda now: machine.on_fetched(action.digest, data, now))
 
     def _event(self, machine: RoundMachine, event: Callable[[float], list[Action]]) -> None:
-        """Feed an outcome back, unless its round is over."""
+        """Feed an outcome back, unless its round is over. What a peer got wrong is its own affair."""
         if machine is self._machine:
             try:
                 self._do(event(self._now()))
-            except ProtocolError as error:
+            except DivergedError as error:
+                self._fail(error)
+            except SwarmError as error:
                 log.info("round %d: %s", machine.settings.round, error)
 
     # ---- the end of a round -------------------------------------------------------------------------------------
 
     async def _apply(self, action: Apply) -> None:
-        record = action.record
-        head = next_head(self.head, action.commit.record, record)
+        async with self._state_lock:
+            await self._apply_locked(action)
+
+    async def _apply_locked(self, action: Apply) -> None:
+        """First the disk, then the shared state, then the replica; the next round begins before the state is saved."""
+        head = next_head(self.head, action.commit.record, action.record)
         if self.parts.ledger.head.round < head.round:
             await self._blocking(lambda: self.parts.ledger.append(action.commit, head, action.parts))
+        else:
+            await self._blocking(lambda: self.parts.ledger.keep_parts(head.round, action.parts))
         counted = await self._land(action)
-        self.head = head
+        self.head, self._snapshot = head, None
+        self._machine = self._new_machine()
+        self._begin_round()
+        committed = Committed(record=action.record, head=head, state_digest=self.shard.state_digest, counted=counted)
+        await self.parts.on_commit(committed)
         if self.parts.ledger.is_state_due(head.round):
             await self._blocking(lambda: self.parts.ledger.save_state(head.round, self.shard))
-        self._snapshots.clear()
-        self._machine = self._new_machine()
-        committed = Committed(record=record, head=head, state_digest=self.shard.state_digest, counted=counted)
-        await self.parts.on_commit(committed)
-        early, self._early = self._early, []
+
+    def _begin_round(self) -> None:
+        """What others said of this round while we were in the last, and a commit of it that is known already."""
+        early, self._early, self._early_bytes = self._early, [], 0
+        machine = self._machine
         for sender, message in early:
-            if message.round == self.round:
-                self._event(self._machine, lambda now, s=sender, m=message: self._machine.on_message(s, m, now))  # type: ignore[misc]
+            self._event(machine, lambda now, s=sender, m=message: machine.on_message(s, m, now))  # type: ignore[misc]
         self._use_known_commit()
         self.behind.set()
         self._wake.set()
@@ -294,10 +295,11 @@ class Exchange:
         if trainer is None:
             await self._blocking(lambda: self.shard.apply(action.record, action.parts))
             return False
-        snapshot = self._snapshots.get(ballot_of(action.record.opened_by))
-        if snapshot is None:  # we were not in this round: all that we trained stays owed
-            weights, _ = await trainer.snapshot()
-            snapshot = await self._blocking(lambda: self.shard.owe(weights))
+        async with self._snapshot_lock:
+            snapshot = self._snapshot
+            if snapshot is None:  # we were not in this round: all that we trained stays owed
+                weights, _ = await trainer.snapshot()
+                snapshot = await self._blocking(lambda: self.shard.offer(weights, 0))
 
         def apply() -> bool:
             counted = snapshot is not None and self.shard.settle(action.record, action.parts, snapshot, me)
@@ -318,13 +320,21 @@ class Exchange:
         if known is None and self.parts.ledger.head.round >= self.round:
             commits = self.parts.ledger.commits(self.round, 1)
             known = (self.parts.identity.public_key, commits[0]) if commits else None
-        if known is not None:
-            holder, commit = known
-            message = RoundMessage(shard=self.shard.index, round=self.round, commit=commit)
-            self._event(self._machine, lambda now: self._machine.on_message(holder, message, now))
+        if known is None:
+            return
+        holder, commit = known
+        message = RoundMessage(shard=self.shard.index, round=self.round, commit=commit)
+        try:
+            self._do(self._machine.on_message(holder, message, self._now()))
+        except DivergedError as error:
+            self._fail(error)
+        except SwarmError as error:
+            log.info("a commit from a holder is of no use, nor is what it sent with it: %s", error)
+            self._known_commits = {n: (h, c) for n, (h, c) in self._known_commits.items() if h != holder}
 
     def _new_machine(self) -> RoundMachine:
         rounds, head = self.shard.spec.rounds, self.head
+        may_vote = head.round == self.parts.ledger.head.round  # not while replaying what is decided
         settings = RoundSettings(
             me=self.parts.identity.public_key,
             head=head,
@@ -336,6 +346,7 @@ class Exchange:
             sign_vote=lambda payload: self.parts.identity.sign(VOTE_CONTEXT, head.run_id, payload),
             max_weight_tokens=4 * schedule.tokens_of_round(rounds, head.round + 1),
             max_members=rounds.max_members,
+            may_vote=may_vote,
             reduce_timeout_s=rounds.reduce_timeout_s,
             takeover_timeout_s=rounds.takeover_timeout_s,
         )

@@ -27,7 +27,7 @@ from peer.statuses import StatusRules, read_statuses, status_key
 from peer.trainer import Limits
 from swarm import data_manifest, log
 from swarm.data_manifest import DataManifest
-from swarm.errors import NetworkError, NotFound
+from swarm.errors import NetworkError, NotFound, Unreachable
 from swarm.identity import Identity, public_key_of
 from swarm.invite import Invite
 from swarm.log import LogHead
@@ -37,6 +37,8 @@ SHARD = 0  # this version trains a run as one shard
 STATUS_LIFETIME_INTERVALS = 6
 MIN_STATUS_LIFETIME_S = 10.0
 STATE_ATTEMPTS = 20
+SEED_WAIT_ATTEMPTS = 40
+MAX_TOLD_ADDRESSES = 8
 RETRY_S = 1.5
 DEFAULT_UPLOAD_BPS = 20_000_000
 DEFAULT_DISK_BYTES = 50 << 30
@@ -101,7 +103,16 @@ async def meet_coordinator(
     """The coordinator behind the invite's pin, and its run once every signature is right."""
     client = await CoordinatorClient.connect(options.invite, identity)
     stack.push_async_callback(client.close)
-    return client, await client.get_run()
+    run = await client.get_run()
+    for _ in range(SEED_WAIT_ATTEMPTS):
+        if run.seed_addresses or not options.trains:
+            break
+        logger.info("no seed peer has told where it is yet")
+        await asyncio.sleep(RETRY_S)
+        run = await client.get_run()
+    if options.trains and not run.seed_addresses:
+        raise Unreachable("the run has no seed peer that says where it is", "ask the organizer to start one, or wait")
+    return client, run
 
 
 async def join(
@@ -114,7 +125,7 @@ async def join(
 
     transport = await _open_transport(options, identity, run, clock)
     stack.push_async_callback(transport.close)
-    admission = await client.admit(None, () if options.trains else transport.addresses)
+    admission = await client.admit(None, own_addresses(options, transport))
     folder = options.home.run_folder(options.invite.run_id)
     chunks = ChunkStore(folder / "chunks", options.disk_bytes)
     manifest = data_manifest.parse(run.manifest_bytes)
@@ -136,6 +147,11 @@ async def join(
         ledger=ledger,
         book=HolderBook(random.Random(identity.public_key)),
     )
+
+
+def own_addresses(options: PeerOptions, transport: LastingTransport) -> tuple[str, ...]:
+    """What a seed peer tells the coordinator of itself; nothing where a volunteer asks."""
+    return () if options.trains else transport.addresses[:MAX_TOLD_ADDRESSES]
 
 
 async def _open_transport(

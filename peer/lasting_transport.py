@@ -59,13 +59,19 @@ class LastingTransport:
             failures += 1
             self.restarts += 1
             try:
-                current = await self._reopen()
-                for method, handler in self._handlers.items():
-                    await current.serve(method, handler)
-            except SwarmError as error:
+                self._current = await self._reopen_and_serve()
+            except (SwarmError, OSError) as error:
                 log.warning("the network daemon does not start: %s", error)
-                continue
-            self._current = current
+
+    async def _reopen_and_serve(self) -> MortalTransport:
+        current = await self._reopen()
+        try:
+            for method, handler in self._handlers.items():
+                await current.serve(method, handler)
+        except BaseException:
+            await current.close()
+            raise
+        return current
 
     async def call(
         self, peer: bytes, method: str, request: bytes, *, timeout_s: float, max_response_bytes: int = MAX_CALL_BYTES

@@ -6,11 +6,14 @@ proposed again as it is, otherwise the round is opened for the members and the r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from peer.attempt import Attempt
 from peer.paxos import NO_BALLOT, Ballot, Proposer, ballot_of, to_message
 from peer.planning import choose_members, choose_voters, leader_order, split_parts, takeover_rank
 from peer.round_actions import Outbox, RoundSettings, View
 from swarm.digest import sha256
+from swarm.errors import ProtocolError
 from swarm.log import parse_record, tokens_by_peer, verify_vote
 from swarm.proto.common_pb2 import Signed
 from swarm.proto.round_pb2 import (
@@ -25,6 +28,9 @@ from swarm.proto.round_pb2 import (
     RoundMessage,
 )
 
+MAX_REFUSED_STEP = 1000
+"""a refusal that tells of a ballot further up is not believed"""
+
 
 class Leader:
     def __init__(self, settings: RoundSettings, promised: Ballot) -> None:
@@ -38,6 +44,8 @@ class Leader:
         self._opened = False
         self._proposal: tuple[bytes, list[bytes]] | None = None
         self._votes: dict[bytes, Signed] = {}
+        self._silent: set[bytes] = set()
+        """members that were of no use to an earlier attempt of this round"""
 
     def saw(self, ballot: Ballot, now: float) -> None:
         """Somebody leads with ``ballot``: give it its time before taking over, in the order of ranks."""
@@ -74,13 +82,20 @@ class Leader:
         elif now >= self._resend_at:
             self._send_prepare(now, self._proposer, out)
 
-    def on_promise(self, sender: bytes, ballot: Ballot, message: Promise) -> None:
+    def on_promise(
+        self, sender: bytes, ballot: Ballot, message: Promise, check_record: Callable[[Record], None]
+    ) -> None:
+        """Count a promise; one that tells of an impossible acceptance raises `ProtocolError` and does not count."""
         if self._proposer is None or self._proposer.ballot != ballot or sender not in self.settings.head.voters:
             return
         accepted = ballot_of(message.accepted_ballot)
         if accepted != NO_BALLOT:
-            parse_record(message.accepted_record, self.settings.head)
+            if accepted >= ballot or accepted[1] not in self.settings.head.voters:
+                raise ProtocolError("a promise that tells of a ballot that cannot have been")
+            check_record(parse_record(message.accepted_record, self.settings.head))
         self._proposer.on_promise(sender, accepted, message.accepted_record)
+        if sender == self.settings.me:
+            self._resend_at = 0.0  # our own promise is on disk: now the others may hear of the ballot
 
     def on_vote(self, signed: Signed) -> None:
         if self._proposer is None or self._proposal is None:
@@ -89,9 +104,12 @@ class Leader:
         if ballot_of(vote.ballot) == self._proposer.ballot:
             self._votes[signed.signer] = signed
 
-    def on_refusal(self, message: Refusal, now: float) -> None:
-        if self._proposer is not None and ballot_of(message.promised) > self._proposer.ballot:
-            self.saw(ballot_of(message.promised), now)
+    def on_refusal(self, sender: bytes, message: Refusal, now: float) -> None:
+        promised = ballot_of(message.promised)
+        if self._proposer is None or sender not in self.settings.head.voters:
+            return
+        if self._proposer.ballot < promised and promised[0] <= self._proposer.ballot[0] + MAX_REFUSED_STEP:
+            self.saw(promised, now)
 
     def _may_lead(self, view: View) -> bool:
         return self.settings.is_voter and (view.ready or self.seen != NO_BALLOT)
@@ -110,7 +128,10 @@ class Leader:
 
     def _send_prepare(self, now: float, proposer: Proposer, out: Outbox) -> None:
         message = self._message(proposer.ballot, prepare=Prepare(log_digest=self.settings.head.log_digest))
-        for voter in self.settings.head.voters:
+        # Ourselves first, the others once our own promise is on disk: a ballot is never used twice, even after a crash.
+        mine = self.settings.me
+        asked = self.settings.head.voters if mine in proposer.promises else (mine,)
+        for voter in asked:
             if voter not in proposer.promises:
                 out.send(voter, message)
         self._resend_at = now + self.settings.resend_s
@@ -120,8 +141,10 @@ class Leader:
         if adopted is not None:
             self._propose(adopted[0], adopted[1], now)
             return
-        members = choose_members(view.candidates, self.settings.max_members)
+        useful = [c for c in view.candidates if c.key not in self._silent]
+        members = choose_members(useful, self.settings.max_members, self.settings.me)
         if not any(member.contributes for member in members) or not view.ready:
+            self._silent.clear()
             self._resend_at = now + self.settings.resend_s
             return
         bandwidth = {candidate.key: candidate.upload_bps for candidate in view.candidates}
@@ -137,11 +160,12 @@ class Leader:
             out.send(member.peer_key, self._message(proposer.ballot, open=opened))
 
     def _propose_when_gathered(self, now: float, proposer: Proposer, attempt: Attempt, out: Outbox) -> None:
-        # A reducer that waited for a silent member answers at its own deadline, a little after ours.
-        give_up_waiting_at = attempt.deadline + self.settings.takeover_timeout_s / 2
+        # A reducer that waited for a silent member averages at its own deadline; its average then has as long again.
+        give_up_waiting_at = attempt.deadline + self.settings.reduce_timeout_s / 2
         if not attempt.is_gathered() and now < give_up_waiting_at:
             self._resend_at = give_up_waiting_at
             return
+        self._silent |= attempt.silent() - {self.settings.me}
         results = attempt.results()
         if not any(part.digest for part in results):
             self._give_up()

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from google.protobuf.message import DecodeError
 
@@ -21,12 +23,14 @@ from peer.ledger import Ledger
 from peer.statuses import StatusRules, further_on, make_view, read_statuses, sign_status, status_key
 from peer.transport import Transport
 from swarm import schedule
-from swarm.errors import NetworkError, ProtocolError, SwarmError
+from swarm.errors import ProtocolError, SwarmError
 from swarm.identity import Identity
 from swarm.proto.common_pb2 import Signed
 from swarm.proto.round_pb2 import LogReply, LogRequest, StateRequest, Status
 
 CONNECT_TIMEOUT_S = 5.0
+MAX_DIALS = 16
+LEAST_PAUSE_S = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +65,8 @@ class Member:
         self.parts = parts
         self.statuses: dict[bytes, Status] = {}
         self._connected: set[bytes] = set()
+        self._jobs: dict[str, asyncio.Task[None]] = {}
+        self._rng = random.Random(parts.identity.public_key)
 
     async def serve(self) -> None:
         """Answer peers. Call before `run`, and before telling anybody that we are here."""
@@ -79,9 +85,10 @@ class Member:
             for task in done:
                 task.result()
         finally:
-            for task in (driver, teller):
+            tasks = [driver, teller, *self._jobs.values()]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(driver, teller, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def status(self) -> Status:
         exchange, words = self.parts.exchange, self.parts.words
@@ -115,11 +122,11 @@ class Member:
         self.statuses = read_statuses(values, self.parts.rules, self.parts.clock())
         self.statuses.pop(self.parts.identity.public_key, None)
         exchange.live_peers = tuple(self.statuses)
-        await self._connect_to_new()
+        self._beside("connect", self._connect_to_new)
         target = schedule.tokens_of_round(exchange.shard.spec.rounds, exchange.round)
         if not schedule.is_finished(exchange.shard.spec, exchange.head.total_tokens):
             exchange.set_view(make_view(self.statuses, self.status(), self.parts.identity.public_key, target))
-        await self._catch_up()
+        self._beside("catch up", self._catch_up)
 
     async def _tell_and_look_for_ever(self) -> None:
         interval_s = self.parts.exchange.shard.spec.rounds.status_interval_s
@@ -130,19 +137,28 @@ class Member:
             except SwarmError as error:
                 log.info("the directory did not serve: %s", error)
             # A round that was just decided, or somebody further on, is worth telling and asking at once.
+            await asyncio.sleep(min(LEAST_PAUSE_S, interval_s))
             with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
-                await asyncio.wait_for(self.parts.exchange.behind.wait(), interval_s)
+                await asyncio.wait_for(self.parts.exchange.behind.wait(), max(0.0, interval_s - LEAST_PAUSE_S))
             self.parts.exchange.behind.clear()
+
+    def _beside(self, name: str, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do what may take long beside telling and looking; one of each kind at a time."""
+        if name not in self._jobs or self._jobs[name].done():
+            self._jobs[name] = asyncio.create_task(job())
 
     async def _connect_to_new(self) -> None:
         new = {peer: s for peer, s in self.statuses.items() if peer not in self._connected and s.addresses}
         self._connected &= set(self.statuses)
 
+        dials = asyncio.Semaphore(MAX_DIALS)
+
         async def connect(peer: bytes, addresses: tuple[str, ...]) -> None:
             try:
-                await self.parts.transport.connect(peer, addresses, timeout_s=CONNECT_TIMEOUT_S)
+                async with dials:
+                    await self.parts.transport.connect(peer, addresses, timeout_s=CONNECT_TIMEOUT_S)
                 self._connected.add(peer)
-            except NetworkError as error:
+            except SwarmError as error:
                 log.debug("no connection yet: %s", error)
 
         await asyncio.gather(*(connect(peer, tuple(s.addresses)) for peer, s in new.items()))
@@ -150,7 +166,10 @@ class Member:
     async def _catch_up(self) -> None:
         """Fetch commits that others have and we lack; the exchange verifies and applies them in order."""
         exchange = self.parts.exchange
-        for holder in further_on(self.statuses, exchange.round)[:3]:
+        ahead = further_on(self.statuses, exchange.round)
+        founders = [peer for peer in ahead if peer in self.parts.rules.founders]
+        # Whoever tells the highest round may lie: founders first, then anybody.
+        for holder in [*founders, *self._rng.sample(ahead, min(len(ahead), 3))][:4]:
             try:
                 commits = await fetch_commits(self.parts.transport, holder, exchange.shard.index, exchange.round)
             except SwarmError as error:

@@ -38,8 +38,8 @@ class Acceptor:
         return replace(self, promised=ballot) if ballot >= self.promised else None
 
     def accept(self, ballot: Ballot, record: bytes) -> Acceptor | None:
-        """The state after accepting ``record``; None where a higher ballot is promised."""
-        if ballot < self.promised:
+        """The state after accepting ``record``; None where a higher ballot, or another record, came first."""
+        if ballot < self.promised or (ballot == self.accepted and record != self.record):
             return None
         return Acceptor(promised=ballot, accepted=ballot, record=record)
 

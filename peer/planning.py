@@ -6,6 +6,7 @@ Pure functions over numbers and keys; the round machine (`peer.round`) calls the
 from __future__ import annotations
 
 import hashlib
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,9 @@ from swarm.proto.round_pb2 import Member, Part
 SLICE_VALUES = 16384
 # Fewer live replicas than this: founders decide alone.
 SMALL_SWARM = 5
+MAX_UPLINK_RATIO = 4
+# 64 MiB of fp32, well within one call in any codec.
+MAX_PART_SLICES = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,30 +55,34 @@ def takeover_rank(order: Sequence[bytes], me: bytes, after: bytes | None) -> int
     return distance or len(order)
 
 
-def choose_members(candidates: Iterable[Candidate], max_members: int) -> list[Member]:
-    """Contributors before receivers, faster uplinks first where there are more than fit; then in key order."""
-    ranked = sorted(candidates, key=lambda c: (not c.trains, -c.upload_bps, c.key))[:max_members]
+def choose_members(candidates: Iterable[Candidate], max_members: int, leader: bytes) -> list[Member]:
+    """The leader, then contributors before receivers, faster uplinks first where not all fit; given in key order."""
+    ranked = sorted(candidates, key=lambda c: (c.key != leader, not c.trains, -c.upload_bps, c.key))[:max_members]
     return [Member(peer_key=c.key, contributes=c.trains) for c in sorted(ranked, key=lambda c: c.key)]
 
 
 def split_parts(members: Sequence[Member], upload_bps: dict[bytes, int], slices: int) -> list[Part]:
     """Split ``slices`` among the contributing members in proportion to their uplinks (largest remainder).
 
-    A reducer sends its average to everybody, so its share of the work is its share of the bandwidth.
+    A reducer sends its average to everybody, so its share of the work is its share of the bandwidth; but uplinks are
+    hearsay: nobody counts for more than `MAX_UPLINK_RATIO` times the median. No part is larger than one call carries.
     """
     reducers = [index for index, member in enumerate(members) if member.contributes][:MAX_PARTS]
-    weights = [max(1, upload_bps.get(members[index].peer_key, 1)) for index in reducers]
+    claimed = [max(1, upload_bps.get(members[index].peer_key, 1)) for index in reducers]
+    weights = [min(claim, MAX_UPLINK_RATIO * statistics.median_low(claimed)) for claim in claimed]
     total = sum(weights)
     exact = [slices * weight / total for weight in weights]
     counts = [int(share) for share in exact]
     by_remainder = sorted(range(len(reducers)), key=lambda i: (counts[i] - exact[i], i))
     for i in by_remainder[: slices - sum(counts)]:
         counts[i] += 1
+    largest = max(MAX_PART_SLICES, -(-slices // max(1, MAX_PARTS - len(reducers))))
     parts, first = [], 0
     for index, count in zip(reducers, counts, strict=True):
-        if count:
-            parts.append(Part(first_slice=first, num_slices=count, reducer=index))
-            first += count
+        for done in range(0, count, largest):
+            size = min(largest, count - done)
+            parts.append(Part(first_slice=first, num_slices=size, reducer=index))
+            first += size
     return parts
 
 

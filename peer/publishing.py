@@ -22,11 +22,12 @@ from peer.codec import Float32
 from peer.layout import Layout
 from swarm import manifest as manifests
 from swarm.errors import NetworkError, SwarmError
+from swarm.files import write_durably
 from swarm.log import LogHead
 from swarm.proto.common_pb2 import Signed
 
-RETRY_S = 2.0
-MAX_WAITING = 16
+RETRY_S = 1.0
+MAX_WAITING = 3
 
 log = logging.getLogger(__name__)
 
@@ -60,20 +61,23 @@ class CheckpointMaker:
         self._template, self._chunks, self._on_ready = template, chunks, on_ready
         self._waiting: asyncio.Queue[StateCopy] = asyncio.Queue(MAX_WAITING)
         self._served: list[tuple[int, FileChunks]] = []
+        self._unpublished: list[tuple[int, Path, bytes]] = []
 
     def resume(self, run_id: bytes, publication_key: bytes) -> int:
-        """Serve the published checkpoints that lie here from before; the newest's round (0: none).
+        """Serve the checkpoints that lie here from before; the newest's round (0: none).
 
-        Folders that were never published go away: they are made again when their round is offered again.
+        A whole one that was not published yet is published now; one that was not finished goes away.
         """
-        for folder in self._template.folder.glob("checkpoint-*"):
+        for folder in sorted(self._template.folder.glob("checkpoint-*")):
             try:
-                signed = Signed.FromString((folder / manifests.SIGNATURE_FILE).read_bytes())
-                manifest = manifests.parse_signed(signed, run_id, publication_key)
-            except (OSError, DecodeError, SwarmError):
+                payload = (folder / manifests.MANIFEST_FILE).read_bytes()
+                manifest = manifests.parse(payload)
+            except (FileNotFoundError, SwarmError):
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
             self._served.append((manifest.round, FileChunks(folder, manifest)))
+            if not _is_signed(folder, run_id, publication_key):
+                self._unpublished.append((manifest.round, folder, payload))
         self._served.sort(key=_round_of)
         for _, chunks in self._served:
             self._chunks.add_source(chunks)
@@ -87,7 +91,10 @@ class CheckpointMaker:
             log.warning("round %d: no checkpoint, %d others wait", state.head.round, MAX_WAITING)
 
     async def run(self) -> None:
-        """Make what is offered, one after another, until cancelled."""
+        """Make what is offered and publish what is made, each in its order, until cancelled."""
+        await asyncio.gather(self._make_all(), self._publish_all())
+
+    async def _make_all(self) -> None:
         while True:
             state = await self._waiting.get()
             try:
@@ -96,22 +103,44 @@ class CheckpointMaker:
                 log.warning("round %d: no checkpoint: %s", state.head.round, error)
 
     async def _make(self, state: StateCopy) -> None:
-        template = self._template
-        folder = template.folder / f"checkpoint-{state.head.round}"
+        """On disk at once: while the coordinator is away, files wait there and no state waits in memory."""
+        template, number = self._template, state.head.round
+        folder = template.folder / f"checkpoint-{number}"
         parts = replace(
             template.parts,
-            round=state.head.round,
+            round=number,
             total_tokens=state.head.total_tokens,
             state_digest=state.state_digest,
             log_digest=state.head.log_digest,
             tensors=template.layout.views(state.anchor),
         )
         manifest = await asyncio.to_thread(assemble, folder, parts)
-        self._serve(state.head.round, FileChunks(folder, manifest))
-        if template.publisher is not None:
-            signed = await self._publish(template.publisher, manifest.canonical_bytes(), state.head.round)
-            await asyncio.to_thread(write_signed, folder, signed, template.signed_spec)
-        self._on_ready(state.head.round)
+        payload = manifest.canonical_bytes()
+        await asyncio.to_thread(write_durably, folder / manifests.MANIFEST_FILE, payload)
+        self._serve(number, FileChunks(folder, manifest))
+        if template.publisher is None:
+            self._on_ready(number)
+        else:
+            self._unpublished.append((number, folder, payload))
+
+    async def _publish_all(self) -> None:
+        """Until the coordinator takes each: it may be away, or not have recorded the round yet."""
+        publisher = self._template.publisher
+        while publisher is not None:
+            for item in list(self._unpublished):
+                number, folder, payload = item
+                try:
+                    signed = await publisher.publish(payload)
+                    await asyncio.to_thread(write_signed, folder, signed, self._template.signed_spec)
+                except NetworkError as error:
+                    log.info("round %d: not published yet: %s", number, error)
+                    break
+                except SwarmError as error:
+                    log.warning("round %d: not published: %s", number, error)
+                else:
+                    self._on_ready(number)
+                self._unpublished.remove(item)
+            await asyncio.sleep(RETRY_S)
 
     def _serve(self, round_number: int, chunks: FileChunks) -> None:
         self._chunks.add_source(chunks)
@@ -121,14 +150,14 @@ class CheckpointMaker:
             self._chunks.remove_source(source)
             shutil.rmtree(self._template.folder / f"checkpoint-{old}", ignore_errors=True)
 
-    async def _publish(self, publisher: Publisher, manifest_bytes: bytes, round_number: int) -> Signed:
-        """Until the coordinator takes it: it may be away, or not have recorded the round yet."""
-        while True:
-            try:
-                return await publisher.publish(manifest_bytes)
-            except NetworkError as error:
-                log.info("round %d: not published yet: %s", round_number, error)
-            await asyncio.sleep(RETRY_S)
+
+def _is_signed(folder: Path, run_id: bytes, publication_key: bytes) -> bool:
+    try:
+        signed = Signed.FromString((folder / manifests.SIGNATURE_FILE).read_bytes())
+        manifests.parse_signed(signed, run_id, publication_key)
+    except (OSError, DecodeError, SwarmError):
+        return False
+    return True
 
 
 def _round_of(served: tuple[int, FileChunks]) -> int:

@@ -44,7 +44,6 @@ class Reporter:
         self._renewed_at = asyncio.get_running_loop().time()
         self._validation: dict[int, float] = {}
         self._news = asyncio.Event()
-        self._last_sent_unix_ms = 0
         self.recorded_round = 0
         """the coordinator has recorded every round up to this one"""
 
@@ -84,9 +83,9 @@ class Reporter:
             payload = self._describe()
             payload.round, payload.validation_loss, payload.train_loss = round_number, loss, math.nan
             payload.state_digest, payload.log_digest = b"", b""
-            await self._report(payload)
+            await self._coordinator.report(payload)
             self._validation.pop(round_number, None)
-        wanted = await self._report(self._describe())
+        wanted = await self._coordinator.report(self._describe())
         while wanted <= self._ledger.head.round:
             commits = self._ledger.commits(wanted, COMMITS_PER_CALL)
             following = await self._coordinator.record_commits(commits)
@@ -94,9 +93,3 @@ class Reporter:
                 break
             wanted = following
         self.recorded_round = wanted - 1
-
-    async def _report(self, payload: ReportPayload) -> int:
-        # The coordinator keeps the newest: two reports of one peer never carry the same time.
-        self._last_sent_unix_ms = max(payload.sent_unix_ms, self._last_sent_unix_ms + 1)
-        payload.sent_unix_ms = self._last_sent_unix_ms
-        return await self._coordinator.report(payload)

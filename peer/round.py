@@ -16,8 +16,8 @@ from peer.leader import Leader, round_message
 from peer.paxos import NO_BALLOT, Acceptor, Ballot, ballot_of, to_message
 from peer.round_actions import Action, Apply, Fetch, Outbox, Persist, RoundSettings, Send, TakeSnapshot, View
 from swarm.digest import sha256
-from swarm.errors import ProtocolError, SwarmError
-from swarm.log import parse_record, tokens_by_peer, verify_commit
+from swarm.errors import DivergedError, ProtocolError, SwarmError
+from swarm.log import canonical, parse_record, tokens_by_peer, verify_commit
 from swarm.proto.round_pb2 import (
     Accept,
     Average,
@@ -33,6 +33,8 @@ from swarm.proto.round_pb2 import (
     Vote,
 )
 
+MAX_BALLOT_STEP = 1000
+"""a ballot further above the highest seen is refused: ballots must never run out"""
 MAX_EARLY = 256
 """contributions and averages kept that overtook the opening of their attempt"""
 
@@ -48,6 +50,8 @@ class RoundMachine:
         self._early: list[tuple[bytes, RoundMessage]] = []
         self._parts: dict[bytes, bytes] = {}
         self._fetching: dict[bytes, float] = {}
+        """digest -> when to ask again; 0 while it is asked for"""
+        self._wanted: set[bytes] = set()
         self._to_accept: tuple[Ballot, bytes, tuple[bytes, ...]] | None = None
         self._decided: tuple[Commit, Record, tuple[bytes, ...]] | None = None
 
@@ -106,7 +110,7 @@ class RoundMachine:
 
     def next_wakeup(self) -> float | None:
         """When `on_tick` is wanted at the latest; None: only an event can change something."""
-        times = [at for at in self._fetching.values() if at]
+        times = [at for key, at in self._fetching.items() if at and key in self._wanted]
         if self._decided is None:
             times += self._leader.wakeups(self.view)
             if self.attempt is not None and self.attempt.is_waiting():
@@ -138,10 +142,12 @@ class RoundMachine:
             raise ProtocolError(f"a message for round {message.round} of shard {message.shard}")
         kind = message.WhichOneof("body")
         ballot = ballot_of(message.ballot)
+        if ballot[0] > self._leader.seen[0] + MAX_BALLOT_STEP:
+            raise ProtocolError(f"ballot {ballot[0]} is out of reach: the highest seen is {self._leader.seen[0]}")
         if kind == "prepare":
             self._on_prepare(sender, ballot, message.prepare, now, out)
         elif kind == "promise":
-            self._leader.on_promise(sender, ballot, message.promise)
+            self._leader.on_promise(sender, ballot, message.promise, self._check_record)
         elif kind == "open":
             self._on_open(sender, ballot, message.open, now, out)
         elif kind in ("contribution", "average"):
@@ -153,7 +159,7 @@ class RoundMachine:
         elif kind == "commit":
             self._on_commit(sender, message.commit)
         elif kind == "refusal":
-            self._leader.on_refusal(message.refusal, now)
+            self._leader.on_refusal(sender, message.refusal, now)
         else:
             raise ProtocolError("a round message without a body")
 
@@ -225,8 +231,12 @@ class RoundMachine:
             expected = self.settings.part_size_bytes(part.first_slice, part.num_slices) if part.digest else 0
             if part.size_bytes != expected:
                 raise ProtocolError(f"the record has a part of {part.size_bytes} bytes instead of {expected}")
-        if any(weight > self.settings.max_weight_tokens for weight in tokens_by_peer(record).values()):
+        tokens = tokens_by_peer(record)
+        if any(weight > self.settings.max_weight_tokens for weight in tokens.values()):
             raise ProtocolError("the record has a weight out of bounds")
+        known = {*self.settings.head.voters, *self.settings.founders, *tokens}
+        if not known.issuperset(record.next_voters):
+            raise ProtocolError("the record names voters that had no part in the round")
 
     def _refuse(self, to: bytes, out: Outbox) -> None:
         refusal = Refusal(promised=to_message(self.acceptor.promised), reason="a higher ballot is promised")
@@ -243,7 +253,7 @@ class RoundMachine:
         if self.attempt is not None and self.attempt.ballot == ballot:
             return
         self._leader.saw(ballot, now)
-        self.attempt = Attempt(self.settings, ballot, message, deadline=now + self.settings.reduce_timeout_s)
+        self.attempt = Attempt(self.settings, ballot, message, deadline=now + self.settings.reduce_timeout_s / 2)
         if self.settings.me in self.attempt.contributors:
             out.actions.append(TakeSnapshot(ballot, message))
         early, self._early = self._early, []
@@ -263,8 +273,9 @@ class RoundMachine:
             self.attempt.on_contribution(sender, message.contribution)
         else:
             self.attempt.on_average(sender, message.average)
-            if message.average.shares:
-                self._parts[self.attempt.averages[message.average.part].digest] = message.average.encoded
+            kept = self.attempt.averages[message.average.part].digest
+            if kept and kept not in self._parts and sha256(message.average.encoded) == kept:
+                self._parts[kept] = message.average.encoded
 
     def _keep_early(self, sender: bytes, ballot: Ballot, message: RoundMessage) -> None:
         """Bytes may overtake the opening of their attempt; keep what known peers send, within bounds."""
@@ -281,9 +292,15 @@ class RoundMachine:
     # ---- commit -------------------------------------------------------------------------------------------------
 
     def _on_commit(self, sender: bytes, commit: Commit) -> None:
-        if self._decided is None:
-            record, _ = verify_commit(self.settings.head, commit)
-            self._decided = (commit, record, (sender, *commit.holders[:64]))
+        if self._decided is not None:
+            return
+        record, _ = verify_commit(self.settings.head, commit)
+        if record.state_digest != self.settings.state_digest:
+            raise DivergedError(
+                f"round {record.round} starts from another state than ours",
+                "join again: the state that the log proves is fetched",
+            )
+        self._decided = (canonical(commit), record, (sender, *commit.holders[:64]))
 
     def _apply_when_complete(self, now: float, out: Outbox) -> None:
         if self._decided is None:
@@ -297,10 +314,12 @@ class RoundMachine:
     def _fetch_missing(self, record: Record, holders: tuple[bytes, ...], now: float, out: Outbox) -> bool:
         """Ask for the parts of ``record`` that are not here; True when all are."""
         complete = True
+        self._wanted = set()
         for part in record.parts:
             if not part.digest or part.digest in self._parts:
                 continue
             complete = False
+            self._wanted.add(part.digest)
             if self._fetching.get(part.digest, -1.0) == 0.0 or self._fetching.get(part.digest, now) > now:
                 continue
             self._fetching[part.digest] = 0.0  # under way

@@ -27,6 +27,7 @@ class RoundSettings:
     sign_vote: Callable[[bytes], Signed]
     max_weight_tokens: int
     max_members: int
+    may_vote: bool
     reduce_timeout_s: float
     takeover_timeout_s: float
     resend_s: float = 1.0
@@ -37,7 +38,7 @@ class RoundSettings:
 
     @property
     def is_voter(self) -> bool:
-        return self.me in self.head.voters
+        return self.may_vote and self.me in self.head.voters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,17 +11,18 @@ import contextlib
 import hashlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from peer.checkpoint import CheckpointParts
 from peer.data import ReaderOptions, TokenReader
-from peer.exchange import Committed, Exchange, ExchangeParts
+from peer.exchange import Exchange
+from peer.exchange_parts import Committed, ExchangeParts
 from peer.fetch import fetch_chunk
 from peer.home import locked_identity
-from peer.joining import Joined, PeerOptions, find_holders, join, meet_coordinator, starting_state
+from peer.joining import Joined, PeerOptions, find_holders, join, meet_coordinator, own_addresses, starting_state
 from peer.member import Member, MemberParts, Words
 from peer.publishing import CheckpointMaker, StateCopy, Template
 from peer.reporting import Reporter
@@ -29,7 +30,8 @@ from peer.shard import Shard
 from peer.trainer import Stats
 from peer.training import Training
 from swarm import schedule
-from swarm.errors import NetworkError, SwarmError
+from swarm.errors import DivergedError, NetworkError, SwarmError
+from swarm.identity import Identity
 from swarm.log import LogHead
 from swarm.proto.coordinator_pb2 import ReportPayload
 
@@ -39,6 +41,7 @@ PROGRESS_INTERVAL_S = 1.0
 CHECKPOINT_WAIT_S = 90.0
 KEPT_BY_VOLUNTEER, KEPT_BY_SEED = 1, 100
 FETCH_TIMEOUT_S = 60.0
+MAX_DIVERGENCES = 3
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +60,39 @@ Watch = Callable[[News], None]
 async def run_peer(options: PeerOptions, stop: asyncio.Event, watch: Watch) -> None:
     """Take part until the run is finished or ``stop`` is set; then leave cleanly."""
     with locked_identity(options.home) as identity:
-        async with AsyncExitStack() as stack:
-            client, run = await meet_coordinator(options, identity, stack)
-            watch(News(kind="joining", values={"peer id": identity.peer_id, "spec": run.spec, "options": options}))
-            joined = await join(options, identity, client, run, stack)
-            head, shard = await starting_state(joined)
-            peer = Peer(joined, head, shard, watch)
-            await peer.live(stop)
+        for _ in range(MAX_DIVERGENCES):
+            try:
+                return await _take_part(options, identity, stop, watch)
+            except DivergedError as error:
+                logger.error("%s; joining again with the state that the log proves", error)
+        raise DivergedError(
+            f"this replica diverged from the run {MAX_DIVERGENCES} times",
+            "its memory or disk may be faulty: move its folder away, test the machine, then join again",
+        )
+
+
+async def _take_part(options: PeerOptions, identity: Identity, stop: asyncio.Event, watch: Watch) -> None:
+    async with AsyncExitStack() as stack:
+        joining = asyncio.create_task(_join(options, identity, watch, stack))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({joining, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not joining.done():
+                return
+            peer = joining.result()
+        finally:
+            joining.cancel()
+            stopping.cancel()
+            await asyncio.gather(joining, stopping, return_exceptions=True)
+        await peer.live(stop)
+
+
+async def _join(options: PeerOptions, identity: Identity, watch: Watch, stack: AsyncExitStack) -> Peer:
+    client, run = await meet_coordinator(options, identity, stack)
+    watch(News(kind="joining", values={"peer id": identity.peer_id, "spec": run.spec, "options": options}))
+    joined = await join(options, identity, client, run, stack)
+    head, shard = await starting_state(joined)
+    return Peer(joined, head, shard, watch)
 
 
 class Peer:
@@ -111,12 +140,11 @@ class Peer:
 
     async def live(self, stop: asyncio.Event) -> None:
         """Serve, train and make rounds, until the run ends or the person does."""
-        await self.member.serve()
-        self.words.checkpoint_round = self.checkpoints.resume(
-            self.spec.run_id, bytes.fromhex(self.spec.publication_key)
-        )
+        newest = self.checkpoints.resume(self.spec.run_id, bytes.fromhex(self.spec.publication_key))
+        self.words.checkpoint_round = newest
         self._offer_checkpoint_again()
         await self._start_training()
+        await self.member.serve()  # last: from here on others may open rounds with us
         self.watch(News(kind="ready", values={"round": self.exchange.head.round, "device": self.device}))
         jobs: list[asyncio.Task[Any]] = [
             asyncio.create_task(job)
@@ -216,10 +244,7 @@ class Peer:
 
     def _on_bad_steps(self, count: int) -> None:
         logger.warning("%d inner steps in a row were not finite; starting again from the anchor", count)
-        if self.training is not None:
-            task = asyncio.create_task(self.training.land(self.exchange.shard.anchor.copy(), None, self.exchange.round))
-            self._evaluations.add(task)
-            task.add_done_callback(self._evaluations.discard)
+        self._beside(self.exchange.reset_replica())
 
     def _consider_end(self) -> None:
         if schedule.is_finished(self.spec, self.exchange.head.total_tokens):
@@ -227,9 +252,12 @@ class Peer:
 
     def _evaluates(self, round_number: int, contributors: set[bytes]) -> bool:
         """One contributor of the round, by rendezvous hash, measures the validation loss of its result."""
-        return self.joined.identity.public_key == min(
-            contributors, key=lambda key: hashlib.sha256(b"evaluate" + round_number.to_bytes(8, "big") + key).digest()
+        first = min(
+            contributors,
+            key=lambda key: hashlib.sha256(b"evaluate" + round_number.to_bytes(8, "big") + key).digest(),
+            default=None,
         )
+        return first == self.joined.identity.public_key
 
     def _evaluate(self, round_number: int) -> None:
         anchor = self.exchange.shard.anchor.copy()
@@ -241,7 +269,10 @@ class Peer:
             except SwarmError as error:
                 logger.warning("round %d was not evaluated: %s", round_number, error)
 
-        task = asyncio.create_task(measure())
+        self._beside(measure())
+
+    def _beside(self, job: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(job)
         self._evaluations.add(task)
         task.add_done_callback(self._evaluations.discard)
 
@@ -258,7 +289,7 @@ class Peer:
             await asyncio.Event().wait()
             return
         await self.training.failed.wait()
-        raise self.training.trainer.failure or SwarmError("training ended")
+        raise self.training.failure or self.training.trainer.failure or SwarmError("training ended")
 
     def _values(self) -> dict[str, Any]:
         stats = self.training.stats if self.training is not None else Stats()
@@ -277,7 +308,7 @@ class Peer:
         }
 
     async def _renew_admission(self) -> None:
-        addresses = () if self.training is not None else self.transport.addresses
+        addresses = own_addresses(self.joined.options, self.transport)
         self.words.admission = await self.joined.client.admit(None, addresses)
 
     def _report(self) -> ReportPayload:
@@ -295,7 +326,7 @@ class Peer:
             state_digest=self.exchange.shard.state_digest,
             log_digest=self.exchange.head.log_digest,
             leaving=self.words.leaving,
-            seed_addresses=() if self.training is not None else self.transport.addresses,
+            seed_addresses=own_addresses(self.joined.options, self.transport),
             device=self.device,
         )
 

@@ -10,7 +10,7 @@ not count stays owed in full.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,15 +26,14 @@ from swarm.run_spec import RunSpec
 
 @dataclass(slots=True, kw_only=True)
 class ReplicaSnapshot:
-    """A replica between two inner steps, and what it offered of it: kept until the round is decided."""
+    """A replica between two inner steps, kept until its round is decided: each attempt of the round offers it."""
 
     weights: Float32
+    """what the replica's later movement is measured from"""
     tokens: int
-    """tokens trained since the last one that a commit counted"""
+    """tokens trained since the last snapshot that a commit counted"""
     offered: Float32
     """pseudo-gradient plus error feedback, before encoding"""
-    encoded: dict[int, bytes] = field(default_factory=dict)
-    """first slice of a part -> what was sent"""
 
 
 class Shard:
@@ -71,7 +70,7 @@ class Shard:
         """The state digest, from memory."""
         return digest.state_digest(*self.chunk_digests())
 
-    def owe(self, weights: Float32, tokens: int = 0) -> ReplicaSnapshot | None:
+    def offer(self, weights: Float32, tokens: int) -> ReplicaSnapshot | None:
         """The movement of ``weights`` since the anchor, with what is owed from before; None where it is not finite."""
         offered = self.anchor - weights
         offered += self.feedback
@@ -79,14 +78,14 @@ class Shard:
             return None
         return ReplicaSnapshot(weights=weights, tokens=tokens, offered=offered)
 
-    def offer(self, weights: Float32, tokens: int, opened: OpenRound) -> ReplicaSnapshot | None:
-        """`owe`, encoded for the parts of an opened round; nothing is encoded where no tokens were trained."""
-        snapshot = self.owe(weights, tokens)
-        if snapshot is not None and tokens > 0:
-            for part in opened.parts:
-                values = self._values(part)
-                snapshot.encoded[part.first_slice] = self.codec.encode(snapshot.offered[values])
-        return snapshot
+    def encode(self, snapshot: ReplicaSnapshot, opened: OpenRound) -> list[bytes]:
+        """The snapshot in the wire codec, part by part; nothing where no tokens were trained.
+
+        A pure function: `settle` encodes again to know what was sent.
+        """
+        if snapshot.tokens == 0:
+            return []
+        return [self.codec.encode(snapshot.offered[self._values(part)]) for part in opened.parts]
 
     def reduce(self, work: Reduce) -> tuple[list[Share], bytes]:
         """Average what decodes, by tokens and in member order, and encode the average once.
@@ -127,10 +126,10 @@ class Shard:
         for part in record.parts:
             values = self._values(part)
             owed = snapshot.offered[values]
-            included = part.first_slice in snapshot.encoded and any(share.peer_key == me for share in part.shares)
+            included = any(share.peer_key == me for share in part.shares)
             if included and self._decode(part, parts) is not None:
                 counted = True
-                owed = owed - self.codec.decode(snapshot.encoded[part.first_slice], len(owed))
+                owed = owed - self.codec.decode(self.codec.encode(owed), len(owed))
             self.feedback[values] = owed
         return counted
 

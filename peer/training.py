@@ -48,6 +48,7 @@ class Training:
         self._trainer: Trainer | None = None
         self._replica: Replica | None = None
         self.failed = asyncio.Event()
+        self.failure: SwarmError | None = None
 
     @property
     def trainer(self) -> Trainer:
@@ -87,12 +88,12 @@ class Training:
             self._prefetching = asyncio.get_running_loop().create_task(self._prefetch())
 
     async def snapshot(self) -> tuple[Float32, int]:
-        """See `peer.exchange.Trainer`."""
+        """See `peer.exchange_parts.Trainer`."""
         snapshot = await self.trainer.snapshot()
         return snapshot.weights, snapshot.total_tokens
 
     async def land(self, anchor: Float32, snapshot: Float32 | None, round_number: int) -> None:
-        """See `peer.exchange.Trainer`."""
+        """See `peer.exchange_parts.Trainer`."""
         replica = self._replica
         if replica is None or snapshot is None:
             await self.trainer.reset(anchor)
@@ -147,6 +148,10 @@ class Training:
                 log.warning("token shard not yet here: %s", error)
                 await asyncio.sleep(RETRY_S)
                 continue
+            except SwarmError as error:  # a full disk, say: training cannot go on without the person
+                self.failure = error
+                self.failed.set()
+                return
             if self._reading.round == now:
                 return
 

@@ -14,6 +14,7 @@
     ├── VerificationError          76  bytes that are not what they claim; never retried
     │   ├── SignatureError             a signature does not verify, or another key signed
     │   ├── DigestError                bytes do not match their digest
+    │   ├── DivergedError              our state is not the one that the run's voters signed
     │   ├── PinError                   the coordinator's key is not the invite's
     │   └── ProtocolError              a message of a wrong shape, size, round or sender
     └── ResourceError              74  the machine lacks something
@@ -31,10 +32,11 @@ class SwarmError(Exception):
     """Base of all named errors. ``message`` says what and why, ``advice`` what to do."""
 
     exit_code = 70
+    usual_advice = ""
 
     def __init__(self, message: str, advice: str = "") -> None:
         super().__init__(message)
-        self.advice = advice
+        self.advice = advice or self.usual_advice
 
 
 class ConfigError(SwarmError):
@@ -79,6 +81,7 @@ class NotFound(NetworkError):
 
 class VerificationError(SwarmError):
     exit_code = 76
+    usual_advice = "nothing of it was used; get it again, and tell the organizer if that does not help"
 
 
 class SignatureError(VerificationError):
@@ -86,6 +89,10 @@ class SignatureError(VerificationError):
 
 
 class DigestError(VerificationError):
+    pass
+
+
+class DivergedError(VerificationError):
     pass
 
 

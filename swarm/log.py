@@ -23,6 +23,7 @@ MAX_VOTERS = 7
 MAX_PARTS = 64
 MAX_MEMBERS = 64
 MAX_RECORD_BYTES = 512 * 1024
+MAX_VOTE_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +102,8 @@ def verify_vote(signed: Signed, head: LogHead, record_digest: bytes | None = Non
     """The vote inside ``signed``, once one of the head's voters cast it for the next round."""
     if signed.signer not in head.voters:
         raise SignatureError("a vote by somebody who is no voter of this round")
+    if len(signed.payload) > MAX_VOTE_BYTES:
+        raise ProtocolError(f"a vote of {len(signed.payload)} bytes is too large")
     try:
         vote = Vote.FromString(verify(signed, VOTE_CONTEXT, head.run_id))
     except DecodeError as error:
@@ -110,6 +113,22 @@ def verify_vote(signed: Signed, head: LogHead, record_digest: bytes | None = Non
     if record_digest is not None and vote.record_digest != record_digest:
         raise ProtocolError("a vote for another record")
     return vote
+
+
+def canonical(commit: Commit) -> Commit:
+    """``commit`` reduced to its proof: the record and the votes of one ballot's majority. It must verify."""
+    ballots: dict[tuple[int, bytes], dict[bytes, Signed]] = {}
+    for signed in commit.votes:
+        ballot = Vote.FromString(signed.payload).ballot
+        ballots.setdefault((ballot.number, ballot.leader), {})[signed.signer] = signed
+    votes = max(ballots.items(), key=lambda item: (len(item[1]), item[0]))[1]
+    return Commit(
+        record=commit.record,
+        votes=[
+            Signed(signer=signer, payload=votes[signer].payload, signature=votes[signer].signature)
+            for signer in sorted(votes)
+        ],
+    )
 
 
 def verify_commit(head: LogHead, commit: Commit) -> tuple[Record, LogHead]:
@@ -160,3 +179,5 @@ def _check_parts(parts: Sequence[PartResult]) -> None:
             raise ProtocolError("a contributor's key has a wrong length")
         if len({share.peer_key for share in part.shares}) != len(part.shares):
             raise ProtocolError("a part counts one contributor twice")
+    if not any(part.digest for part in parts):
+        raise ProtocolError("a record in which every part is absent")

@@ -119,7 +119,7 @@ class Rounds(Section):
     takeover_timeout_s: float = Field(
         20.0, gt=0, le=3600, description="seconds of silence after which the next peer leads the round"
     )
-    status_interval_s: float = Field(5.0, gt=0, le=120, description="seconds between a peer's words about itself")
+    status_interval_s: float = Field(5.0, gt=0, le=100, description="seconds between a peer's words about itself")
     max_members: int = Field(64, ge=1, le=64, description="peers that take part in one round at most")
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -17,19 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from coordinator.run import RunSource
 from coordinator.server import RunningServer, ServerConfig, serve
 from swarm import data_manifest, keyfiles, run_file, run_spec
 from swarm.data_manifest import MANIFEST_NAME, TOKENIZER_NAME, DataManifest
 from swarm.digest import sha256
-from swarm.errors import ConfigError, DataError
-from swarm.identity import Identity
+from swarm.errors import ConfigError, DataError, DigestError, ResourceError, SignatureError
+from swarm.files import write_durably
+from swarm.identity import Identity, verify
 from swarm.invite import Invite
 from swarm.log import GENESIS_CONTEXT, genesis_head, parse_genesis
 from swarm.proto.common_pb2 import Genesis, ShardGenesis, Signed
 from swarm.run_spec import RunSpec
 
 SEED_RESTART_PAUSE_S = 2.0
+SEED_STARTS = 2  # before giving up: one that was killed frees its port a moment after its key
 SEED_STOP_S = 10.0
 
 log = logging.getLogger(__name__)
@@ -80,7 +85,7 @@ def prepare_run(path: Path) -> PreparedRun:
     signed_spec = organizer.sign(run_spec.CONTEXT, spec.run_id, spec.canonical_bytes())
     _refuse_another_run(state, spec)
     genesis = _genesis(state, spec, organizer, manifest)
-    (state / "spec.sig").write_bytes(signed_spec.SerializeToString())
+    write_durably(state / "spec.sig", signed_spec.SerializeToString())
     source = RunSource(
         spec=signed_spec, genesis=genesis, data_manifest=raw_manifest, tokenizer=tokenizer, publication=publication
     )
@@ -100,7 +105,7 @@ def _read_data(folder: Path) -> tuple[bytes, bytes]:
 def _refuse_another_run(state: Path, spec: RunSpec) -> None:
     path = state / "spec.sig"
     if path.exists():
-        earlier = Signed.FromString(path.read_bytes())
+        earlier = _read_signed(path, run_spec.CONTEXT)
         if earlier.payload != spec.canonical_bytes():
             raise ConfigError(
                 "run.toml or its data changed since this run was started; signed rules cannot change",
@@ -108,11 +113,21 @@ def _refuse_another_run(state: Path, spec: RunSpec) -> None:
             )
 
 
+def _read_signed(path: Path, context: str, run_id: bytes | None = None) -> Signed:
+    """What an earlier start signed; ``run_id`` None: of the run that the payload, a run spec, makes."""
+    try:
+        signed = Signed.FromString(path.read_bytes())
+        verify(signed, context, run_id or run_spec.run_id_of(signed.signer, signed.payload))
+    except (DecodeError, SignatureError) as error:
+        raise DigestError(f"{path} is damaged", "bring it back from a copy of the run's folder") from error
+    return signed
+
+
 def _genesis(state: Path, spec: RunSpec, organizer: Identity, manifest: DataManifest) -> Signed:
     """The signed genesis; the first time, its state is built and written to the seed peer's disk."""
     path = state / "genesis.sig"
     if path.exists():
-        signed = Signed.FromString(path.read_bytes())
+        signed = _read_signed(path, GENESIS_CONTEXT, spec.run_id)
         parse_genesis(signed, spec.run_id, organizer.public_key, spec.num_shards)
         return signed
     from peer import model
@@ -137,7 +152,7 @@ def _genesis(state: Path, spec: RunSpec, organizer: Identity, manifest: DataMani
     ledger = Ledger(folder / f"shard-{SHARD}", genesis_head(genesis, SHARD), chunks, LedgerOptions(archive=True))
     ledger.save_state(0, shard)
     signed = organizer.sign(GENESIS_CONTEXT, spec.run_id, genesis.SerializeToString())
-    path.write_bytes(signed.SerializeToString())
+    write_durably(path, signed.SerializeToString())
     return signed
 
 
@@ -147,7 +162,7 @@ async def start_coordinator(prepared: PreparedRun, options: StartOptions) -> tup
     port = options.port or (int(remembered.read_text()) if remembered.exists() else 0)
     config = ServerConfig(state_dir=prepared.state, source=prepared.source, host=options.host, port=port)
     server = await serve(config)
-    remembered.write_text(str(server.port))  # the invite must lead here also after a restart
+    write_durably(remembered, str(server.port).encode())  # the invite must lead here also after a restart
     host = options.public_host or options.host
     invite = Invite(
         run_id=prepared.spec.run_id,
@@ -155,38 +170,66 @@ async def start_coordinator(prepared: PreparedRun, options: StartOptions) -> tup
         addresses=(f"{host}:{server.port}",),
         token=options.token,
     )
-    (prepared.state / "invite.txt").write_text(invite.encode() + "\n")
+    write_durably(prepared.state / "invite.txt", invite.encode().encode() + b"\n")
     return server, invite
 
 
 async def keep_seed_peer(
     prepared: PreparedRun, invite: Invite, options: StartOptions, on_news: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Run a seed peer as a process of its own, and start it again when it ends, until cancelled."""
+    """Run a seed peer as a process of its own, and start it again when it ends, until cancelled.
+
+    Raises `ResourceError` or `ConfigError` where it never gets ready for a reason that only a person can mend.
+    """
     command = [sys.executable, "-m", "swarm.cli.main", "seed", invite.encode(), "--json"]
     command += ["--home", str(prepared.seed_home), "--data", str(prepared.data_folder), "--parent", str(os.getpid())]
-    command += ["--listen", f"{options.host}:{options.seed_port}"]
+    seed_port = _lasting_seed_port(prepared.state, options)
+    command += ["--listen", f"{options.host}:{seed_port}"]
     if options.public_host:
-        command += ["--announce", f"{options.public_host}:{options.seed_port}"]
+        command += ["--announce", f"{options.public_host}:{seed_port}"]
+    was_ready, starts = False, 0
     while True:
         process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
         try:
-            await _read_news(process, on_news)
+            was_ready = await _read_news(process, on_news) or was_ready
             code = await process.wait()
         finally:
             await _end(process)
+        starts += 1
+        if not was_ready and starts >= SEED_STARTS and code in (ResourceError.exit_code, ConfigError.exit_code):
+            kind = ResourceError if code == ResourceError.exit_code else ConfigError
+            raise kind("the seed peer does not start", "its own error is told above: correct that, then start again")
         log.warning("the seed peer ended with exit code %d; starting it again", code)
         await asyncio.sleep(SEED_RESTART_PAUSE_S)
 
 
-async def _read_news(process: asyncio.subprocess.Process, on_news: Callable[[dict[str, Any]], None]) -> None:
+def _lasting_seed_port(state: Path, options: StartOptions) -> int:
+    """The same port at every start: volunteers find a seed peer again only where it was."""
+    remembered = state / "seed-port"
+    port = options.seed_port
+    if not port and remembered.exists():
+        port = int(remembered.read_text())
+    if not port:
+        with socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET) as probe:
+            probe.bind((options.host, 0))
+            port = int(probe.getsockname()[1])
+    write_durably(remembered, str(port).encode())
+    return port
+
+
+async def _read_news(process: asyncio.subprocess.Process, on_news: Callable[[dict[str, Any]], None]) -> bool:
+    """Pass on what the seed peer says until it ends; whether it was ready."""
+    was_ready = False
     if process.stdout is None:
-        return
+        return was_ready
     async for line in process.stdout:
         try:
-            on_news(json.loads(line))
+            news = json.loads(line)
+            was_ready = was_ready or news.get("event") == "ready"
+            on_news(news)
         except ValueError:
             log.info("seed peer: %s", line.decode(errors="replace").rstrip())
+    return was_ready
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -49,8 +49,9 @@ class Machine:
 class Machines:
     """``voters`` of ``size`` replicas decide; the last replica only receives, as a seed peer does."""
 
-    def __init__(self, size: int, voters: int, rng: random.Random) -> None:
+    def __init__(self, size: int, voters: int, rng: random.Random, max_members: int = 64) -> None:
         self.rng = rng
+        self.max_members = max_members
         self.now = 0.0
         self.peers = [Machine(Identity(bytes([i + 1]) * 32), trains=i < size - 1) for i in range(size)]
         self.head = LogHead(
@@ -78,7 +79,8 @@ class Machines:
             part_size_bytes=lambda first, count: count * BYTES_PER_SLICE,
             sign_vote=lambda payload: peer.identity.sign(VOTE_CONTEXT, RUN_ID, payload),
             max_weight_tokens=1000,
-            max_members=64,
+            max_members=self.max_members,
+            may_vote=True,
             reduce_timeout_s=8.0,
             takeover_timeout_s=6.0,
         )

@@ -19,7 +19,8 @@ import numpy as np
 
 from peer.catch_up import Newcomer, obtain_state
 from peer.chunk_store import ChunkStore
-from peer.exchange import Committed, Exchange, ExchangeParts
+from peer.exchange import Exchange
+from peer.exchange_parts import Committed, ExchangeParts
 from peer.fetch import HolderBook
 from peer.ledger import Ledger, LedgerOptions
 from peer.member import Member, MemberParts, Words

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from peer import chunk_store
+from peer import checkpoint, chunk_store
 from peer.checkpoint import CheckpointParts, assemble, describe_file
 from peer.verify import verify_folder
 from swarm.digest import sha256
@@ -95,6 +96,18 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(chunk_store.os, "fsync", full)
+    with pytest.raises(DiskFull):
+        assemble(tmp_path / "c", small_parts())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_under_the_weights_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library that writes them tells what the system said in words alone."""
+
+    def full(*arguments: object, **options: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(DiskFull):
         assemble(tmp_path / "c", small_parts())
     assert list(tmp_path.iterdir()) == []

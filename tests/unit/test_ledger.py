@@ -10,7 +10,7 @@ from peer.chunk_store import ChunkStore
 from peer.ledger import Ledger, LedgerOptions
 from peer.paxos import Acceptor
 from swarm import digest
-from swarm.errors import DigestError, NotFound
+from swarm.errors import DigestError, NotFound, ProtocolError
 from swarm.identity import Identity
 from swarm.log import VOTE_CONTEXT, LogHead, genesis_head, next_head
 from swarm.proto.common_pb2 import Genesis, ShardGenesis
@@ -37,7 +37,7 @@ def commit_after(head: LogHead, data: bytes) -> tuple[Commit, LogHead]:
         shard=0,
         round=head.round + 1,
         log_digest=head.log_digest,
-        state_digest=bytes(32),
+        state_digest=SHARD.state_digest,
         parts=[
             PartResult(
                 num_slices=1,
@@ -95,15 +95,43 @@ def test_a_flipped_byte_in_the_log_is_not_believed(tmp_path: Path) -> None:
     raw = bytearray(log.read_bytes())
     raw[len(raw) // 2] ^= 1
     log.write_bytes(raw)
-    assert open_ledger(tmp_path).head.round < 3
+    with pytest.raises(DigestError, match="damaged"):
+        open_ledger(tmp_path)
 
 
 def test_a_vote_survives_a_restart_and_belongs_to_its_round(tmp_path: Path) -> None:
-    cast = Acceptor(promised=(3, b"l" * 32), accepted=(2, b"k" * 32), record=b"record")
+    cast = Acceptor(promised=(3, b"l" * 32), accepted=(2, b"k" * 32), record=Record(round=4).SerializeToString())
     open_ledger(tmp_path).save_acceptor(4, cast, {})
     ledger = open_ledger(tmp_path)
     assert ledger.load_acceptor(4) == cast
     assert ledger.load_acceptor(5) == Acceptor()
+
+
+def test_a_vote_is_never_replaced_by_one_of_an_earlier_round(tmp_path: Path) -> None:
+    cast = Acceptor(promised=(3, b"l" * 32))
+    open_ledger(tmp_path).save_acceptor(7, cast, {})
+    ledger = open_ledger(tmp_path)
+    with pytest.raises(ProtocolError, match="round 5"):
+        ledger.save_acceptor(5, Acceptor(promised=(9, b"h" * 32)), {})
+    assert open_ledger(tmp_path).load_acceptor(7) == cast
+
+
+def test_nobody_votes_in_a_round_that_the_log_already_holds(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path)
+    fill(ledger, 3)
+    with pytest.raises(ProtocolError, match="over"):
+        ledger.save_acceptor(3, Acceptor(promised=(1, b"l" * 32)), {})
+
+
+def test_an_archive_that_reached_its_disk_limit_gives_up_its_oldest_rounds(tmp_path: Path) -> None:
+    chunks = ChunkStore(tmp_path / "chunks", 10_000)
+    ledger = Ledger(tmp_path / "shard-0", genesis_head(GENESIS, 0), chunks, LedgerOptions(archive=True))
+    for number in range(20):
+        data = bytes([number]) * 1000
+        commit, head = commit_after(ledger.head, data)
+        ledger.append(commit, head, {digest.sha256(data): data})
+    assert ledger.head.round == 20
+    assert chunks.has(digest.sha256(bytes([19]) * 1000)) and not chunks.has(digest.sha256(bytes([0]) * 1000))
 
 
 def test_a_damaged_vote_is_an_error_and_never_a_fresh_vote(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 
 import pytest
 from hypothesis import given
@@ -51,8 +52,9 @@ def test_contributors_and_fast_uplinks_come_first_where_not_all_fit() -> None:
         Candidate(key=KEYS[1], trains=True, upload_bps=10),
         Candidate(key=KEYS[2], trains=True, upload_bps=1000),
     ]
-    assert [m.peer_key for m in choose_members(candidates, 2)] == [KEYS[1], KEYS[2]]
-    assert [m.contributes for m in choose_members(candidates, 3)] == [False, True, True]
+    assert [m.peer_key for m in choose_members(candidates, 2, KEYS[1])] == [KEYS[1], KEYS[2]]
+    assert [m.contributes for m in choose_members(candidates, 3, KEYS[1])] == [False, True, True]
+    assert [m.peer_key for m in choose_members(candidates, 2, KEYS[0])] == [KEYS[0], KEYS[2]], "the leader is always in"
 
 
 @given(
@@ -64,10 +66,18 @@ def test_parts_cover_every_slice_once_in_proportion_to_uplinks(slices: int, upli
     parts = split_parts(members, dict(zip(KEYS, uplinks, strict=False)), slices)
     assert [part.first_slice for part in parts] == [sum(p.num_slices for p in parts[:i]) for i in range(len(parts))]
     assert sum(part.num_slices for part in parts) == slices
-    total = sum(max(1, uplink) for uplink in uplinks)
+    claimed = [max(1, uplink) for uplink in uplinks]
+    believed = [min(claim, 4 * statistics.median_low(claimed)) for claim in claimed]
     for part in parts:
-        exact = slices * max(1, uplinks[part.reducer]) / total
+        exact = slices * believed[part.reducer] / sum(believed)
         assert abs(part.num_slices - exact) < 1.0001
+
+
+def test_large_models_have_several_parts_per_reducer_and_never_too_many() -> None:
+    members = [Member(peer_key=key, contributes=True) for key in KEYS[:3]]
+    parts = split_parts(members, {}, 3 * 10_000)
+    assert all(part.num_slices * 16384 * 4 <= 64 << 20 for part in parts)
+    assert len(split_parts(members, {}, 10**6)) <= 64
 
 
 def test_members_that_only_receive_average_nothing() -> None:

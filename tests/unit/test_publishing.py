@@ -75,6 +75,11 @@ def chunk_of(folder: Path, round_number: int) -> bytes:
     return bytes.fromhex(manifest.files[-1].chunks[0])
 
 
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publishing, "RETRY_S", 0.01)
+
+
 def test_a_seed_peer_publishes_every_checkpoint_and_it_verifies(tmp_path: Path) -> None:
     coordinator, ready = FakeCoordinator(), list[int]()
 
@@ -89,8 +94,7 @@ def test_a_seed_peer_publishes_every_checkpoint_and_it_verifies(tmp_path: Path) 
     assert verify_folder(tmp_path / "checkpoint-20", PARTS.run_id).ok
 
 
-def test_a_coordinator_that_is_away_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publishing, "RETRY_S", 0.01)
+def test_a_coordinator_that_is_away_is_asked_again(tmp_path: Path) -> None:
     coordinator, ready = FakeCoordinator(), list[int]()
     coordinator.failures = 5
 
@@ -133,3 +137,19 @@ def test_after_a_restart_published_checkpoints_are_served_and_others_are_gone(tm
         assert not unsigned.exists()
 
     asyncio.run(main())
+
+
+def test_a_checkpoint_that_was_made_but_not_published_is_published_after_a_restart(tmp_path: Path) -> None:
+    away, back, ready = FakeCoordinator(), FakeCoordinator(), list[int]()
+    away.failures = 10**6
+
+    async def main() -> None:
+        first = make(tmp_path, away, ready)
+        first.offer(state(10))
+        await until(first, lambda: (tmp_path / "checkpoint-10" / manifests.MANIFEST_FILE).exists())
+        second = make(tmp_path, back, ready)
+        second.resume(PARTS.run_id, PUBLISHER.public_key)
+        await until(second, lambda: ready == [10])
+
+    asyncio.run(main())
+    assert verify_folder(tmp_path / "checkpoint-10", PARTS.run_id).ok

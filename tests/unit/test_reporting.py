@@ -83,18 +83,6 @@ def test_nothing_is_lost_while_the_coordinator_is_away(tmp_path: Path) -> None:
     run(main())
 
 
-def test_no_two_reports_carry_the_same_time_because_the_coordinator_keeps_the_newest(tmp_path: Path) -> None:
-    async def main() -> None:
-        coordinator, reporter = scenario(tmp_path, 1)
-        reporter.measured(0, 3.0)
-        reporter.measured(1, 2.0)
-        await reporter.tell()
-        times = [report.sent_unix_ms for report in coordinator.reports]
-        assert len(times) == 3 and len(set(times)) == 3 and times == sorted(times)
-
-    run(main())
-
-
 def test_a_peer_that_is_not_admitted_any_more_asks_again(tmp_path: Path) -> None:
     async def main() -> None:
         coordinator, reporter = scenario(tmp_path, 1)

@@ -7,7 +7,7 @@ import pytest
 
 from peer.planning import SLICE_VALUES
 from peer.round_actions import Reduce
-from peer.shard import Shard, load_state, state_bytes
+from peer.shard import ReplicaSnapshot, Shard, load_state, state_bytes
 from swarm import digest
 from swarm.errors import DigestError
 from swarm.identity import Identity
@@ -31,6 +31,10 @@ def moved(shard: Shard, seed: int) -> np.ndarray:
 OPENED = OpenRound(parts=[Part(first_slice=0, num_slices=2), Part(first_slice=2, num_slices=2)])
 
 
+def by_part(shard: Shard, snapshot: ReplicaSnapshot) -> dict[int, bytes]:
+    return {p.first_slice: data for p, data in zip(OPENED.parts, shard.encode(snapshot, OPENED), strict=True)}
+
+
 def committed(
     shard: Shard, encoded: dict[int, bytes], shares: dict[int, list[bytes]]
 ) -> tuple[Record, dict[bytes, bytes]]:
@@ -49,12 +53,12 @@ def committed(
 
 def test_what_a_commit_counted_leaves_only_its_encoding_error_behind() -> None:
     shard = make_shard()
-    snapshot = shard.offer(moved(shard, 1), 10, OPENED)
+    snapshot = shard.offer(moved(shard, 1), 10)
     assert snapshot is not None
-    record, parts = committed(shard, dict(snapshot.encoded), {0: [ME], 2: [ME, OTHER]})
+    record, parts = committed(shard, by_part(shard, snapshot), {0: [ME], 2: [ME, OTHER]})
     assert shard.settle(record, parts, snapshot, ME)
     sent = np.concatenate(
-        [shard.codec.decode(snapshot.encoded[0], 2 * SLICE_VALUES), _tail(shard, snapshot.encoded[2])]
+        [shard.codec.decode(by_part(shard, snapshot)[0], 2 * SLICE_VALUES), _tail(shard, by_part(shard, snapshot)[2])]
     )
     np.testing.assert_array_equal(shard.feedback, snapshot.offered - sent)
     assert np.abs(shard.feedback).max() < np.abs(snapshot.offered).max() / 100
@@ -75,9 +79,9 @@ def test_what_a_commit_did_not_count_stays_owed_in_full(
     case: str, present: set[int], shares: dict[int, list[bytes]]
 ) -> None:
     shard = make_shard()
-    snapshot = shard.offer(moved(shard, 1), 10, OPENED)
+    snapshot = shard.offer(moved(shard, 1), 10)
     assert snapshot is not None
-    record, parts = committed(shard, {k: v for k, v in snapshot.encoded.items() if k in present}, shares)
+    record, parts = committed(shard, {k: v for k, v in by_part(shard, snapshot).items() if k in present}, shares)
     assert shard.settle(record, parts, snapshot, ME), case
     np.testing.assert_array_equal(shard.feedback[2 * SLICE_VALUES :], snapshot.offered[2 * SLICE_VALUES :])
 
@@ -90,23 +94,23 @@ def test_over_many_rounds_offers_and_debts_add_up_to_the_movement() -> None:
     for number in range(1, 6):
         weights = moved(shard, number)
         total += (shard.anchor - weights).astype(np.float64)
-        snapshot = shard.offer(weights, 10, OPENED)
+        snapshot = shard.offer(weights, 10)
         assert snapshot is not None
-        present = dict(snapshot.encoded) if number % 2 else {0: snapshot.encoded[0]}
+        present = by_part(shard, snapshot) if number % 2 else {0: by_part(shard, snapshot)[0]}
         record, parts = committed(shard, present, {first: [ME] for first in present})
         shard.settle(record, parts, snapshot, ME)
-        sent[: 2 * SLICE_VALUES] += shard.codec.decode(snapshot.encoded[0], 2 * SLICE_VALUES)
+        sent[: 2 * SLICE_VALUES] += shard.codec.decode(by_part(shard, snapshot)[0], 2 * SLICE_VALUES)
         if 2 in present:
-            sent[2 * SLICE_VALUES :] += _tail(shard, snapshot.encoded[2])
+            sent[2 * SLICE_VALUES :] += _tail(shard, by_part(shard, snapshot)[2])
         shard.apply(record, parts)
     np.testing.assert_allclose(sent + shard.feedback, total, atol=1e-5)
 
 
 def test_replicas_that_apply_the_same_bytes_hold_equal_digests_and_absent_slices_do_not_move() -> None:
     first, second = make_shard(), make_shard()
-    snapshot = first.offer(moved(first, 3), 10, OPENED)
+    snapshot = first.offer(moved(first, 3), 10)
     assert snapshot is not None
-    record, parts = committed(first, {0: snapshot.encoded[0]}, {0: [ME]})
+    record, parts = committed(first, {0: by_part(first, snapshot)[0]}, {0: [ME]})
     before = first.anchor.copy()
     for shard in (first, second):
         shard.apply(record, parts)
@@ -118,7 +122,7 @@ def test_replicas_that_apply_the_same_bytes_hold_equal_digests_and_absent_slices
 def test_an_average_that_does_not_decode_is_absent_for_everybody() -> None:
     shard = make_shard()
     garbage = b"\xff" * shard.part_size_bytes(0, 2)
-    snapshot = shard.offer(moved(shard, 1), 10, OPENED)
+    snapshot = shard.offer(moved(shard, 1), 10)
     assert snapshot is not None
     record, parts = committed(shard, {0: garbage}, {0: [ME]})
     before = shard.state_digest
@@ -132,7 +136,7 @@ def test_a_replica_that_is_not_finite_offers_nothing() -> None:
     shard = make_shard()
     weights = moved(shard, 1)
     weights[5] = np.nan
-    assert shard.offer(weights, 10, OPENED) is None
+    assert shard.offer(weights, 10) is None
 
 
 def test_the_average_is_by_tokens_and_leaves_out_what_does_not_decode() -> None:

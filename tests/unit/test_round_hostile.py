@@ -1,0 +1,201 @@
+"""What strangers, contributors, reducers and voters cannot do to a round: attacks are refused, the round goes on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from peer.paxos import to_message
+from swarm.digest import sha256
+from swarm.errors import SwarmError
+from swarm.proto.round_pb2 import (
+    Accept,
+    Average,
+    Ballot,
+    Commit,
+    OpenRound,
+    PartResult,
+    Prepare,
+    Promise,
+    Record,
+    Refusal,
+    RoundMessage,
+    Share,
+)
+from tests.simulation.machines import NUM_SLICES, Machines, records_of
+
+STRANGER = b"?" * 32
+Attack = Callable[[Machines], tuple[bytes, RoundMessage]]
+
+
+def message(machines: Machines, leader: bytes, number: int = 1, **body: object) -> RoundMessage:
+    return RoundMessage(round=machines.head.round + 1, ballot=Ballot(number=number, leader=leader), **body)  # type: ignore[arg-type]
+
+
+def voter(machines: Machines) -> bytes:
+    return machines.peers[-1].key
+
+
+def contributor(machines: Machines) -> bytes:
+    return machines.peers[0].key
+
+
+def false_record(machines: Machines, **changes: object) -> Record:
+    part = PartResult(num_slices=NUM_SLICES, digest=b"d" * 32, size_bytes=NUM_SLICES * 4)
+    part.shares.append(Share(peer_key=contributor(machines), weight_tokens=10))
+    fields: dict[str, object] = {
+        "round": machines.head.round + 1,
+        "log_digest": machines.head.log_digest,
+        "state_digest": b"s" * 32,
+        "parts": [part],
+        "next_voters": [contributor(machines)],
+        "total_tokens": machines.head.total_tokens + 10,
+        "codec": "int8",
+    }
+    return Record(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def accept(**changes: object) -> Attack:
+    def attack(machines: Machines) -> tuple[bytes, RoundMessage]:
+        raw = false_record(machines, **changes).SerializeToString()
+        return voter(machines), message(machines, voter(machines), accept=Accept(record=raw))
+
+    return attack
+
+
+ATTACKS: dict[str, Attack] = {
+    "a stranger's commit without votes": lambda m: (
+        STRANGER,
+        message(m, STRANGER, commit=Commit(record=false_record(m).SerializeToString())),
+    ),
+    "a commit that extends another log": lambda m: (
+        STRANGER,
+        message(m, STRANGER, commit=Commit(record=false_record(m, log_digest=b"x" * 32).SerializeToString())),
+    ),
+    "a stranger who leads": lambda m: (
+        STRANGER,
+        message(m, STRANGER, prepare=Prepare(log_digest=m.head.log_digest)),
+    ),
+    "a voter who leads in another's name": lambda m: (
+        voter(m),
+        message(m, contributor(m), prepare=Prepare(log_digest=m.head.log_digest)),
+    ),
+    "a ballot at the end of all numbers": lambda m: (
+        voter(m),
+        message(m, voter(m), 2**32 - 1, prepare=Prepare(log_digest=m.head.log_digest)),
+    ),
+    "a ballot for another log": lambda m: (voter(m), message(m, voter(m), prepare=Prepare(log_digest=b"x" * 32))),
+    "a round opened without members": lambda m: (
+        voter(m),
+        message(m, voter(m), open=OpenRound(log_digest=m.head.log_digest, state_digest=b"s" * 32)),
+    ),
+    "a record in which every part is absent": accept(parts=[PartResult(num_slices=NUM_SLICES)], total_tokens=100),
+    "a record with voters that had no part": accept(next_voters=[STRANGER]),
+    "a record with tokens that do not add up": accept(total_tokens=10**6),
+    "a record from another state": accept(state_digest=b"x" * 32),
+    "a record in another codec": accept(codec="int4"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.keys())
+def test_an_attack_is_refused_by_name_and_the_round_goes_on(attack: Attack) -> None:
+    machines = Machines(5, 3, random.Random(3))
+    target = machines.peers[-2]
+    assert target.machine is not None
+    sender, hostile = attack(machines)
+    before = target.machine.acceptor
+    with pytest.raises(SwarmError):
+        target.machine.on_message(sender, hostile, 0.0)
+    assert target.machine.acceptor == before and target.machine.attempt is None
+    machines.settle()
+    assert len(machines.commits) == 1 and all(peer.applied is not None for peer in machines.peers)
+
+
+def test_a_refusal_by_a_stranger_or_with_an_absurd_ballot_is_not_believed() -> None:
+    machines = Machines(5, 3, random.Random(3))
+    absurd = Refusal(promised=Ballot(number=2**32 - 1, leader=STRANGER))
+    for peer in machines.peers:
+        assert peer.machine is not None
+        for sender in (STRANGER, voter(machines)):
+            peer.machine.on_message(sender, message(machines, sender, 0, refusal=absurd), 0.0)
+    machines.settle()
+    assert len(machines.commits) == 1
+
+
+def gathering(seed: int = 5) -> Machines:
+    """Somebody has opened the round, and nobody has averaged yet."""
+    machines = Machines(5, 3, random.Random(seed))
+    for _ in range(2000):
+        if all(peer.machine is not None and peer.machine.attempt is not None for peer in machines.peers):
+            return machines
+        machines.step(faults=False)
+    raise AssertionError("no round was opened")
+
+
+@pytest.mark.parametrize(
+    ("case", "shares"),
+    [
+        ("one contributor twice", [0, 0]),
+        ("out of order", [1, 0]),
+        ("somebody who is no contributor", [4]),
+    ],
+)
+def test_an_average_with_false_shares_is_refused(case: str, shares: list[int]) -> None:
+    machines = gathering()
+    target = machines.peers[-1]
+    assert target.machine is not None and target.machine.attempt is not None
+    attempt = target.machine.attempt
+    reducer = attempt.reducer_of(0)
+    listed = [Share(peer_key=machines.peers[i].key, weight_tokens=10) for i in shares]
+    if case == "out of order":
+        listed.sort(key=lambda share: attempt.contributors.index(share.peer_key), reverse=True)
+    average = Average(part=0, shares=listed, encoded=b"a" * attempt.part_size_bytes(0))
+    forged = RoundMessage(round=machines.head.round + 1, ballot=to_message(attempt.ballot), average=average)
+    with pytest.raises(SwarmError, match="counts"):
+        target.machine.on_message(reducer, forged, machines.now)
+
+
+def test_a_reducer_that_sends_two_averages_does_not_change_what_is_kept() -> None:
+    machines = gathering()
+    target = machines.peers[-1]
+    assert target.machine is not None and target.machine.attempt is not None
+    attempt = target.machine.attempt
+    share = Share(peer_key=attempt.contributors[0], weight_tokens=10)
+    for byte in (b"a", b"b"):
+        average = Average(part=0, shares=[share], encoded=byte * attempt.part_size_bytes(0))
+        told = RoundMessage(round=machines.head.round + 1, ballot=to_message(attempt.ballot), average=average)
+        target.machine.on_message(attempt.reducer_of(0), told, machines.now)
+    kept = attempt.averages[0].digest
+    assert sha256(target.machine._parts[kept]) == kept
+
+
+def test_a_promise_that_tells_of_an_impossible_acceptance_does_not_count() -> None:
+    """A lying voter cannot slip in a record of its own by claiming that it was accepted under a later ballot."""
+    machines = Machines(5, 3, random.Random(1))
+    leader = next(p for p in machines.peers if p.machine is not None and p.machine.settings.is_voter)
+    assert leader.machine is not None
+    for _ in range(3000):
+        if leader.machine._leader._proposer is not None or leader.applied is not None:
+            break
+        machines.step(faults=False)
+    proposer = leader.machine._leader._proposer
+    if proposer is None:
+        pytest.fail("this voter never led")
+    liar = next(key for key in machines.head.voters if key != leader.key)
+    forged = Promise(
+        accepted_ballot=Ballot(number=proposer.ballot[0] + 5, leader=liar),
+        accepted_record=false_record(machines).SerializeToString(),
+    )
+    lie = RoundMessage(round=machines.head.round + 1, ballot=to_message(proposer.ballot), promise=forged)
+    with pytest.raises(SwarmError, match="cannot have been"):
+        leader.machine.on_message(liar, lie, machines.now)
+    assert liar not in proposer.promises
+
+
+def test_a_leader_is_a_member_of_its_own_round_however_many_contribute() -> None:
+    machines = Machines(8, 1, random.Random(2), max_members=4)
+    machines.settle()
+    assert len(machines.commits) == 1
+    assert all(len(part.shares) == 3 for part in records_of(machines)[0].parts if part.digest)
