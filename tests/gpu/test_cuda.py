@@ -1,0 +1,89 @@
+"""The tensor side on a CUDA device: the same code as on the CPU, and the same results within rounding."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+
+from peer import device, model
+from peer.replica import Replica
+from peer.trainer import Hooks, Limits, Trainer
+from swarm.run_spec import Inner, RunSpec
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+
+VOCAB_SIZE, LENGTH = 512, 64
+SPEC = RunSpec(
+    name="gpu",
+    total_tokens=1,
+    organizer_key="0" * 64,
+    publication_key="0" * 64,
+    model={
+        "family": "llama",
+        "config": {
+            "hidden_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 256,
+            "max_position_embeddings": 128,
+        },
+    },
+    data={"manifest_digest": "0" * 64, "tokenizer_digest": "0" * 64, "sequence_length": LENGTH},
+)
+
+
+def make(name: str, optimizer: str) -> Replica:
+    built = model.build_model(model.build_config(SPEC, VOCAB_SIZE), 0)
+    inner = Inner(optimizer=optimizer, learning_rate=3e-3)  # type: ignore[arg-type]
+    return Replica(built, model.layout_of(built), inner, device.choose(name))
+
+
+def batch(seed: int) -> np.ndarray:
+    """Sequences that count upwards from a random start: easy to learn."""
+    start = np.random.default_rng(seed).integers(0, VOCAB_SIZE, (8, 1))
+    return ((start + np.arange(LENGTH + 1)) % VOCAB_SIZE).astype(np.int64)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_inner_steps_learn_on_cuda(optimizer: str) -> None:
+    replica = make("cuda", optimizer)
+    losses = [replica.step(batch(number), 3e-3).loss for number in range(60)]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_cuda_and_cpu_measure_the_same_loss() -> None:
+    anchor = make("cpu", "adamw").read()
+    losses = [make(name, "adamw").evaluate(anchor, [batch(1)]) for name in ("cpu", "cuda")]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2), "bf16 where the device computes in it"
+
+
+def test_landing_keeps_the_movement_since_the_snapshot_on_cuda() -> None:
+    replica = make("cuda", "adamw")
+    snapshot = replica.read()
+    replica.step(batch(1), 3e-3)
+    moved = replica.read() - snapshot
+    anchor = np.full_like(snapshot, 0.5)
+    replica.land(anchor, snapshot)
+    np.testing.assert_allclose(replica.read(), anchor + moved, atol=1e-6)
+
+
+def test_the_trainer_runs_on_cuda_beside_an_event_loop() -> None:
+    async def main() -> None:
+        trainer = Trainer(make("auto", "adamw8bit"), Hooks(next_batch=batch, learning_rate=lambda: 3e-3), Limits())
+        trainer.start()
+        for _ in range(300):
+            if trainer.stats.steps >= 30:
+                break
+            await asyncio.sleep(0.1)
+        snapshot = await trainer.snapshot()
+        await trainer.stop(10)
+        assert snapshot.total_steps >= 30 and np.isfinite(snapshot.weights).all()
+
+    asyncio.run(main())
+
+
+def test_the_device_is_described_by_name_and_memory() -> None:
+    assert "GiB" in device.describe(device.choose("cuda"))
