@@ -20,6 +20,7 @@ from swarm.errors import (
     ConfigError,
     DigestError,
     NetworkError,
+    NotAdmitted,
     NotFound,
     PinError,
     PortInUse,
@@ -66,8 +67,8 @@ async def test_errors_of_the_coordinator_reach_the_caller_as_themselves(tmp_path
     world = World(admission=WITH_TOKEN, voters=(SEED,))
     commit = world.commit()
     cases: list[tuple[str, type[SwarmError], Callable[[CoordinatorClient], Awaitable[object]]]] = [
-        ("wrong token", ConfigError, lambda client: client.admit("guess")),
-        ("not admitted", ConfigError, lambda client: client.report(report_payload())),
+        ("wrong token", NotAdmitted, lambda client: client.admit("guess")),
+        ("not admitted", NotAdmitted, lambda client: client.report(report_payload())),
         ("too few votes", VerificationError, lambda client: client.record_commits([world.commit(signers=[])])),
         ("no seed peer", SignatureError, lambda client: client.publish(world.manifest(1))),
         ("too large", ProtocolError, lambda client: client.publish(b"x" * (17 << 20))),
