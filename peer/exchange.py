@@ -101,12 +101,15 @@ class Exchange:
         """Tell the machine who is live; only for the round that the view was made for."""
         self._event(self._machine, lambda now: self._machine.on_view(view, now))
 
-    def offer_commits(self, holder: bytes, commits: dict[int, Commit]) -> None:
-        """Hand over commits that were fetched from ``holder``; each is verified when its turn comes."""
+    def offer_commits(self, holder: bytes, commits: dict[int, Commit]) -> bool:
+        """Hand over commits that were fetched from ``holder``; False where the first is of no use, as then all are.
+
+        Each is verified when its turn comes.
+        """
         for number, commit in commits.items():
             if number >= self.round:
                 self._known_commits[number] = (holder, commit)
-        self._use_known_commit()
+        return self._use_known_commit()
 
     async def reset_replica(self) -> None:
         """Put the replica back onto the anchor, with fresh moments; what it had offered in this round stays offered."""
@@ -313,7 +316,7 @@ class Exchange:
         await trainer.land(self.shard.anchor, weights_then, action.record.round + 1)
         return counted
 
-    def _use_known_commit(self) -> None:
+    def _use_known_commit(self) -> bool:
         for number in [number for number in self._known_commits if number < self.round]:
             del self._known_commits[number]
         known = self._known_commits.pop(self.round, None)
@@ -321,7 +324,7 @@ class Exchange:
             commits = self.parts.ledger.commits(self.round, 1)
             known = (self.parts.identity.public_key, commits[0]) if commits else None
         if known is None:
-            return
+            return True
         holder, commit = known
         message = RoundMessage(shard=self.shard.index, round=self.round, commit=commit)
         try:
@@ -331,6 +334,8 @@ class Exchange:
         except SwarmError as error:
             log.info("a commit from a holder is of no use, nor is what it sent with it: %s", error)
             self._known_commits = {n: (h, c) for n, (h, c) in self._known_commits.items() if h != holder}
+            return False
+        return True
 
     def _new_machine(self) -> RoundMachine:
         rounds, head = self.shard.spec.rounds, self.head

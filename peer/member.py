@@ -175,8 +175,7 @@ class Member:
             except SwarmError as error:
                 log.info("could not catch up: %s", error)
                 continue
-            if commits:
-                exchange.offer_commits(holder, commits)
+            if commits and exchange.offer_commits(holder, commits):
                 return
 
     async def _handle_log(self, caller: bytes, request: bytes) -> bytes:

@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from peer import device
 from peer.checkpoint import CheckpointParts
 from peer.data import ReaderOptions, TokenReader
 from peer.exchange import Exchange
@@ -59,6 +60,8 @@ Watch = Callable[[News], None]
 
 async def run_peer(options: PeerOptions, stop: asyncio.Event, watch: Watch) -> None:
     """Take part until the run is finished or ``stop`` is set; then leave cleanly."""
+    if options.trains:
+        device.choose(options.device)  # a missing one is told before anything is fetched
     with locked_identity(options.home) as identity:
         for _ in range(MAX_DIVERGENCES):
             try:
@@ -350,7 +353,7 @@ class Peer:
         return Training(self.spec, self.joined.identity.public_key, reader, self.joined.options.limits)
 
     def _build_replica(self) -> Any:
-        from peer import device, model
+        from peer import model
         from peer.replica import Replica
 
         chosen = device.choose(self.joined.options.device)

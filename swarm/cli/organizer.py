@@ -159,7 +159,7 @@ def _genesis(state: Path, spec: RunSpec, organizer: Identity, manifest: DataMani
 async def start_coordinator(prepared: PreparedRun, options: StartOptions) -> tuple[RunningServer, Invite]:
     """Serve the run; the invite that leads to it is also written to ``state/invite.txt``."""
     remembered = prepared.state / "port"
-    port = options.port or (int(remembered.read_text()) if remembered.exists() else 0)
+    port = options.port or _remembered_port(remembered)
     config = ServerConfig(state_dir=prepared.state, source=prepared.source, host=options.host, port=port)
     server = await serve(config)
     write_durably(remembered, str(server.port).encode())  # the invite must lead here also after a restart
@@ -203,12 +203,16 @@ async def keep_seed_peer(
         await asyncio.sleep(SEED_RESTART_PAUSE_S)
 
 
+def _remembered_port(path: Path) -> int:
+    """The port of an earlier start; 0 where there was none, or its file is of no use."""
+    text = path.read_text(errors="replace").strip() if path.exists() else ""
+    return int(text) if text.isascii() and text.isdigit() and int(text) < 65536 else 0
+
+
 def _lasting_seed_port(state: Path, options: StartOptions) -> int:
     """The same port at every start: volunteers find a seed peer again only where it was."""
     remembered = state / "seed-port"
-    port = options.seed_port
-    if not port and remembered.exists():
-        port = int(remembered.read_text())
+    port = options.seed_port or _remembered_port(remembered)
     if not port:
         with socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET) as probe:
             probe.bind((options.host, 0))

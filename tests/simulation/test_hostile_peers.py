@@ -325,8 +325,7 @@ LIES = {
 def test_a_newcomer_takes_nothing_from_lying_donors_and_all_from_the_honest_one(tmp_path: Path, case: str) -> None:
     """Three of four donors lie."""
     method, lie = LIES[case]
-    # A founder is asked first for commits, so the log comes from it while it is honest.
-    honest = "seed" if lie is _lying_log else "v2"
+    honest = "v2"
 
     async def scenario() -> None:
         swarm = await start(tmp_path)
