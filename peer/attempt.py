@@ -142,6 +142,18 @@ class Attempt:
             part in self.averages or self.reducer_of(part) in self.unreachable for part in range(len(self.open.parts))
         )
 
+    def awaited(self) -> set[bytes]:
+        """Peers that something is still expected of: a contribution to our parts, or the average of theirs."""
+        contributing = {
+            key
+            for part in self.my_parts()
+            if part not in self.reduced
+            for key in self.contributors
+            if (part, key) not in self.contributions
+        }
+        averaging = {self.reducer_of(part) for part in range(len(self.open.parts)) if part not in self.averages}
+        return (contributing | averaging) - self.unreachable - {self.settings.me}
+
     def silent(self) -> set[bytes]:
         """Contributors that are unreachable, or in no average though others are: of no use to the next attempt."""
         heard = {share.peer_key for result in self.averages.values() for share in result.shares}

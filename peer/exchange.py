@@ -20,11 +20,13 @@ from peer.round import RoundMachine
 from peer.round_actions import Action, Apply, Fetch, Persist, Reduce, RoundSettings, Send, TakeSnapshot, View
 from peer.shard import ReplicaSnapshot
 from swarm import schedule
-from swarm.errors import DivergedError, NetworkError, ProtocolError, ResourceError, SwarmError
+from swarm.errors import DivergedError, NetworkError, ProtocolError, ResourceError, SwarmError, Unreachable
 from swarm.log import VOTE_CONTEXT, LogHead, next_head
 from swarm.proto.round_pb2 import Commit, RoundMessage
 
 ROUND_METHOD = "round"
+PING_METHOD = "ping"
+PING_TIMEOUT_S = 5.0
 MAX_EARLY_MESSAGES = 256
 CONTROL_TIMEOUT_S = 10.0
 
@@ -48,6 +50,7 @@ class Exchange:
         self._state_lock = asyncio.Lock()
         self._early: list[tuple[bytes, RoundMessage]] = []
         self._early_bytes = 0
+        self._ask_at = 0.0
         self._known_commits: dict[int, tuple[bytes, Commit]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -135,11 +138,31 @@ class Exchange:
                 except (TimeoutError, asyncio.TimeoutError):
                     machine = self._machine
                     self._event(machine, machine.on_tick)
+                    self._ask_who_is_awaited(machine)
                 self._wake.clear()
         finally:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _ask_who_is_awaited(self, machine: RoundMachine) -> None:
+        """A peer that died with its messages delivered would be waited for until the deadline: ask whether it lives."""
+        now = self._now()
+        if now < self._ask_at:
+            return
+        self._ask_at = now + machine.settings.resend_s
+        for peer in machine.awaited():
+            task = asyncio.get_running_loop().create_task(self._ask(machine, peer))
+            self._tasks.add(task)
+            task.add_done_callback(self._done)
+
+    async def _ask(self, machine: RoundMachine, peer: bytes) -> None:
+        try:
+            await self.parts.transport.call(peer, PING_METHOD, b"", timeout_s=PING_TIMEOUT_S, max_response_bytes=64)
+        except Unreachable:
+            self._event(machine, lambda now: machine.on_unreachable(peer, now))
+        except SwarmError as error:
+            log.debug("an awaited peer is slow: %s", error)
 
     # ---- actions ------------------------------------------------------------------------------------------------
 

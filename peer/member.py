@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from peer.catch_up import COMMITS_PER_PAGE, LOG_METHOD, STATE_METHOD, fetch_commits
 from peer.chunk_store import CHUNK_METHOD, ChunkStore
-from peer.exchange import ROUND_METHOD, Exchange
+from peer.exchange import PING_METHOD, ROUND_METHOD, Exchange
 from peer.ledger import Ledger
 from peer.statuses import StatusRules, further_on, make_view, read_statuses, sign_status, status_key
 from peer.transport import Transport
@@ -75,6 +75,7 @@ class Member:
         await transport.serve(CHUNK_METHOD, self.parts.chunks.handle_chunk)
         await transport.serve(LOG_METHOD, self._handle_log)
         await transport.serve(STATE_METHOD, self._handle_state)
+        await transport.serve(PING_METHOD, _answer_ping)
 
     async def run(self) -> None:
         """Until cancelled; raises what the exchange cannot repair."""
@@ -196,3 +197,7 @@ class Member:
         if wanted.shard != self.parts.exchange.shard.index:
             raise ProtocolError("a request for a state that is not here")
         return self.parts.ledger.offer_state().SerializeToString()
+
+
+async def _answer_ping(caller: bytes, request: bytes) -> bytes:
+    return b""

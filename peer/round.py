@@ -108,6 +108,10 @@ class RoundMachine:
             self.attempt.unreachable.add(peer)
         return self._run(now)
 
+    def awaited(self) -> set[bytes]:
+        """Peers that the current attempt waits for: whether they still live is worth asking."""
+        return self.attempt.awaited() if self.attempt is not None and self._decided is None else set()
+
     def next_wakeup(self) -> float | None:
         """When `on_tick` is wanted at the latest; None: only an event can change something."""
         times = [at for key, at in self._fetching.items() if at and key in self._wanted]

@@ -50,6 +50,7 @@ class Evidence:
     status: dict[str, Any]
     checkpoint: dict[str, Any]
     opened: str
+    """what a process without our code said of the model"""
     volunteers: list[Volunteer]
     seed_news: list[dict[str, Any]]
     victim: str
@@ -69,13 +70,14 @@ def committed_tokens(commits: Sequence[dict[str, Any]]) -> list[int]:
     return [0, *(commit["committed tokens"] for commit in commits)]
 
 
-def pending_tokens(news_of_all: Sequence[Sequence[dict[str, Any]]]) -> int:
-    """Tokens that volunteers trained and that no commit has counted yet, by their newest news."""
+def pending_tokens(news_of_all: Sequence[Sequence[dict[str, Any]]], now_s: float) -> int:
+    """Tokens that volunteers trained and that no commit has counted yet: by their newest news, and their pace since."""
     newest = [next((n for n in reversed(news) if "my tokens" in n), None) for news in news_of_all]
     told = [news for news in newest if news is not None]
     if not told:
         return 0
-    return int(sum(news["my tokens"] for news in told) - max(news["committed tokens"] for news in told))
+    trained = sum(news["my tokens"] + news["tokens/s"] * (now_s - news["at_s"]) for news in told)
+    return int(trained - max(news["committed tokens"] for news in told))
 
 
 def digests_by_round(evidence: Evidence) -> dict[int, dict[str, str]]:

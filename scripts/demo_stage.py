@@ -95,13 +95,17 @@ class Program:
         if code or _alive(family):
             raise DemoFailed(f"{self.name} did not leave cleanly: {self.last_words()}")
 
-    def end(self) -> None:
-        """Whatever happened: afterwards no process of this program is left."""
+    def ask_to_end(self) -> list[psutil.Process]:
+        """Send SIGTERM; the processes that were below this one."""
         family = self.family()
         if self.is_running:
             self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(END_WITHIN_S)
+        return family
+
+    def end(self, family: Sequence[psutil.Process]) -> None:
+        """Whatever happened: afterwards no process of this program is left."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_WITHIN_S)
         if self.is_running:
             self.process.kill()
             self.process.wait()
@@ -127,9 +131,11 @@ class Stage:
 
     def __exit__(self, *error: object) -> None:
         # A second Ctrl-C must not leave half of them running.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for program in reversed(self._programs):
-            program.end()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        families = [program.ask_to_end() for program in reversed(self._programs)]
+        for program, family in zip(reversed(self._programs), families, strict=True):
+            program.end(family)
 
     def name_invite(self, invite: str) -> None:
         """From now on ``$INVITE`` stands for ``invite`` in commands, as in a shell."""

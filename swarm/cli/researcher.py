@@ -7,6 +7,7 @@ Decides options and what is printed, and brings a network up for as long as a do
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import sys
 import time
@@ -51,7 +52,7 @@ def checkpoints(invite: InviteText, as_json: Json = False) -> None:
             entry["round"],
             f"{entry['total_tokens']:,}",
             f"{entry['size_bytes'] / _MEGABYTE:,.1f} MB",
-            f"{entry['validation_loss']:.4f}",
+            "-" if math.isnan(entry["validation_loss"]) else f"{entry['validation_loss']:.4f}",
             time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry["published_unix_ms"] / 1000)),
             entry["manifest_digest"][:16],
         )
