@@ -122,7 +122,7 @@ class Exchange:
             anchor = self.shard.anchor.copy()
             await self.parts.trainer.land(anchor, None, self.round)
             if self._snapshot is not None:
-                self._snapshot.weights = anchor
+                self._snapshot.was_reset = True
 
     async def run(self) -> None:
         """Drive the machine's clock until cancelled; raises what went wrong beyond repair."""
@@ -249,9 +249,9 @@ class Exchange:
         trainer = self.parts.trainer
         if trainer is None:
             return None
-        weights, tokens = await trainer.snapshot()
+        movement, tokens = await trainer.snapshot()
         uncounted = min(tokens - self._uncounted_from, machine.settings.max_weight_tokens)
-        snapshot = await self._blocking(lambda: self.shard.offer(weights, uncounted))
+        snapshot = await self._blocking(lambda: self.shard.offer(movement, uncounted))
         if snapshot is None:
             log.warning("round %d: the replica is not finite; nothing to contribute", machine.settings.round)
         # A commit may have landed meanwhile: then this snapshot is of a round that is over.
@@ -324,8 +324,8 @@ class Exchange:
         async with self._snapshot_lock:
             snapshot = self._snapshot
             if snapshot is None:  # we were not in this round: all that we trained stays owed
-                weights, _ = await trainer.snapshot()
-                snapshot = await self._blocking(lambda: self.shard.offer(weights, 0))
+                movement, _ = await trainer.snapshot()
+                snapshot = await self._blocking(lambda: self.shard.offer(movement, 0))
 
         def apply() -> bool:
             counted = snapshot is not None and self.shard.settle(action.record, action.parts, snapshot, me)
@@ -335,8 +335,8 @@ class Exchange:
         counted = bool(await self._blocking(apply))
         if counted and snapshot is not None:
             self._uncounted_from += snapshot.tokens
-        weights_then = snapshot.weights if snapshot is not None else None
-        await trainer.land(self.shard.anchor, weights_then, action.record.round + 1)
+        movement_then = None if snapshot is None or snapshot.was_reset else snapshot.movement
+        await trainer.land(self.shard.anchor, movement_then, action.record.round + 1)
         return counted
 
     def _use_known_commit(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from peer.chunk_store import ChunkStore
 from peer.codec import Float32
 from peer.ledger import Ledger
+from peer.movement import Movement
 from peer.shard import Shard
 from peer.transport import Transport
 from swarm.identity import Identity
@@ -19,11 +20,11 @@ from swarm.proto.round_pb2 import Record
 class Trainer(Protocol):
     """What a round asks of a replica under training; both happen between two inner steps."""
 
-    async def snapshot(self) -> tuple[Float32, int]:
-        """(weights as flat float32, tokens trained since the start)"""
+    async def snapshot(self) -> tuple[Movement, int]:
+        """(movement since the anchor, which stays as it is; tokens trained since the start)"""
         ...
 
-    async def land(self, anchor: Float32, snapshot: Float32 | None, round_number: int) -> None:
+    async def land(self, anchor: Float32, snapshot: Movement | None, round_number: int) -> None:
         """Weights become ``anchor`` plus the movement since ``snapshot`` (None: just the anchor).
 
         The next round is ``round_number``. ``anchor`` is only read until the call returns.

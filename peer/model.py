@@ -1,8 +1,10 @@
-"""The model: from a run spec to a PyTorch module. The one door to transformers.
+"""The model: from a run spec to a PyTorch module, whole or of a span. The one door to transformers.
 
 Decides which config keys of each family a spec may set, what is fixed for every run (no dropout; special tokens only
-where the spec names them), and what a checkpoint's ``config.json`` holds. Leaves parameters as a vector to
-`peer.layout`, training to `peer.replica`, files to `peer.checkpoint`. Code from outside is never loaded.
+where the spec names them; embedding and head untied where there is more than one shard), and what a checkpoint's
+``config.json`` holds. Leaves cutting to `peer.span`, families to `peer.families`, parameters as a vector to
+`peer.layout`, training to `peer.replica`, files to `peer.checkpoint` and `peer.pretrained`. Code from outside is never
+loaded.
 """
 
 from __future__ import annotations
@@ -11,14 +13,20 @@ import difflib
 import functools
 import inspect
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from peer.codec import Float32
+from peer.families import family_of
 from peer.layout import Layout
-from swarm.errors import SpecError
-from swarm.run_spec import FAMILIES, RunSpec
+from swarm.errors import SpecError, SwarmError
+from swarm.memory_plan import ModelNumbers
+from swarm.run_file import RunFile
+from swarm.run_spec import RunSpec
+from swarm.sharding import Span, whole
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +38,7 @@ DEFAULT_ROPE = "default"
 TRIAL_TOKENS = 4
 
 
-def build_config(spec: RunSpec, vocab_size: int) -> Any:
+def build_config(spec: RunSpec | RunFile, vocab_size: int) -> Any:
     """The family's config (a transformers ``PreTrainedConfig``) for this run, proven by a trial run without memory.
 
     Raises `SpecError` for an unknown family or key (with the near name), values that do not fit together, and a
@@ -40,6 +48,8 @@ def build_config(spec: RunSpec, vocab_size: int) -> Any:
     config_class = _config_class(family)
     _check_keys(config_class, family, values)
     _fill_in(config_class, values)
+    if spec.num_shards > 1:
+        values["tie_word_embeddings"] = False
     for token in SPECIAL_TOKENS:
         _check_token(token, values.setdefault(token, None), vocab_size)
     try:
@@ -60,31 +70,70 @@ def build_config(spec: RunSpec, vocab_size: int) -> Any:
 
 def build_model(config: Any, seed: int) -> torch.nn.Module:
     """The whole model, fp32 on the CPU, with random weights that depend on ``seed`` alone (for one torch version)."""
-    import torch
+    from peer import span as spans
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: torch.nn.Module = _new_model(config)
+    model = build_span(config, whole(config.num_hidden_layers))
+    spans.materialise(model, spans.initial_values(model, seed))
     return model
 
 
-def initial_anchor(config: Any, seed: int) -> Float32:
-    """The parameters of `build_model` as one flat vector: the state of round 0."""
-    model = build_model(config, seed)
+def build_span(config: Any, span: Span, device: torch.device | None = None) -> torch.nn.Module:
+    """The module of ``span``, its parameters on the meta device (no memory), its buffers on ``device``.
+
+    Parameters have the names of the whole model, and its order. Call it by `peer.span.forward`; give it weights by
+    `peer.span.materialise`, from `peer.span.initial_values` or `stored_values`. Raises `SwarmError` where ``span`` is
+    not of this model, and where a part of a tied model would be cut out.
+    """
+    from peer import span as spans
+
+    model = _cut(config, span)
+    spans.own_buffers(model, device or spans.CPU)
+    return model
+
+
+def stored_values(config: Any, model: torch.nn.Module, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters of ``model`` (a span of ``config``) out of the local checkpoint in ``folder``, in order.
+
+    Raises `DataError` where the checkpoint is of another model, or not in safetensors files.
+    """
+    from peer.pretrained import read_values
+
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    return read_values(folder, family_of(config.model_type), shapes)
+
+
+def initial_anchor(config: Any, seed: int, span: Span | None = None, folder: Path | None = None) -> Float32:
+    """The state of round 0 as one flat vector: of ``span``, or of the whole model.
+
+    Random weights from ``seed``, those of `build_model`; or those of the local checkpoint in ``folder``, to go on
+    training from it. Takes the memory of the vector and of one parameter.
+    """
+    from peer import span as spans
+
+    model = _cut(config, span or whole(config.num_hidden_layers))
     layout = layout_of(model)
     flat = np.empty(layout.num_values, np.float32)
     views = layout.views(flat)
-    for name, parameter in model.named_parameters():
-        views[name][...] = parameter.detach().numpy()
+    values = spans.initial_values(model, seed) if folder is None else stored_values(config, model, folder)
+    for name, value in values:
+        views[name][...] = value.numpy()
     return flat
 
 
-def build_layout(config: Any) -> Layout:
-    """Names and shapes of the model's parameters, tied ones once; takes no memory for the weights."""
+def build_layout(config: Any, span: Span | None = None) -> Layout:
+    """Names and shapes of the parameters of ``span`` or the whole model, tied ones once; takes no memory for them."""
+    return layout_of(_cut(config, span or whole(config.num_hidden_layers)))
+
+
+def measure(config: Any, *, batch: int, sequence: int, in_bf16: bool) -> ModelNumbers:
+    """Figures of the whole model for `swarm.memory_plan`, at B sequences of L tokens; takes no memory for weights."""
     import torch
 
-    with torch.device("meta"):
-        return layout_of(_new_model(config))
+    from peer.measure import measure as measure_model
+
+    model = build_span(config, whole(config.num_hidden_layers))
+    compute = torch.bfloat16 if in_bf16 else torch.float32
+    return measure_model(model, family_of(config.model_type), batch, sequence, compute)
 
 
 def layout_of(model: torch.nn.Module) -> Layout:
@@ -128,10 +177,7 @@ def _transformers() -> Any:
 
 
 def _config_class(family: str) -> Any:
-    if family not in FAMILIES:
-        near = difflib.get_close_matches(family, FAMILIES, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise SpecError(f"unknown model family {family!r}{hint}", "known families: " + ", ".join(FAMILIES))
+    family_of(family)
     return _transformers().CONFIG_MAPPING[family]
 
 
@@ -144,6 +190,20 @@ def _new_model(config: Any) -> Any:
 
     # Attention is left to transformers: fused (sdpa) where the family has it, eager elsewhere.
     return _transformers().AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+def _cut(config: Any, span: Span) -> torch.nn.Module:
+    """The module of ``span``, all of it on the meta device."""
+    import torch
+
+    from peer import span as spans
+
+    if config.tie_word_embeddings and not span.is_whole:
+        raise SwarmError("a model of more than one shard has embedding and head untied")
+    with torch.device("meta"):
+        model: torch.nn.Module = _new_model(config)
+    spans.cut(model, family_of(config.model_type), span)
+    return model
 
 
 def _known_keys(config_class: Any) -> set[str]:

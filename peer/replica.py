@@ -1,8 +1,9 @@
-"""The replica: a peer's own working copy of the weights, which moves away from the anchor step by step.
+"""The fp32 replica: a peer's own working copy of the weights, which moves away from the anchor step by step.
 
-Decides how one inner step is made (loss, clipping, when a step is skipped, what happens when memory runs out) and how
-weights go in and out as flat fp32 vectors on the host. Leaves the optimizer to `peer.inner_optimizer`, when steps are
-made to `peer.trainer`, and what vectors mean (anchor, movement) to the round. Not thread-safe: the trainer owns it.
+The reference that `peer.int8_replica` is measured against, and what runs where a spec asks for it. Decides how one
+inner step is made (loss, clipping, when a step is skipped, what happens when memory runs out) and how weights go in and
+out as flat fp32 vectors on the host. Leaves the optimizer to `peer.inner_optimizer`, when steps are made to
+`peer.trainer`, and what vectors mean (anchor, movement) to the round. Not thread-safe: the trainer owns it.
 
 Shapes: B sequences of L tokens (each row holds one token more, the last target), V words.
 """
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from peer.codec import Float32
 from peer.inner_optimizer import build_optimizer
 from peer.layout import Layout
+from peer.movement import Movement
 from swarm.errors import DataError, ResourceError, SwarmError
 from swarm.run_spec import Inner
 
@@ -36,6 +38,25 @@ class StepResult:
     loss: float  # nats per token
     grad_norm: float  # before clipping
     ok: bool
+    num_microbatches: int = 1
+    """more than one: their gradients were added up"""
+
+
+def check_batch(tokens: Tokens, vocab_size: int) -> None:
+    """Raises `DataError` unless ``tokens`` is int64 [B, L+1] and within the vocabulary."""
+    if tokens.ndim != 2 or tokens.dtype != np.int64 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise DataError(f"a batch is int64 of shape [B, L+1], not {tokens.dtype} of shape {tokens.shape}")
+    # On CUDA a token outside the embedding would end the process, not raise.
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise DataError(f"a batch holds a token outside the vocabulary of {vocab_size}")
+
+
+def views_of(layout: Layout, flat: Float32) -> list[torch.Tensor]:
+    """Every parameter within ``flat``, in order, as host tensors that share its memory (writable or copied)."""
+    if flat.dtype != np.float32:
+        raise SwarmError(f"weights are float32, not {flat.dtype}")
+    writable = flat if flat.flags.writeable else flat.copy()
+    return [torch.from_numpy(view) for view in layout.views(writable).values()]
 
 
 class Replica:
@@ -54,6 +75,7 @@ class Replica:
         self._vocab_size: int = config.vocab_size
         self._optimizer = build_optimizer(self._parameters, inner, device)
         self._pieces = 1
+        self._anchor = self.read()
 
     def load(self, anchor: Float32) -> None:
         """Put the weights of ``anchor`` in; the optimizer's moments stay. Raises `SwarmError` for a wrong length."""
@@ -61,6 +83,7 @@ class Replica:
         with torch.no_grad():
             for parameter, view in zip(self._parameters, views, strict=True):
                 parameter.copy_(view)
+        self._anchor = anchor.copy()
 
     def reset(self, anchor: Float32) -> None:
         """Start again from ``anchor`` with fresh moments: the way out of repeated bad steps."""
@@ -75,12 +98,22 @@ class Replica:
                 view.copy_(parameter)
         return flat
 
-    def land(self, new_anchor: Float32, snapshot: Float32) -> None:
-        """Weights = ``new_anchor`` + (weights now - ``snapshot``): what was learned since the snapshot stays."""
-        views = zip(self._parameters, self._views(new_anchor), self._views(snapshot), strict=True)
-        with torch.no_grad():
-            for parameter, anchor_view, snapshot_view in views:
-                parameter.sub_(snapshot_view.to(self._device)).add_(anchor_view.to(self._device))
+    def movement(self) -> Float32:
+        """What was learned since the anchor, as a fresh flat vector on the host."""
+        moved = self.read()
+        moved -= self._anchor
+        return moved
+
+    def land(self, new_anchor: Float32, snapshot: Movement) -> None:
+        """Weights = ``new_anchor`` + (movement now - ``snapshot``): what was learned since the snapshot stays."""
+        self._views(new_anchor)  # a wrong length is refused before anything changes
+        if len(snapshot) != len(new_anchor):
+            raise SwarmError("a snapshot of another length than the anchor")
+        weights = self.movement()
+        weights -= snapshot[:]
+        weights += new_anchor
+        self.load(weights)
+        self._anchor = new_anchor.copy()
 
     def step(self, tokens: Tokens, learning_rate: float) -> StepResult:
         """One inner step on ``tokens`` [B, L+1].
@@ -168,16 +201,8 @@ class Replica:
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=use_bf16)
 
     def _batch(self, tokens: Tokens) -> torch.Tensor:
-        if tokens.ndim != 2 or tokens.dtype != np.int64 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-            raise DataError(f"a batch is int64 of shape [B, L+1], not {tokens.dtype} of shape {tokens.shape}")
-        # On CUDA a token outside the embedding would end the process, not raise.
-        if tokens.min() < 0 or tokens.max() >= self._vocab_size:
-            raise DataError(f"a batch holds a token outside the vocabulary of {self._vocab_size}")
+        check_batch(tokens, self._vocab_size)
         return torch.from_numpy(np.array(tokens)).to(self._device)
 
     def _views(self, flat: Float32) -> list[torch.Tensor]:
-        """Every parameter within ``flat``, in order, as host tensors that share its memory (writable or copied)."""
-        if flat.dtype != np.float32:
-            raise SwarmError(f"weights are float32, not {flat.dtype}")
-        writable = flat if flat.flags.writeable else flat.copy()
-        return [torch.from_numpy(view) for view in self._layout.views(writable).values()]
+        return views_of(self._layout, flat)

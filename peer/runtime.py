@@ -31,6 +31,7 @@ from peer.shard import Shard
 from peer.trainer import Stats
 from peer.training import Training
 from swarm import schedule
+from swarm.digest import sha256
 from swarm.errors import DivergedError, NetworkError, SwarmError
 from swarm.identity import Identity
 from swarm.log import LogHead
@@ -354,13 +355,19 @@ class Peer:
 
     def _build_replica(self) -> Any:
         from peer import model
+        from peer.int8_replica import Int8Replica
         from peer.replica import Replica
 
         chosen = device.choose(self.joined.options.device)
         self.device = device.describe(chosen, self.joined.options.limits.num_threads)[:64]
         config = model.build_config(self.spec, self.joined.manifest.vocab_size)
         built = model.build_model(config, self.spec.seed)
-        return Replica(built, model.layout_of(built), self.spec.inner, chosen)
+        layout = model.layout_of(built)
+        if self.spec.inner.weights == "fp32":
+            return Replica(built, layout, self.spec.inner, chosen)
+        # Replicas round differently, so that what one loses by chance another keeps.
+        seed = sha256(f"swarm.v1 rounding {self.spec.seed}".encode() + self.joined.identity.public_key)
+        return Int8Replica(built, layout, self.spec.inner, chosen, int.from_bytes(seed[:8], "little") >> 1)
 
     def _template(self) -> Template:
         from peer import model

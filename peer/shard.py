@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from peer.codec import CODECS, Codec, Float32
-from peer.outer import outer_step, weighted_mean
+from peer.movement import Movement
+from peer.outer import TILE_VALUES, outer_step, weighted_mean
 from peer.planning import SLICE_VALUES, num_slices, part_values
 from peer.round_actions import Reduce
 from swarm import digest, schedule
@@ -28,12 +29,12 @@ from swarm.run_spec import RunSpec
 class ReplicaSnapshot:
     """A replica between two inner steps, kept until its round is decided: each attempt of the round offers it."""
 
-    weights: Float32
-    """what the replica's later movement is measured from"""
+    movement: Movement
+    """what is offered: the replica's movement since the anchor"""
     tokens: int
     """tokens trained since the last snapshot that a commit counted"""
-    offered: Float32
-    """pseudo-gradient plus error feedback, before encoding"""
+    was_reset: bool = False
+    """the replica was put back onto the anchor since: what it does now is not measured from this snapshot"""
 
 
 class Shard:
@@ -70,13 +71,14 @@ class Shard:
         """The state digest, from memory."""
         return digest.state_digest(*self.chunk_digests())
 
-    def offer(self, weights: Float32, tokens: int) -> ReplicaSnapshot | None:
-        """The movement of ``weights`` since the anchor, with what is owed from before; None where it is not finite."""
-        offered = self.anchor - weights
-        offered += self.feedback
-        if not np.isfinite(offered).all():
+    def offer(self, movement: Movement, tokens: int) -> ReplicaSnapshot | None:
+        """A replica's ``movement`` since the anchor; None where it, with what is owed from before, is not finite."""
+        if len(movement) != self.num_values:
+            raise SwarmError("a movement of another length than the shard's")
+        tiles = (slice(first, first + TILE_VALUES) for first in range(0, self.num_values, TILE_VALUES))
+        if not all(np.isfinite(self._offered(movement, tile)).all() for tile in tiles):
             return None
-        return ReplicaSnapshot(weights=weights, tokens=tokens, offered=offered)
+        return ReplicaSnapshot(movement=movement, tokens=tokens)
 
     def encode(self, snapshot: ReplicaSnapshot, opened: OpenRound) -> list[bytes]:
         """The snapshot in the wire codec, part by part; nothing where no tokens were trained.
@@ -85,7 +87,7 @@ class Shard:
         """
         if snapshot.tokens == 0:
             return []
-        return [self.codec.encode(snapshot.offered[self._values(part)]) for part in opened.parts]
+        return [self.codec.encode(self._offered(snapshot.movement, self._values(part))) for part in opened.parts]
 
     def reduce(self, work: Reduce) -> tuple[list[Share], bytes]:
         """Average what decodes, by tokens and in member order, and encode the average once.
@@ -125,13 +127,17 @@ class Shard:
         counted = False
         for part in record.parts:
             values = self._values(part)
-            owed = snapshot.offered[values]
+            owed = self._offered(snapshot.movement, values)
             included = any(share.peer_key == me for share in part.shares)
             if included and self._decode(part, parts) is not None:
                 counted = True
                 owed = owed - self.codec.decode(self.codec.encode(owed), len(owed))
             self.feedback[values] = owed
         return counted
+
+    def _offered(self, movement: Movement, values: slice) -> Float32:
+        """Pseudo-gradient plus error feedback: made again whenever it is needed, as it would take 4 bytes a value."""
+        return np.subtract(self.feedback[values], movement[values])
 
     def _values(self, part: Part | PartResult) -> slice:
         return part_values(part.first_slice, part.num_slices, self.num_values)

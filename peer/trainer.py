@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from peer.codec import Float32
+from peer.movement import Movement
 from swarm.errors import ConfigError, DeadlineExceeded, ResourceError, SwarmError
 
 if TYPE_CHECKING:
@@ -37,12 +38,12 @@ RATE_WINDOW_S = 10.0
 
 
 class Replica(Protocol):
-    """What the trainer needs of `peer.replica.Replica`. Only the trainer's thread touches it after the start."""
+    """What the trainer needs of a replica, in 8 bits or fp32. Only the trainer's thread touches it after the start."""
 
     def load(self, anchor: Float32) -> None: ...
     def reset(self, anchor: Float32) -> None: ...
-    def read(self) -> Float32: ...
-    def land(self, new_anchor: Float32, snapshot: Float32) -> None: ...
+    def movement(self) -> Movement: ...
+    def land(self, new_anchor: Float32, snapshot: Movement) -> None: ...
     def step(self, tokens: Tokens, learning_rate: float) -> StepResult: ...
     def evaluate(self, anchor: Float32, batches: Sequence[Tokens]) -> float: ...
 
@@ -80,9 +81,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """A copy of the weights between two steps; tokens and steps are those behind its movement, not yet landed."""
+    """The movement between two steps; tokens and steps are those behind it, not yet landed."""
 
-    weights: Float32
+    movement: Movement
     tokens: int
     steps: int
     total_tokens: int
@@ -202,7 +203,7 @@ class Trainer:
         return result
 
     async def snapshot(self, timeout_s: float = COMMAND_TIMEOUT_S) -> Snapshot:
-        """A copy of the weights between two steps."""
+        """The movement between two steps."""
         return await self.call(self._snapshot, timeout_s)
 
     async def land(self, new_anchor: Float32, snapshot: Snapshot, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
@@ -306,7 +307,7 @@ class Trainer:
     def _snapshot(self) -> Snapshot:
         stats = self._stats
         return Snapshot(
-            weights=self._replica.read(),
+            movement=self._replica.movement(),
             tokens=stats.pending_tokens,
             steps=stats.pending_steps,
             total_tokens=stats.tokens,
@@ -314,7 +315,7 @@ class Trainer:
         )
 
     def _land(self, new_anchor: Float32, snapshot: Snapshot) -> None:
-        self._replica.land(new_anchor, snapshot.weights)
+        self._replica.land(new_anchor, snapshot.movement)
         self._stats = replace(
             self._stats,
             pending_tokens=self._stats.tokens - snapshot.total_tokens,

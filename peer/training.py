@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from peer.codec import Float32
 from peer.data import TokenReader
+from peer.movement import Movement
 from peer.trainer import Hooks, Limits, Replica, Stats, Trainer
 from swarm import assignment, schedule
 from swarm.errors import NetworkError, SwarmError, VerificationError
@@ -87,12 +88,12 @@ class Training:
         if self._prefetching is None or self._prefetching.done():
             self._prefetching = asyncio.get_running_loop().create_task(self._prefetch())
 
-    async def snapshot(self) -> tuple[Float32, int]:
+    async def snapshot(self) -> tuple[Movement, int]:
         """See `peer.exchange_parts.Trainer`."""
         snapshot = await self.trainer.snapshot()
-        return snapshot.weights, snapshot.total_tokens
+        return snapshot.movement, snapshot.total_tokens
 
-    async def land(self, anchor: Float32, snapshot: Float32 | None, round_number: int) -> None:
+    async def land(self, anchor: Float32, snapshot: Movement | None, round_number: int) -> None:
         """See `peer.exchange_parts.Trainer`."""
         replica = self._replica
         if replica is None or snapshot is None:

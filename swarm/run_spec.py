@@ -86,6 +86,12 @@ class Inner(Section):
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw8bit", description="adamw8bit (moments in 8 bits) or adamw (moments in 32 bits)"
     )
+    weights: Literal["int8", "fp32"] = Field(
+        "int8", description="what a replica keeps of its weights: int8 (block-wise, 1 byte a value) or fp32 (4 bytes)"
+    )
+    checkpoint_activations: bool = Field(
+        False, description="compute activations twice instead of keeping them: less memory, a third more time"
+    )
     learning_rate: float = Field(1e-3, gt=0, le=1, description="highest learning rate, reached after the warm-up")
     min_learning_rate_fraction: float = Field(
         0.1, ge=0, le=1, description="where the cosine ends, as a fraction of learning_rate"

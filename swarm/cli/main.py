@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from swarm.cli import data, init, researcher, run
+from swarm.cli import data, init, plan, researcher, run
 from swarm.errors import DiskFull, PortInUse, ResourceError, SwarmError
 
 EXIT_USAGE = 64  # sysexits.h EX_USAGE
@@ -59,6 +59,7 @@ app = typer.Typer(
 _COMMANDS = (
     (run.join, "Train in the run that an invite names."),
     (init.init, "Write a run file to edit and start."),
+    (plan.plan, "Show which spans of a run fit into how much memory."),
     (run.start, "Sign a run file's rules, serve the run, print its invite."),
     (run.seed, "Keep a seed peer of a run."),
     (run.status, "Show a run's rounds, loss and who contributed."),

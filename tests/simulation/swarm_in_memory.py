@@ -62,23 +62,23 @@ class DriftingTrainer:
 
     def __init__(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
-        self.weights = np.zeros(0, np.float32)
+        self.moved = np.zeros(0, np.float32)
         self.tokens_trained = 0
         self.tokens_per_step = 100
 
     async def run(self) -> None:
         while True:
             await asyncio.sleep(0.1)
-            self.weights = self.weights + self._rng.standard_normal(len(self.weights)).astype(np.float32) * 1e-3
+            self.moved = self.moved + self._rng.standard_normal(len(self.moved)).astype(np.float32) * 1e-3
             self.tokens_trained += self.tokens_per_step
 
     async def snapshot(self) -> tuple[np.ndarray, int]:
         await asyncio.sleep(0.05)
-        return self.weights.copy(), self.tokens_trained
+        return self.moved.copy(), self.tokens_trained
 
     async def land(self, anchor: np.ndarray, snapshot: np.ndarray | None, round_number: int) -> None:
         await asyncio.sleep(0.05)
-        self.weights = anchor.copy() if snapshot is None else anchor + (self.weights - snapshot)
+        self.moved = np.zeros_like(anchor) if snapshot is None else self.moved - snapshot
 
     @property
     def tokens(self) -> int:
@@ -251,7 +251,7 @@ class SimulatedSwarm:
         await member.serve()
         peer.tasks.append(asyncio.ensure_future(member.run()))
         if trainer is not None:
-            trainer.weights = shard.anchor.copy()
+            trainer.moved = np.zeros_like(shard.anchor)
             peer.tasks.append(asyncio.ensure_future(trainer.run()))
         return peer
 

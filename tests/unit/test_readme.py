@@ -32,8 +32,8 @@ def test_the_readme_is_short() -> None:
 
 
 def test_the_readme_shows_the_help() -> None:
-    """At least the first thing that a person types."""
-    assert "swarm --help" in [command for command, _ in HELP_BLOCKS]
+    """At least the first thing that a volunteer asks for."""
+    assert "swarm join --help" in [command for command, _ in HELP_BLOCKS]
 
 
 @pytest.mark.parametrize(("command", "shown"), HELP_BLOCKS, ids=[command for command, _ in HELP_BLOCKS])

@@ -138,13 +138,15 @@ def test_a_reset_takes_the_anchor_and_forgets_the_moments() -> None:
 
 def test_landing_keeps_what_was_learned_since_the_snapshot() -> None:
     replica, _ = small_replica()
-    snapshot = replica.read()
     replica.step(batch(), 1e-2)
-    moved = replica.read()
-    new_anchor = snapshot + np.float32(0.25)
+    snapshot, before = replica.movement(), replica.read()
+    replica.step(batch(1), 1e-2)
+    moved = replica.movement() - snapshot
+    new_anchor = before + np.float32(0.25)
     kept = moments(replica)
     replica.land(new_anchor, snapshot)
-    assert replica.read().tobytes() == ((moved - snapshot) + new_anchor).tobytes()
+    assert replica.read().tobytes() == (moved + new_anchor).tobytes()
+    np.testing.assert_allclose(replica.movement(), moved, atol=1e-6)
     assert moments(replica) == kept
 
 
@@ -152,7 +154,7 @@ def test_landing_without_a_step_since_the_snapshot_gives_the_anchor_itself() -> 
     replica, _ = small_replica()
     replica.step(batch(), 1e-2)
     new_anchor = np.random.default_rng(2).standard_normal(len(replica.read())).astype(np.float32)
-    replica.land(new_anchor, replica.read())
+    replica.land(new_anchor, replica.movement())
     assert replica.read().tobytes() == new_anchor.tobytes()
 
 

@@ -25,7 +25,7 @@ def make_shard(seed: int = 0) -> Shard:
 
 
 def moved(shard: Shard, seed: int) -> np.ndarray:
-    return shard.anchor + np.random.default_rng(seed).standard_normal(NUM_VALUES).astype(np.float32) * 1e-2
+    return np.random.default_rng(seed).standard_normal(NUM_VALUES).astype(np.float32) * 1e-2
 
 
 OPENED = OpenRound(parts=[Part(first_slice=0, num_slices=2), Part(first_slice=2, num_slices=2)])
@@ -55,13 +55,12 @@ def test_what_a_commit_counted_leaves_only_its_encoding_error_behind() -> None:
     shard = make_shard()
     snapshot = shard.offer(moved(shard, 1), 10)
     assert snapshot is not None
-    record, parts = committed(shard, by_part(shard, snapshot), {0: [ME], 2: [ME, OTHER]})
+    encoded = by_part(shard, snapshot)
+    record, parts = committed(shard, encoded, {0: [ME], 2: [ME, OTHER]})
     assert shard.settle(record, parts, snapshot, ME)
-    sent = np.concatenate(
-        [shard.codec.decode(by_part(shard, snapshot)[0], 2 * SLICE_VALUES), _tail(shard, by_part(shard, snapshot)[2])]
-    )
-    np.testing.assert_array_equal(shard.feedback, snapshot.offered - sent)
-    assert np.abs(shard.feedback).max() < np.abs(snapshot.offered).max() / 100
+    sent = np.concatenate([shard.codec.decode(encoded[0], 2 * SLICE_VALUES), _tail(shard, encoded[2])])
+    np.testing.assert_array_equal(shard.feedback, -snapshot.movement[:] - sent)
+    assert np.abs(shard.feedback).max() < np.abs(snapshot.movement[:]).max() / 100
 
 
 def _tail(shard: Shard, encoded: bytes) -> np.ndarray:
@@ -83,7 +82,7 @@ def test_what_a_commit_did_not_count_stays_owed_in_full(
     assert snapshot is not None
     record, parts = committed(shard, {k: v for k, v in by_part(shard, snapshot).items() if k in present}, shares)
     assert shard.settle(record, parts, snapshot, ME), case
-    np.testing.assert_array_equal(shard.feedback[2 * SLICE_VALUES :], snapshot.offered[2 * SLICE_VALUES :])
+    np.testing.assert_array_equal(shard.feedback[2 * SLICE_VALUES :], -snapshot.movement[2 * SLICE_VALUES :])
 
 
 def test_over_many_rounds_offers_and_debts_add_up_to_the_movement() -> None:
@@ -92,16 +91,17 @@ def test_over_many_rounds_offers_and_debts_add_up_to_the_movement() -> None:
     total = np.zeros(NUM_VALUES, np.float64)
     sent = np.zeros(NUM_VALUES, np.float64)
     for number in range(1, 6):
-        weights = moved(shard, number)
-        total += (shard.anchor - weights).astype(np.float64)
-        snapshot = shard.offer(weights, 10)
+        movement = moved(shard, number)
+        total -= movement.astype(np.float64)
+        snapshot = shard.offer(movement, 10)
         assert snapshot is not None
-        present = by_part(shard, snapshot) if number % 2 else {0: by_part(shard, snapshot)[0]}
+        encoded = by_part(shard, snapshot)
+        present = encoded if number % 2 else {0: encoded[0]}
         record, parts = committed(shard, present, {first: [ME] for first in present})
         shard.settle(record, parts, snapshot, ME)
-        sent[: 2 * SLICE_VALUES] += shard.codec.decode(by_part(shard, snapshot)[0], 2 * SLICE_VALUES)
+        sent[: 2 * SLICE_VALUES] += shard.codec.decode(encoded[0], 2 * SLICE_VALUES)
         if 2 in present:
-            sent[2 * SLICE_VALUES :] += _tail(shard, by_part(shard, snapshot)[2])
+            sent[2 * SLICE_VALUES :] += _tail(shard, encoded[2])
         shard.apply(record, parts)
     np.testing.assert_allclose(sent + shard.feedback, total, atol=1e-5)
 
@@ -127,16 +127,16 @@ def test_an_average_that_does_not_decode_is_absent_for_everybody() -> None:
     record, parts = committed(shard, {0: garbage}, {0: [ME]})
     before = shard.state_digest
     assert not shard.settle(record, parts, snapshot, ME)
-    np.testing.assert_array_equal(shard.feedback, snapshot.offered)
+    np.testing.assert_array_equal(shard.feedback, -snapshot.movement[:])
     shard.apply(record, parts)
     assert shard.state_digest == before
 
 
 def test_a_replica_that_is_not_finite_offers_nothing() -> None:
     shard = make_shard()
-    weights = moved(shard, 1)
-    weights[5] = np.nan
-    assert shard.offer(weights, 10) is None
+    movement = moved(shard, 1)
+    movement[5] = np.nan
+    assert shard.offer(movement, 10) is None
 
 
 def test_the_average_is_by_tokens_and_leaves_out_what_does_not_decode() -> None:

@@ -36,6 +36,7 @@ class FakeReplica:
     """Weights that count the steps, and a gate: without permits a step waits (within a deadline) inside."""
 
     weights: np.ndarray = field(default_factory=lambda: np.zeros(3, np.float32))
+    anchor: np.ndarray = field(default_factory=lambda: np.zeros(3, np.float32))
     result: Result = Result()
     error: BaseException | None = None
     rates: list[float] = field(default_factory=list)
@@ -44,17 +45,17 @@ class FakeReplica:
     threads: set[str] = field(default_factory=set)
 
     def load(self, anchor: np.ndarray) -> None:
-        self.weights = anchor.copy()
+        self.weights, self.anchor = anchor.copy(), anchor.copy()
 
     def reset(self, anchor: np.ndarray) -> None:
         self.load(anchor)
 
-    def read(self) -> np.ndarray:
+    def movement(self) -> np.ndarray:
         self.threads.add(threading.current_thread().name)
-        return self.weights.copy()
+        return self.weights - self.anchor
 
     def land(self, new_anchor: np.ndarray, snapshot: np.ndarray) -> None:
-        self.weights = new_anchor + (self.weights - snapshot)
+        self.weights, self.anchor = new_anchor + (self.movement() - snapshot), new_anchor.copy()
 
     def step(self, tokens: np.ndarray, learning_rate: float) -> Result:
         self.inside.set()
@@ -152,10 +153,10 @@ def test_a_snapshot_is_a_copy_made_between_steps_by_the_trainers_thread() -> Non
     async def test(trainer: Trainer) -> None:
         await until(lambda: trainer.stats.steps == 2)
         snapshot = await trainer.snapshot()
-        assert snapshot.weights.tolist() == [2.0] * 3
+        assert snapshot.movement.tolist() == [2.0] * 3
         assert (snapshot.tokens, snapshot.steps, snapshot.total_tokens) == (2 * TOKENS, 2, 2 * TOKENS)
-        snapshot.weights[:] = 9
-        assert (await trainer.snapshot()).weights.tolist() == [2.0] * 3
+        snapshot.movement[:] = 9
+        assert (await trainer.snapshot()).movement.tolist() == [2.0] * 3
 
     run(test, replica, feed)
     assert replica.threads == {"trainer"}
@@ -173,7 +174,7 @@ def test_after_landing_only_the_movement_since_the_snapshot_is_pending() -> None
         await trainer.land(np.full(3, 100, np.float32), snapshot)
         assert (trainer.stats.pending_tokens, trainer.stats.pending_steps) == (2 * TOKENS, 2)
         landed = await trainer.snapshot()
-        assert landed.weights.tolist() == [102.0] * 3
+        assert landed.movement.tolist() == [2.0] * 3 and replica.weights.tolist() == [102.0] * 3
         assert (landed.tokens, landed.total_tokens) == (2 * TOKENS, 5 * TOKENS)
 
     run(test, replica, feed)
@@ -201,7 +202,7 @@ def test_another_anchor_replaces_the_weights_and_leaves_nothing_pending(way: str
         await until(lambda: trainer.stats.steps == 4)
         await getattr(trainer, way)(np.full(3, 7, np.float32))
         snapshot = await trainer.snapshot()
-        assert (snapshot.weights.tolist(), snapshot.tokens, snapshot.total_tokens) == ([7.0] * 3, 0, 4 * TOKENS)
+        assert (snapshot.movement.tolist(), snapshot.tokens, snapshot.total_tokens) == ([0.0] * 3, 0, 4 * TOKENS)
 
     run(test, FakeReplica(), feed)
 

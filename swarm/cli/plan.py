@@ -1,0 +1,151 @@
+"""`swarm plan`: what a run's spans take, and on which cards they fit, before anybody buys or starts anything.
+
+Only wiring: a run file becomes the figures of `peer.model`, plans become tables.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from swarm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from swarm.memory_plan import MemoryPlan, ModelNumbers, Working
+    from swarm.run_file import RunFile
+
+DEFAULT_VOCABULARY = 32_000  # of LLaMA and Mistral; used until the data is prepared
+NO_HOST_LIMIT = 1 << 62
+
+
+def plan(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file that `swarm init` wrote.")],
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of a card to try, for example 8GiB.")] = "",
+    shards: Annotated[int, typer.Option(min=0, help="Cut the model into so many; 0: as the run file says.")] = 0,
+    device: Annotated[str, typer.Option(help="cuda, mps or cpu.")] = "cuda",
+    vocabulary: Annotated[int, typer.Option(min=0, help="Words, where the data is not prepared yet.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show how much memory each span of a run takes, by component, and which cards it fits."""
+    from swarm import fitting, memory_plan, sharding
+    from swarm.cli import output
+
+    if device not in fitting.RUNTIME_BYTES:
+        raise ConfigError(f"--device {device!r} is unknown", "choose one of: " + ", ".join(fitting.RUNTIME_BYTES))
+    wanted = fitting.parse_bytes(memory) if memory else None
+    rules = _read(run_file)
+    working = _working(rules, device)
+    words = vocabulary or _prepared_vocabulary(run_file, rules) or DEFAULT_VOCABULARY
+    numbers = _numbers(rules, shards, words, device)
+    pieces = sharding.split(len(numbers.layers), shards or rules.num_shards, memory_plan.piece_values(numbers))
+    plans = [memory_plan.plan(numbers, span, working) for span in sharding.spans(pieces)]
+    values = {
+        "run": rules.name,
+        "device": device,
+        "vocabulary": words,
+        "sequences": numbers.activations.batch,
+        "sequence length": numbers.activations.sequence,
+        "shards": len(pieces),
+        "spans": [_span_values(planned) for planned in plans],
+        "cards": _cards(plans, device, wanted),
+    }
+    if json:
+        output.print_json(values)
+    else:
+        _print(values)
+
+
+def _read(path: Path) -> RunFile:
+    from swarm.run_file import parse
+
+    return parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def _prepared_vocabulary(path: Path, rules: RunFile) -> int:
+    """The vocabulary's size out of the run's prepared data; 0 where there is none yet."""
+    from swarm import data_manifest
+
+    manifest = path.parent / rules.data.path / data_manifest.MANIFEST_NAME
+    return data_manifest.parse(manifest.read_bytes()).vocab_size if manifest.is_file() else 0
+
+
+def _working(rules: RunFile, device: str) -> Working:
+    from swarm.memory_plan import Working
+
+    return Working(
+        weights=rules.inner.weights,
+        moments="8bit" if rules.inner.optimizer == "adamw8bit" and device != "mps" else "32bit",
+        checkpointing=rules.inner.checkpoint_activations,
+        device=device,
+    )
+
+
+def _numbers(rules: RunFile, shards: int, vocabulary: int, device: str) -> ModelNumbers:
+    from peer import model
+
+    cut = rules.model_copy(update={"num_shards": shards or rules.num_shards})
+    config = model.build_config(cut, vocabulary)
+    return model.measure(
+        config, batch=rules.inner.microbatch_sequences, sequence=rules.data.sequence_length, in_bf16=device == "cuda"
+    )
+
+
+def _span_values(planned: MemoryPlan) -> dict[str, Any]:
+    return {
+        "span": str(planned.span),
+        "first layer": planned.span.first,
+        "last layer": planned.span.last - 1,
+        "parameters": planned.num_values,
+        "device bytes": planned.device_bytes,
+        "held bytes": planned.held_bytes,
+        "host bytes": planned.host_bytes,
+        "held": dict(planned.held),
+        "phases": {name: dict(phase) for name, phase in planned.phases.items()},
+        "host": dict(planned.host),
+    }
+
+
+def _cards(plans: list[MemoryPlan], device: str, wanted: int | None) -> list[dict[str, Any]]:
+    from swarm import fitting
+
+    cards = [(name, size * fitting.GIB) for name, size in fitting.CARDS]
+    if wanted is not None:
+        cards = [("--memory", wanted)]
+    rows = []
+    for name, size in cards:
+        room = fitting.Room(device_bytes=size, host_bytes=NO_HOST_LIMIT)
+        best = fitting.largest_span(plans, room, device)
+        num_fitting = sum(fitting.fits(planned, room, device) for planned in plans)
+        span = str(best.span) if best else None
+        rows.append({"card": name, "memory bytes": size, "largest span": span, "spans that fit": num_fitting})
+    return rows
+
+
+def _print(values: dict[str, Any]) -> None:
+    from swarm.cli import output
+    from swarm.fitting import gib
+
+    batch = f"{values['sequences']} sequences of {values['sequence length']} tokens, {values['vocabulary']} words"
+    columns = ["span", "parameters", "device", "of it held", "host"]
+    rows = [
+        [
+            span["span"],
+            f"{span['parameters']:,}",
+            gib(span["device bytes"]),
+            gib(span["held bytes"]),
+            gib(span["host bytes"]),
+        ]
+        for span in values["spans"]
+    ]
+    output.table(f"{values['run']} on {values['device']}: {values['shards']} shard(s), {batch}", columns, rows)
+    whole = values["spans"][-1]
+    parts = [("held", whole["held"]), *whole["phases"].items(), ("host", whole["host"])]
+    rows = [[where, name, gib(size)] for where, sizes in parts for name, size in sizes.items() if size]
+    output.table(f"{whole['span']}, by component", ["when", "what", "bytes"], rows)
+    cards = [
+        [card["card"], gib(card["memory bytes"]), card["largest span"] or "none", card["spans that fit"]]
+        for card in values["cards"]
+    ]
+    output.table("Cards", ["card", "memory", "largest span", "spans that fit"], cards)

@@ -1,0 +1,115 @@
+"""Fitting: which spans go into how much memory.
+
+Pure. Decides what a peer takes on before it allocates anything, and what an organizer is told about cards; what a span
+takes is `swarm.memory_plan`'s.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from swarm.errors import ConfigError, ResourceError
+from swarm.memory_plan import MemoryPlan, ModelNumbers, Working, plan
+from swarm.sharding import Span, spans
+
+GIB = 1 << 30
+# What the device's driver and libraries take for themselves before the first tensor.
+RUNTIME_BYTES = {"cpu": 0, "cuda": 640 << 20, "mps": 0}
+# Left free: allocators round up and leave gaps, and kernels want scratch.
+SPARE_SHARE = 0.07
+
+CARDS = (
+    ("GTX 1650", 4),
+    ("RTX 2060", 6),
+    ("RTX 3070", 8),
+    ("RTX 3080", 10),
+    ("RTX 3060", 12),
+    ("RTX 4080", 16),
+    ("RTX 4090", 24),
+    ("RTX 5090", 32),
+    ("RTX A6000", 48),
+    ("A100, H100", 80),
+)
+"""(name, GiB) of cards that people have"""
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Memory that a peer may use, in bytes. On the CPU device and host share one memory: give all of it as both."""
+
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    plan: MemoryPlan
+    working: Working
+    batch: int
+    """sequences in one microbatch"""
+    reason: str
+
+
+def fits(planned: MemoryPlan, room: Room, device: str) -> bool:
+    """Whether ``planned`` goes into ``room`` with the driver's share and some to spare."""
+    needed = planned.device_bytes + RUNTIME_BYTES[device]
+    if device == "cpu":
+        return needed + planned.host_bytes <= room.device_bytes * (1 - SPARE_SHARE)
+    return needed <= room.device_bytes * (1 - SPARE_SHARE) and planned.host_bytes <= room.host_bytes * (1 - SPARE_SHARE)
+
+
+def choose(
+    numbers_of: Callable[[int], ModelNumbers], shards: Sequence[Span], working: Working, batch: int, room: Room
+) -> Choice:
+    """The span with the most layers that fits, with ``batch`` sequences at once, or half, or a quarter, ... of them.
+
+    ``numbers_of`` gives the model's figures for a number of sequences. A whole batch comes before a larger span:
+    smaller microbatches are slower, and their gradients wait. Raises `ResourceError` where even one sequence through
+    the smallest shard does not fit.
+    """
+    candidates = sorted(spans(shards), key=lambda span: -span.size)
+    size = batch
+    while True:
+        numbers = numbers_of(size)
+        split = replace(working, microbatches=-(-batch // size) * working.microbatches)
+        plans = [plan(numbers, span, split) for span in candidates]
+        best = next((planned for planned in plans if fits(planned, room, working.device)), None)
+        if best is not None:
+            reason = f"{best.span}: {gib(best.device_bytes)} of {gib(room.device_bytes)} on the device"
+            halved = f", {size} of {batch} sequences at once" if size < batch else ""
+            return Choice(plan=best, working=split, batch=size, reason=reason + halved)
+        if size == 1:
+            raise _nothing_fits(min(plans, key=lambda planned: planned.device_bytes), room)
+        size //= 2
+
+
+def _nothing_fits(smallest: MemoryPlan, room: Room) -> ResourceError:
+    needs = f"{gib(smallest.device_bytes)} on the device and {gib(smallest.host_bytes)} on the host"
+    has = f"{gib(room.device_bytes)} and {gib(room.host_bytes)}"
+    return ResourceError(
+        f"the smallest part of this run ({smallest.span}) needs {needs}; this machine offers {has}",
+        "close other programs, choose another --device, or ask the organizer for more shards or checkpoint_activations",
+    )
+
+
+def largest_span(plans: Sequence[MemoryPlan], room: Room, device: str) -> MemoryPlan | None:
+    """The plan with the most layers that fits; of equals the first."""
+    fitting = [planned for planned in plans if fits(planned, room, device)]
+    return max(fitting, key=lambda planned: planned.span.size, default=None)
+
+
+def parse_bytes(text: str) -> int:
+    """``8GiB``, ``8 GB``, ``512MiB`` or a number of bytes. Raises `ConfigError`."""
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,3})?)\s*([A-Za-z]{0,3})\s*", text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or float(match[1]) <= 0:
+        raise ConfigError(f"{text[:40]!r} is no amount of memory", "write for example 8GiB, 7.5GB or 512MiB")
+    return int(float(match[1]) * unit)
+
+
+def gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"
