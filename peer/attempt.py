@@ -80,6 +80,9 @@ class Attempt:
         expected = self.part_size_bytes(message.part) if message.weight_tokens else 0
         if len(message.encoded) != expected:
             raise ProtocolError(f"a contribution of {len(message.encoded)} bytes instead of {expected}")
+        if message.weight_tokens:
+            part = self.open.parts[message.part]
+            self.settings.check_part(part.first_slice, part.num_slices, message.encoded)
         self.contributions.setdefault((message.part, sender), (message.weight_tokens, message.encoded))
 
     def due_reductions(self, now: float) -> list[Reduce]:
@@ -127,6 +130,7 @@ class Attempt:
         part = self.open.parts[message.part]
         result = PartResult(first_slice=part.first_slice, num_slices=part.num_slices)
         if message.shares:
+            self.settings.check_part(part.first_slice, part.num_slices, message.encoded)
             result.digest = sha256(message.encoded)
             result.size_bytes = len(message.encoded)
             result.shares.extend(message.shares)

@@ -371,6 +371,7 @@ class Exchange:
             num_slices=self.shard.num_slices,
             codec=self.shard.codec.name,
             part_size_bytes=self.shard.part_size_bytes,
+            check_part=self.shard.check_part,
             sign_vote=lambda payload: self.parts.identity.sign(VOTE_CONTEXT, head.run_id, payload),
             max_weight_tokens=4 * schedule.tokens_of_round(rounds, head.round + 1),
             max_members=rounds.max_members,

@@ -24,6 +24,8 @@ class RoundSettings:
     codec: str
     part_size_bytes: Callable[[int, int], int]
     """(first_slice, num_slices) -> encoded bytes"""
+    check_part: Callable[[int, int, bytes], None]
+    """(first_slice, num_slices, encoded): raises `ProtocolError` unless it decodes to finite numbers"""
     sign_vote: Callable[[bytes], Signed]
     max_weight_tokens: int
     max_members: int

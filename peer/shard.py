@@ -63,6 +63,11 @@ class Shard:
         values = part_values(first_slice, count, self.num_values)
         return self.codec.encoded_size(max(0, values.stop - values.start))
 
+    def check_part(self, first_slice: int, count: int, encoded: bytes) -> None:
+        """Raise `ProtocolError` unless ``encoded`` decodes to finite values of these slices."""
+        values = part_values(first_slice, count, self.num_values)
+        self.codec.check(encoded, values.stop - values.start)
+
     def chunk_digests(self) -> tuple[list[bytes], list[bytes]]:
         """SHA-256 of every chunk of the anchor's and of the momentum's own bytes (little-endian fp32)."""
         return digest.chunk_digests(state_bytes(self.anchor)), digest.chunk_digests(state_bytes(self.momentum))

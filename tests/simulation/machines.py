@@ -77,6 +77,7 @@ class Machines:
             num_slices=NUM_SLICES,
             codec="int8",
             part_size_bytes=lambda first, count: count * BYTES_PER_SLICE,
+            check_part=lambda first, count, encoded: None,
             sign_vote=lambda payload: peer.identity.sign(VOTE_CONTEXT, RUN_ID, payload),
             max_weight_tokens=1000,
             max_members=self.max_members,

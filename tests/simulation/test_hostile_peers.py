@@ -130,7 +130,7 @@ BAD_CONTRIBUTIONS: dict[str, tuple[Change, str]] = {
     "wrong shape, longer": (_longer, "bytes instead of"),
     "wrong shape, shorter": (_shorter, "bytes instead of"),
     "oversized": (_oversized, "bytes instead of"),
-    "not a number": (_not_a_number, ""),
+    "not a number": (_not_a_number, "no encoder writes"),
     "a weight out of bounds": (_heavy, "more than the round allows"),
     "of another state": (_of_another_state, "another state"),
     "to a part of somebody else": (_to_another_part, "do not average"),
@@ -225,7 +225,7 @@ def test_a_bad_average_is_refused_by_name_and_its_part_is_absent(tmp_path: Path,
     run(scenario())
 
 
-def test_an_average_that_is_not_a_number_moves_nothing_and_stays_owed(tmp_path: Path) -> None:
+def test_an_average_that_is_not_a_number_is_refused_by_name_and_never_committed(tmp_path: Path) -> None:
     async def scenario() -> None:
         swarm = await start(tmp_path)
 
@@ -235,11 +235,12 @@ def test_an_average_that_is_not_a_number_moves_nothing_and_stays_owed(tmp_path: 
         done = tamper(swarm.peers["v2"], "average", change)
         first = swarm.peers["seed"].round + 1
         await swarm.until_round(first + 2, ["seed", "v0", "v1"])
-        named = [part for part in parts_since(swarm, first) if part.digest in done.averages]
-        assert named
+        assert done.refusals and all("no encoder writes" in str(refusal) for refusal in done.refusals)
+        assert not [part for part in parts_since(swarm, first) if part.digest in done.averages]
+        absent = [part for part in parts_since(swarm, first) if not part.digest]
         shard = swarm.peers["v0"].exchange.shard
         assert np.isfinite(shard.anchor).all() and np.isfinite(shard.momentum).all()
-        assert float(np.abs(shard.feedback[_values(swarm, named[-1])]).mean()) > 1e-4
+        assert float(np.abs(shard.feedback[_values(swarm, absent[-1])]).mean()) > 1e-4
         swarm.assert_equal_states()
 
     run(scenario())
