@@ -14,17 +14,17 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peer.catch_up import Newcomer, obtain_state
-from peer.chunk_store import ChunkStore, token_shard_source
 from peer.coordinator_client import CoordinatorClient, RunInfo
-from peer.fetch import HolderBook
 from peer.home import Home
-from peer.lasting_transport import LastingTransport
-from peer.ledger import Ledger, LedgerOptions
-from peer.network import Network, NetworkConfig, open_network
-from peer.shard import Shard
-from peer.statuses import StatusRules, read_statuses, status_key
-from peer.trainer import Limits
+from peer.p2p.chunk_store import ChunkStore, token_shard_source
+from peer.p2p.fetch import HolderBook
+from peer.p2p.lasting_transport import LastingTransport
+from peer.p2p.network import Network, NetworkConfig, open_network
+from peer.rounds.catch_up import Newcomer, obtain_state
+from peer.rounds.ledger import Ledger, LedgerOptions
+from peer.rounds.shard import Shard
+from peer.rounds.statuses import StatusRules, read_statuses, status_key
+from peer.training.trainer import Limits
 from swarm import data_manifest, log
 from swarm.data_manifest import DataManifest
 from swarm.errors import NetworkError, NotFound, Unreachable

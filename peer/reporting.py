@@ -12,7 +12,7 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from peer.ledger import Ledger
+from peer.rounds.ledger import Ledger
 from swarm.errors import NotAdmitted, SwarmError
 from swarm.proto.coordinator_pb2 import ReportPayload
 from swarm.proto.round_pb2 import Commit

@@ -16,20 +16,20 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from peer import device
-from peer.checkpoint import CheckpointParts
-from peer.data import ReaderOptions, TokenReader
-from peer.exchange import Exchange
-from peer.exchange_parts import Committed, ExchangeParts
-from peer.fetch import fetch_chunk
+from peer.checkpoints.checkpoint import CheckpointParts
+from peer.checkpoints.publishing import CheckpointMaker, StateCopy, Template
 from peer.home import locked_identity
 from peer.joining import Joined, PeerOptions, find_holders, join, meet_coordinator, own_addresses, starting_state
-from peer.member import Member, MemberParts, Words
-from peer.publishing import CheckpointMaker, StateCopy, Template
+from peer.p2p.fetch import fetch_chunk
 from peer.reporting import Reporter
-from peer.shard import Shard
-from peer.trainer import Stats
-from peer.training import Training
+from peer.rounds.exchange import Exchange
+from peer.rounds.exchange_parts import Committed, ExchangeParts
+from peer.rounds.member import Member, MemberParts, Words
+from peer.rounds.shard import Shard
+from peer.training import device
+from peer.training.data import ReaderOptions, TokenReader
+from peer.training.feeding import Training
+from peer.training.trainer import Stats
 from swarm import schedule
 from swarm.digest import sha256
 from swarm.errors import DivergedError, NetworkError, SwarmError
@@ -354,9 +354,9 @@ class Peer:
         return Training(self.spec, self.joined.identity.public_key, reader, self.joined.options.limits)
 
     def _build_replica(self) -> Any:
-        from peer import model
-        from peer.int8_replica import Int8Replica
-        from peer.replica import Replica
+        from peer.training import model
+        from peer.training.fp32_replica import Replica
+        from peer.training.int8_replica import Int8Replica
 
         chosen = device.choose(self.joined.options.device)
         self.device = device.describe(chosen, self.joined.options.limits.num_threads)[:64]
@@ -370,7 +370,7 @@ class Peer:
         return Int8Replica(built, layout, self.spec.inner, chosen, int.from_bytes(seed[:8], "little") >> 1)
 
     def _template(self) -> Template:
-        from peer import model
+        from peer.training import model
 
         config = model.build_config(self.spec, self.joined.manifest.vocab_size)
         layout = model.build_layout(config)

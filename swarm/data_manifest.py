@@ -1,8 +1,8 @@
 """The data manifest: what a run trains on, by digest.
 
 Decides the manifest's form and its limits; leaves writing token shards to `coordinator.data_prepare` and reading them
-to `peer.data`. A token shard is a file of little-endian token ids (``dtype``), no header. A prepared folder holds the
-token shards, ``tokenizer.json`` and ``manifest.json``.
+to `peer.training.data`. A token shard is a file of little-endian token ids (``dtype``), no header. A prepared folder
+holds the token shards, ``tokenizer.json`` and ``manifest.json``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The memory plan: what a replica of a span takes on its device and on its host, before anything is allocated.
 
-Pure: figures of a model (`peer.measure` gets them) and a way of working in, bytes by component out. Decides what counts
-and how much of it there is at once; that `peer.int8_replica`, `peer.replica` and `peer.shard` take what is said here,
-within 10 %, is tested. Leaves choosing a span to `swarm.fitting`.
+Pure: figures of a model (`peer.training.measure` gets them) and a way of working in, bytes by component out. Decides
+what counts and how much of it there is at once; that `peer.training.int8_replica`, `peer.training.fp32_replica` and
+`peer.rounds.shard` take what is said here, within 10 %, is tested. Leaves choosing a span to `swarm.fitting`.
 
 On the device some memory is held all the time, the rest only in a phase of an inner step; the peak is what is held plus
 the largest phase. A phase counts what autograd keeps, not the scratch of single kernels.
@@ -26,10 +26,10 @@ BF16_BYTES = 2
 BLOCK_VALUES = 256
 # bitsandbytes keeps the moments of smaller tensors in 32 bits.
 MIN_8BIT_MOMENT_VALUES = 4096
-# A larger int8 matrix is worked on in row tiles of so many values (peer.int8_matrix).
+# A larger int8 matrix is worked on in row tiles of so many values (peer.training.int8_matrix).
 WHOLE_VALUES = 1 << 22
 TILE_VALUES = 1 << 19
-# Logits that an 8-bit replica has at once (peer.int8_modules).
+# Logits that an 8-bit replica has at once (peer.training.int8_modules).
 LOGIT_VALUES = {"cpu": 1 << 24, "cuda": 1 << 26, "mps": 1 << 26}
 
 

@@ -1,7 +1,7 @@
 """Sharding: which layers of a model are which shard, and what a span of shards owns.
 
 Pure, and a function of the signed rules alone, so that everybody cuts a model alike. Decides the cut; leaves making the
-pieces to `peer.span`, what they weigh to `swarm.memory_plan`, and who hosts which to the peers.
+pieces to `peer.training.span`, what they weigh to `swarm.memory_plan`, and who hosts which to the peers.
 
 The first shard also has the embedding, the last one the final norm and the head. A model of more than one shard has
 embedding and head as two matrices (untied): no two peers could keep one matrix equal between rounds.

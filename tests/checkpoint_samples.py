@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from peer.checkpoint import CheckpointParts, assemble, write_signed
-from peer.transport import MAX_CALL_BYTES, Handler
+from peer.checkpoints.checkpoint import CheckpointParts, assemble, write_signed
+from peer.p2p.transport import MAX_CALL_BYTES, Handler
 from swarm import manifest as manifests
 from swarm import run_spec
 from swarm.data_manifest import DataManifest, Source, TokenShard

@@ -1,4 +1,4 @@
-"""What every `peer.transport.Transport` does. Subclass with `make` (and `run`, `pass_time`, `close` where they differ).
+"""What every `Transport` does. Subclass with `make` (and `run`, `pass_time`, `close` where they differ).
 
 Scenarios run against any implementation: libp2p between processes, or a simulated network under a fake clock.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from peer.transport import Transport
+from peer.p2p.transport import Transport
 from swarm.errors import (
     DeadlineExceeded,
     DigestError,

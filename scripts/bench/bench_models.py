@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peer.inner_optimizer import build_optimizer
-from peer.int8_replica import Int8Replica
-from peer.model import layout_of
+from peer.training.inner_optimizer import build_optimizer
+from peer.training.int8_replica import Int8Replica
+from peer.training.model import layout_of
 from swarm.run_spec import Inner
 
 LEARNING_RATE = 1e-4
@@ -121,6 +121,6 @@ def bytes_of(tensors: list[torch.Tensor]) -> int:
 
 
 def machine(device: torch.device) -> str:
-    from peer.device import describe
+    from peer.training.device import describe
 
     return describe(device)

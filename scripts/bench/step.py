@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from bench_models import QUICK, Shape, Side, build_side, machine, random_tokens
 
-from peer import int8_matrix, int8_modules, int8_replica, quantized
+from peer.training import int8_matrix, int8_modules, int8_replica, quantized
 
 COMPARED = ("int8 replica", "fp32 AdamW")
 

@@ -130,12 +130,12 @@ def _genesis(state: Path, spec: RunSpec, organizer: Identity, manifest: DataMani
         signed = _read_signed(path, GENESIS_CONTEXT, spec.run_id)
         parse_genesis(signed, spec.run_id, organizer.public_key, spec.num_shards)
         return signed
-    from peer import model
-    from peer.chunk_store import ChunkStore
     from peer.home import Home
     from peer.joining import DEFAULT_DISK_BYTES, SHARD
-    from peer.ledger import Ledger, LedgerOptions
-    from peer.shard import Shard
+    from peer.p2p.chunk_store import ChunkStore
+    from peer.rounds.ledger import Ledger, LedgerOptions
+    from peer.rounds.shard import Shard
+    from peer.training import model
 
     home = Home(state / "seed")
     seed = keyfiles.load_or_create(home.key_path)

@@ -1,6 +1,6 @@
 """`swarm plan`: what a run's spans take, and on which cards they fit, before anybody buys or starts anything.
 
-Only wiring: a run file becomes the figures of `peer.model`, plans become tables.
+Only wiring: a run file becomes the figures of `peer.training.model`, plans become tables.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _working(rules: RunFile, device: str) -> Working:
 
 
 def _numbers(rules: RunFile, shards: int, vocabulary: int, device: str) -> ModelNumbers:
-    from peer import model
+    from peer.training import model
 
     cut = rules.model_copy(update={"num_shards": shards or rules.num_shards})
     config = model.build_config(cut, vocabulary)

@@ -1,7 +1,7 @@
 """`swarm checkpoints`, `download`, `verify`, `generate`: what a run made, fetched, checked and used.
 
 Decides options and what is printed, and brings a network up for as long as a download takes; leaves the work to
-`peer.download`, `peer.verify` and `peer.generate`.
+`peer.checkpoints.download`, `peer.checkpoints.verify` and `peer.checkpoints.generate`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import typer
 from swarm.cli import output
 
 if TYPE_CHECKING:
+    from peer.checkpoints.download import OnProgress
+    from peer.checkpoints.verify import Report
     from peer.coordinator_client import CoordinatorClient, RunInfo
-    from peer.download import OnProgress
-    from peer.transport import Transport
-    from peer.verify import Report
+    from peer.p2p.transport import Transport
     from swarm.invite import Invite
 
 _MEGABYTE = 1_000_000
@@ -85,7 +85,7 @@ def download(
 
 def verify(folder: Folder, run: Run = None, as_json: Json = False) -> None:
     """Check every byte and signature of a checkpoint, offline; exit code 76 where anything is wrong."""
-    from peer.verify import verify_folder
+    from peer.checkpoints.verify import verify_folder
 
     run_id = parse_run(run)
     with output.progress(_folder_megabytes(folder), "MB", "verifying") as advance:
@@ -112,7 +112,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a text with the model of a checkpoint, after verifying it."""
-    from peer import generate as generation
+    from peer.checkpoints import generate as generation
 
     options = generation.GenerateOptions(
         max_tokens=max_tokens,
@@ -179,8 +179,8 @@ async def _list(invite: Invite) -> dict[str, Any]:
 
 async def download_checkpoint(invite: Invite, round_number: int, out: Path | None, force: bool) -> Report:
     """Ask the coordinator for the checkpoint (round 0: the newest), fetch it from peers, and verify it in place."""
-    from peer import download as downloads
-    from peer.statuses import StatusRules
+    from peer.checkpoints import download as downloads
+    from peer.rounds.statuses import StatusRules
     from swarm import manifest
 
     async with _coordinator(invite) as client:
@@ -221,8 +221,8 @@ async def _coordinator(invite: Invite) -> AsyncIterator[CoordinatorClient]:
 @asynccontextmanager
 async def _network(invite: Invite, run: RunInfo) -> AsyncIterator[Transport]:
     """A connection to the run's peers under a key of its own, gone afterwards."""
-    from peer.network import NetworkConfig, open_network
-    from peer.statuses import status_key
+    from peer.p2p.network import NetworkConfig, open_network
+    from peer.rounds.statuses import status_key
     from swarm.identity import Identity
 
     config = NetworkConfig(

@@ -49,7 +49,7 @@ def join(
     from peer.home import Home
     from peer.joining import PeerOptions
     from peer.runtime import run_peer
-    from peer.trainer import Limits
+    from peer.training.trainer import Limits
     from swarm.keyfiles import data_home
 
     options = PeerOptions(

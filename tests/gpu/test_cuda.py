@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from peer import device, model
-from peer.replica import Replica
-from peer.trainer import Hooks, Limits, Trainer
+from peer.training import device, model
+from peer.training.fp32_replica import Replica
+from peer.training.trainer import Hooks, Limits, Trainer
 from swarm.run_spec import Inner, RunSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")

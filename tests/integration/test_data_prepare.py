@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import zstandard
 
-from peer.chunk_store import token_shard_source
-from peer.data import ReaderOptions, TokenReader
+from peer.p2p.chunk_store import token_shard_source
+from peer.training.data import ReaderOptions, TokenReader
 from swarm import assignment, data_manifest
 
 PACKAGES = tuple(Path(asyncio.__file__).parents[1] / name for name in ("json", "email", "asyncio"))

@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from peer.network import Network, NetworkConfig, open_network
-from peer.transport import Transport
+from peer.p2p.network import Network, NetworkConfig, open_network
+from peer.p2p.transport import Transport
 from swarm.errors import ConfigError, NetworkError, PortInUse, ProtocolError, Unreachable
 from swarm.identity import Identity
 from tests.contract_transport import KEY, OTHER_KEY, TransportContract, echo
@@ -163,7 +163,7 @@ def test_a_peer_can_call_itself() -> None:
 CHILD = """
 import asyncio, sys, time
 from pathlib import Path
-from peer.network import NetworkConfig, open_network
+from peer.p2p.network import NetworkConfig, open_network
 from swarm.identity import Identity
 from tests.contract_transport import echo
 
@@ -233,7 +233,7 @@ def test_the_death_of_p2pd_is_noticed() -> None:
 
 
 def test_a_restarted_seed_peer_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peer.network._SEED_CHECK_S", 0.5)
+    monkeypatch.setattr("peer.p2p.network._SEED_CHECK_S", 0.5)
 
     async def scenario() -> None:
         seed_identity = Identity.generate()

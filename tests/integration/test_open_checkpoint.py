@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from peer.checkpoint import CheckpointParts
-from peer.chunk_store import CHUNK_METHOD, ChunkStore, FileChunks
+from peer.checkpoints.checkpoint import CheckpointParts
+from peer.checkpoints.download import Order, download
+from peer.checkpoints.generate import GenerateOptions, draw, generate, open_checkpoint
+from peer.checkpoints.verify import Report, verify_folder
 from peer.coordinator_client import CoordinatorClient, RunInfo
-from peer.download import Order, download
-from peer.generate import GenerateOptions, draw, generate, open_checkpoint
-from peer.model import build_config, build_model, config_json
-from peer.network import NetworkConfig, open_network
-from peer.transport import Transport
-from peer.verify import Report, verify_folder
+from peer.p2p.chunk_store import CHUNK_METHOD, ChunkStore, FileChunks
+from peer.p2p.network import NetworkConfig, open_network
+from peer.p2p.transport import Transport
+from peer.training.model import build_config, build_model, config_json
 from swarm.cli import researcher
 from swarm.digest import sha256
 from swarm.errors import ConfigError, DataError, DeviceError, DigestError, VerificationError

@@ -10,10 +10,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from peer.paxos import Acceptor
-from peer.planning import Candidate
-from peer.round import RoundMachine
-from peer.round_actions import Action, Apply, Fetch, Persist, Reduce, RoundSettings, Send, TakeSnapshot, View
+from peer.rounds.paxos import Acceptor
+from peer.rounds.planning import Candidate
+from peer.rounds.round import RoundMachine
+from peer.rounds.round_actions import Action, Apply, Fetch, Persist, Reduce, RoundSettings, Send, TakeSnapshot, View
 from swarm.digest import sha256
 from swarm.errors import SwarmError
 from swarm.identity import Identity

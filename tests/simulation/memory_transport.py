@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from peer.transport import MAX_CALL_BYTES, Handler
+from peer.p2p.transport import MAX_CALL_BYTES, Handler
 from swarm.errors import DeadlineExceeded, NetworkError, NotFound, ProtocolError, SwarmError, Unreachable
 from swarm.identity import Identity, peer_id_of
 

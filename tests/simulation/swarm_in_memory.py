@@ -17,15 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from peer.catch_up import Newcomer, obtain_state
-from peer.chunk_store import ChunkStore
-from peer.exchange import Exchange
-from peer.exchange_parts import Committed, ExchangeParts
-from peer.fetch import HolderBook
-from peer.ledger import Ledger, LedgerOptions
-from peer.member import Member, MemberParts, Words
-from peer.shard import Shard
-from peer.statuses import ADMISSION_CONTEXT, StatusRules
+from peer.p2p.chunk_store import ChunkStore
+from peer.p2p.fetch import HolderBook
+from peer.rounds.catch_up import Newcomer, obtain_state
+from peer.rounds.exchange import Exchange
+from peer.rounds.exchange_parts import Committed, ExchangeParts
+from peer.rounds.ledger import Ledger, LedgerOptions
+from peer.rounds.member import Member, MemberParts, Words
+from peer.rounds.shard import Shard
+from peer.rounds.statuses import ADMISSION_CONTEXT, StatusRules
 from swarm.errors import NotFound
 from swarm.identity import Identity
 from swarm.log import LogHead, genesis_head

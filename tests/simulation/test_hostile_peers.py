@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peer.catch_up import LOG_METHOD, STATE_METHOD
-from peer.chunk_store import CHUNK_METHOD
-from peer.planning import part_values
-from peer.transport import Handler
+from peer.p2p.chunk_store import CHUNK_METHOD
+from peer.p2p.transport import Handler
+from peer.rounds.catch_up import LOG_METHOD, STATE_METHOD
+from peer.rounds.planning import part_values
 from swarm.digest import sha256
 from swarm.errors import ProtocolError
 from swarm.proto.round_pb2 import ChunkReply, LogReply, PartResult, RoundMessage, StateReply

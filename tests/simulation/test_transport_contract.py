@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any
 
-from peer.transport import Transport
+from peer.p2p.transport import Transport
 from swarm.identity import Identity
 from tests.contract_transport import TransportContract
 from tests.simulation import virtual_time

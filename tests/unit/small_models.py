@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from peer import model
+from peer.training import model
 from swarm.run_spec import Data, Model, RunSpec
 
 VOCAB = 61

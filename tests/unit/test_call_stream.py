@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-from peer import call_stream
-from peer.call_stream import Traffic
-from peer.transport import FRAME_BYTES
+from peer.p2p import call_stream
+from peer.p2p.call_stream import Traffic
+from peer.p2p.transport import FRAME_BYTES
 from swarm.errors import AlreadyRunning, NetworkError, ProtocolError, SwarmError
 from swarm.proto.round_pb2 import Frame
 

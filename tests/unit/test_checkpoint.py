@@ -12,9 +12,10 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from peer import checkpoint, chunk_store
-from peer.checkpoint import CheckpointParts, assemble, describe_file
-from peer.verify import verify_folder
+from peer.checkpoints import checkpoint
+from peer.checkpoints.checkpoint import CheckpointParts, assemble, describe_file
+from peer.checkpoints.verify import verify_folder
+from peer.p2p import chunk_store
 from swarm.digest import sha256
 from swarm.errors import DataError, DiskFull
 from tests.checkpoint_samples import make_parts, small_checkpoint, with_tensors

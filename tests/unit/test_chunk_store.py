@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from peer import chunk_store
-from peer.chunk_store import ChunkStore, FileChunks, FileRange, FileRanges, read_range, token_shard_source
+from peer.p2p import chunk_store
+from peer.p2p.chunk_store import ChunkStore, FileChunks, FileRange, FileRanges, read_range, token_shard_source
 from swarm.digest import sha256
 from swarm.errors import DiskFull, NetworkError, ProtocolError
 from swarm.proto.round_pb2 import ChunkReply, ChunkRequest
@@ -241,7 +241,7 @@ def test_a_blob_larger_than_a_call_is_refused(tmp_path: Path, monkeypatch: pytes
 def test_blobs_that_were_acknowledged_survive_sigkill(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys, pathlib\n"
-        "from peer.chunk_store import ChunkStore\n"
+        "from peer.p2p.chunk_store import ChunkStore\n"
         "store = ChunkStore(pathlib.Path(sys.argv[1]), 1 << 20)\n"
         "digests = [store.put(bytes([n]) * 1000) for n in range(20)]\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from peer.codec import CODECS, LARGEST_SCALE
+from peer.rounds.codec import CODECS, LARGEST_SCALE
 from swarm.errors import ProtocolError, SwarmError
 
 INT8 = CODECS["int8"]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peer.data import (
+from peer.training.data import (
     MAX_VALIDATION_SHARDS,
     ReaderOptions,
     TokenReader,

@@ -9,8 +9,8 @@ from dataclasses import replace
 import msgpack
 import pytest
 
-from peer import directory
-from peer.directory import Directory, Record
+from peer.p2p import directory
+from peer.p2p.directory import Directory, Record
 from swarm.errors import ProtocolError, SignatureError, VerificationError
 from swarm.identity import Identity
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from peer import download as downloads
-from peer.chunk_store import ChunkStore, FileChunks
-from peer.download import Order, download, find_holders, held_checkpoints, round_folder
-from peer.fetch import FetchLimits, HolderBook
-from peer.statuses import StatusRules, sign_status
-from peer.verify import Report, verify_folder
+from peer.checkpoints import download as downloads
+from peer.checkpoints.download import Order, download, find_holders, held_checkpoints, round_folder
+from peer.checkpoints.verify import Report, verify_folder
+from peer.p2p.chunk_store import ChunkStore, FileChunks
+from peer.p2p.fetch import FetchLimits, HolderBook
+from peer.rounds.statuses import StatusRules, sign_status
 from swarm.errors import (
     AlreadyRunning,
     ConfigError,
@@ -120,10 +120,10 @@ def test_an_interrupted_download_keeps_what_it_has(made: SignedCheckpoint, tmp_p
 
 KILLED = """
 import asyncio, os, pathlib, signal, sys
-from peer.chunk_store import ChunkStore, FileChunks
-from peer.download import Order, download
-from peer.fetch import FetchLimits
-from peer.verify import read_provenance
+from peer.p2p.chunk_store import ChunkStore, FileChunks
+from peer.checkpoints.download import Order, download
+from peer.p2p.fetch import FetchLimits
+from peer.checkpoints.verify import read_provenance
 from tests.checkpoint_samples import FakeTransport
 
 made, out = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])

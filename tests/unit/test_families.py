@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peer import model
-from peer.families import TABLE, Family, family_of
-from peer.span import cut
+from peer.training import model
+from peer.training.families import TABLE, Family, family_of
+from peer.training.span import cut
 from swarm.errors import SpecError, SwarmError
 from swarm.run_spec import FAMILIES
 from swarm.sharding import whole

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from peer.chunk_store import ChunkStore
-from peer.fetch import FetchLimits, HolderBook, Outcome, Wanted, fetch_chunk, fetch_many
+from peer.p2p.chunk_store import ChunkStore
+from peer.p2p.fetch import FetchLimits, HolderBook, Outcome, Wanted, fetch_chunk, fetch_many
 from swarm.digest import sha256
 from swarm.errors import ConfigError, DiskFull, NetworkError, NotFound
 from swarm.proto.round_pb2 import ChunkReply, ChunkRequest

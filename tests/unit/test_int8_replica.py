@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from peer import int8_matrix, int8_modules, model
-from peer.int8_matrix import Int8Matrix
-from peer.int8_replica import Int8Replica
-from peer.layout import Layout
-from peer.replica import Replica
+from peer.training import int8_matrix, int8_modules, model
+from peer.training.fp32_replica import Replica
+from peer.training.int8_matrix import Int8Matrix
+from peer.training.int8_replica import Int8Replica
+from peer.training.layout import Layout
 from swarm.errors import DataError, ResourceError, SwarmError
 from swarm.run_spec import FAMILIES, Inner
 

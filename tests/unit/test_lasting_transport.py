@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from peer.lasting_transport import LastingTransport
-from peer.transport import Handler
+from peer.p2p.lasting_transport import LastingTransport
+from peer.p2p.transport import Handler
 from swarm.errors import NetworkError, Unreachable
 from tests.simulation.virtual_time import run
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from peer.chunk_store import ChunkStore
-from peer.ledger import Ledger, LedgerOptions
-from peer.paxos import Acceptor
+from peer.p2p.chunk_store import ChunkStore
+from peer.rounds.ledger import Ledger, LedgerOptions
+from peer.rounds.paxos import Acceptor
 from swarm import digest
 from swarm.errors import DigestError, NotFound, ProtocolError
 from swarm.identity import Identity

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from peer import int8_matrix, int8_modules, model, quantized
-from peer.inner_optimizer import MOMENT_BLOCK
-from peer.int8_replica import Int8Replica
-from peer.replica import Replica
-from peer.shard import Shard
-from peer.span import forward, initial_values, materialise
+from peer.rounds.shard import Shard
+from peer.training import int8_matrix, int8_modules, model, quantized
+from peer.training.fp32_replica import Replica
+from peer.training.inner_optimizer import MOMENT_BLOCK
+from peer.training.int8_replica import Int8Replica
+from peer.training.span import forward, initial_values, materialise
 from swarm import memory_plan
 from swarm.errors import ResourceError, SwarmError
 from swarm.fitting import GIB, Room, choose, fits, largest_span

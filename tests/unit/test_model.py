@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from peer import device, model
-from peer.layout import Layout
+from peer.training import device, model
+from peer.training.layout import Layout
 from swarm.errors import DeviceError, SpecError, SwarmError
 from swarm.run_spec import FAMILIES, Data, Model, RunSpec
 

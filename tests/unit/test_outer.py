@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peer import outer
-from peer.outer import outer_step, weighted_mean
+from peer.rounds import outer
+from peer.rounds.outer import outer_step, weighted_mean
 from swarm.errors import SwarmError
 
 

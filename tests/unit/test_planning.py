@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.planning import (
+from peer.rounds.planning import (
     Candidate,
     choose_members,
     choose_voters,

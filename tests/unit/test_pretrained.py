@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peer import model
-from peer.families import family_of
-from peer.span import forward, materialise
+from peer.training import model
+from peer.training.families import family_of
+from peer.training.span import forward, materialise
 from swarm.errors import DataError
 from swarm.run_spec import FAMILIES
 from swarm.sharding import from_sizes

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peer import publishing
-from peer.chunk_store import ChunkStore
-from peer.layout import Layout
-from peer.publishing import CheckpointMaker, StateCopy, Template
-from peer.verify import verify_folder
+from peer.checkpoints import publishing
+from peer.checkpoints.publishing import CheckpointMaker, StateCopy, Template
+from peer.checkpoints.verify import verify_folder
+from peer.p2p.chunk_store import ChunkStore
+from peer.training.layout import Layout
 from swarm import manifest as manifests
 from swarm import run_spec
 from swarm.errors import Unreachable

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from peer.movement import BLOCK_VALUES
-from peer.quantized import MAX_CODE, dequantise, num_blocks, quantise_
+from peer.training.movement import BLOCK_VALUES
+from peer.training.quantized import MAX_CODE, dequantise, num_blocks, quantise_
 from swarm.errors import SwarmError
 
 LARGEST = float(np.finfo(np.float32).max)

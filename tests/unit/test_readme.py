@@ -48,9 +48,9 @@ def test_the_help_shown_is_the_programs(command: str, shown: str, monkeypatch: p
     assert shown == printed.getvalue()
 
 
-def _tree_in_readme() -> dict[str, str]:
-    """path -> comment of the file tree: two blanks of indentation per folder."""
-    block = re.search(r"## Files\n.*?```\n(.*?)```", README, flags=re.DOTALL)
+def _tree(page: str) -> dict[str, str]:
+    """path -> comment of a page's file tree: two blanks of indentation per folder."""
+    block = re.search(r"# Files\n.*?```\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     assert block is not None
     found: dict[str, str] = {}
     folders: list[str] = []
@@ -63,21 +63,31 @@ def _tree_in_readme() -> dict[str, str]:
 
 def test_the_file_tree_is_the_real_one() -> None:
     """Every module is in the tree, and the tree holds nothing that is not there."""
-    shown = {path for path in _tree_in_readme() if path.endswith(".py")}
+    shown = {path for path in _tree("docs/files.md") if path.endswith(".py")}
     modules = [path for package in ("swarm", "peer", "coordinator") for path in (ROOT / package).rglob("*.py")]
     names = {path.relative_to(ROOT).as_posix() for path in modules if path.name != "__init__.py"}
     real = {name for name in names if not name.startswith(FOLDERS)}
     assert (sorted(real - shown), sorted(shown - real)) == ([], [])
-    assert [path for path in _tree_in_readme() if not (ROOT / path).exists()] == []
 
 
-def test_every_line_of_the_tree_has_a_comment() -> None:
-    """A name alone tells a newcomer little."""
-    assert [path for path, comment in _tree_in_readme().items() if not comment] == []
+@pytest.mark.parametrize("page", ["README.md", "docs/files.md"])
+def test_trees_show_what_is_there_with_a_comment_each(page: str) -> None:
+    """Nothing is shown that is gone, and a name alone tells a newcomer little."""
+    tree = _tree(page)
+    assert [path for path in tree if not (ROOT / path).exists()] == []
+    assert [path for path, comment in tree.items() if not comment] == []
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", ".github/CONTRIBUTING.md", ".github/SECURITY.md", "docs/architecture.md", "docs/security.md"]
+    "page",
+    [
+        "README.md",
+        ".github/CONTRIBUTING.md",
+        ".github/SECURITY.md",
+        "docs/architecture.md",
+        "docs/files.md",
+        "docs/security.md",
+    ],
 )
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     """A relative link names a file or folder that is there."""

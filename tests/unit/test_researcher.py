@@ -155,7 +155,7 @@ def test_checkpoints_lists_rounds_newest_first_as_table_and_json(monkeypatch: py
 
 
 def test_a_model_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from peer import generate as generation
+    from peer.checkpoints import generate as generation
 
     monkeypatch.setattr(generation, "generate", lambda *arguments: iter(["a\n", "\x1b[2J\x07", "é"]))
     assert run("generate", tmp_path, "text").stdout == "a\n\x1b[2J\x07é\n"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from peer.paxos import to_message
+from peer.rounds.paxos import to_message
 from swarm.digest import sha256
 from swarm.errors import SwarmError
 from swarm.proto.round_pb2 import (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from peer.planning import SLICE_VALUES
-from peer.round_actions import Reduce
-from peer.shard import ReplicaSnapshot, Shard, load_state, state_bytes
+from peer.rounds.planning import SLICE_VALUES
+from peer.rounds.round_actions import Reduce
+from peer.rounds.shard import ReplicaSnapshot, Shard, load_state, state_bytes
 from swarm import digest
 from swarm.errors import DigestError
 from swarm.identity import Identity

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peer import model
-from peer.families import family_of
-from peer.span import forward, initial_values, materialise
+from peer.training import model
+from peer.training.families import family_of
+from peer.training.span import forward, initial_values, materialise
 from swarm.errors import SwarmError
 from swarm.run_spec import FAMILIES
 from swarm.sharding import Span, from_sizes, whole

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peer.statuses import (
+from peer.rounds.statuses import (
     ADMISSION_CONTEXT,
     StatusRules,
     further_on,

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peer import trainer as trainer_module
-from peer.trainer import Hooks, Limits, Stats, Trainer, after_step
+from peer.training import trainer as trainer_module
+from peer.training.trainer import Hooks, Limits, Stats, Trainer, after_step
 from swarm.errors import ConfigError, DataError, DeadlineExceeded, ResourceError, SwarmError
 
 BATCH = np.zeros((2, 9), np.int64)
@@ -415,7 +415,7 @@ def test_a_trainer_that_never_started_stops_at_once() -> None:
 
 def test_a_program_that_ends_without_stopping_the_trainer_still_exits() -> None:
     program = (
-        "from peer.trainer import *\n"
+        "from peer.training.trainer import *\n"
         "t = Trainer(None, Hooks(next_batch=lambda step: None, learning_rate=lambda: 0.1), Limits())\n"
         "t.start()\n"
     )

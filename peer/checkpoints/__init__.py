@@ -1,0 +1,1 @@
+"""Checkpoints: made, served, published, downloaded, verified, used."""

@@ -1,0 +1,276 @@
+"""Checkpoint assembly: one round's anchor as a folder that Hugging Face's libraries open as it is.
+
+Decides the layout, the files' exact bytes (the same parts make the same bytes on every machine) and the manifest over
+them. This is the door to the ``safetensors`` library. Leaves building the config and collecting the anchor to
+`peer.training.model` and the state, signing to the coordinator, and checking to `peer.checkpoints.verify`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from swarm import manifest as manifests
+from swarm.data_manifest import TOKENIZER_NAME, DataManifest
+from swarm.digest import sha256
+from swarm.errors import DataError
+from swarm.files import disk_errors, fsync_folder, write_durably
+from swarm.manifest import FILE_CHUNK_BYTES, CheckpointFile, CheckpointManifest
+from swarm.proto.common_pb2 import Signed
+from swarm.run_spec import RunSpec
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_WEIGHTS_FILE_BYTES = 5 * 10**9  # Hugging Face's "5GB"; also what bounds the memory of writing
+MAX_CARD_SOURCES = 100
+
+Tensors = Mapping[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointParts:
+    """Everything that a checkpoint is made of. ``tensors`` are fp32, by the family's own parameter names."""
+
+    run_id: bytes
+    spec: RunSpec
+    data: DataManifest
+    round: int
+    total_tokens: int
+    state_digest: bytes
+    log_digest: bytes
+    config_json: str
+    tokenizer_json: bytes
+    tensors: Tensors
+    max_file_bytes: int = MAX_WEIGHTS_FILE_BYTES
+
+    def __post_init__(self) -> None:
+        if sha256(self.tokenizer_json).hex() != self.spec.data.tokenizer_digest:
+            raise DataError("the tokenizer is not the one that the run spec names")
+        wrong = [name for name, tensor in self.tensors.items() if tensor.dtype != np.float32]
+        if wrong or not self.tensors:
+            raise DataError(f"a checkpoint is made of fp32 tensors: {wrong[:3]}")
+        if "auto_map" in json.loads(self.config_json):
+            raise DataError("the config asks for code of its own (auto_map)")
+
+
+def assemble(folder: Path, parts: CheckpointParts) -> CheckpointManifest:
+    """Write the checkpoint into ``folder`` and return its (unsigned) manifest.
+
+    All or nothing: files are written next to ``folder`` and renamed at the end; an older ``folder`` is replaced.
+    Raises `DiskFull` and `DataError`.
+    """
+    building = folder.parent / f".{folder.name}.building"
+    replaced = folder.parent / f".{folder.name}.replaced"
+    for leftover in (building, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        with disk_errors(folder):
+            building.mkdir(parents=True)
+            manifest = _write_files(building, parts)
+            if folder.exists():
+                os.replace(folder, replaced)
+            os.replace(building, folder)
+            fsync_folder(folder.parent)
+    finally:
+        for leftover in (building, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return manifest
+
+
+def write_signed(folder: Path, signed_manifest: Signed, signed_spec: Signed) -> None:
+    """Put the manifest, its signature and the signed run spec beside the files. Raises `DiskFull`."""
+    write_durably(folder / manifests.SPEC_FILE, signed_spec.SerializeToString(deterministic=True))
+    write_durably(folder / manifests.MANIFEST_FILE, signed_manifest.payload)
+    write_durably(folder / manifests.SIGNATURE_FILE, signed_manifest.SerializeToString(deterministic=True))
+
+
+def describe_file(path: Path) -> CheckpointFile:
+    """Name, size, SHA-256 and chunk digests of ``path``, in one pass over it."""
+    whole = hashlib.sha256()
+    chunks: list[str] = []
+    size_bytes = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(FILE_CHUNK_BYTES):
+            whole.update(chunk)
+            chunks.append(sha256(chunk).hex())
+            size_bytes += len(chunk)
+    return CheckpointFile(name=path.name, size_bytes=size_bytes, sha256=whole.hexdigest(), chunks=tuple(chunks))
+
+
+def _write_files(folder: Path, parts: CheckpointParts) -> CheckpointManifest:
+    end_of_text = _end_of_text(parts)
+    write_durably(folder / "config.json", parts.config_json.encode())
+    write_durably(folder / "generation_config.json", _json(_generation_config(parts.data.end_of_text_id)))
+    write_durably(folder / "tokenizer_config.json", _json(_tokenizer_config(end_of_text)))
+    write_durably(folder / TOKENIZER_NAME, parts.tokenizer_json)
+    _write_weights(folder, parts.tensors, parts.max_file_bytes)
+    write_durably(folder / "README.md", model_card(parts).encode())
+    return CheckpointManifest(
+        run_id=parts.run_id.hex(),
+        run_name=parts.spec.name,
+        round=parts.round,
+        total_tokens=parts.total_tokens,
+        state_digest=parts.state_digest.hex(),
+        log_digest=parts.log_digest.hex(),
+        data_manifest_digest=parts.spec.data.manifest_digest,
+        files=tuple(describe_file(path) for path in sorted(folder.iterdir())),
+    )
+
+
+def _write_weights(folder: Path, tensors: Tensors, max_file_bytes: int) -> None:
+    groups = _split(tensors, max_file_bytes)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(groups, start=1):
+        file_name = WEIGHTS_NAME if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        _save({name: np.ascontiguousarray(tensors[name]) for name in names}, folder / file_name)
+        with open(folder / file_name, "rb") as file:
+            os.fsync(file.fileno())
+        weight_map.update(dict.fromkeys(names, file_name))
+    if len(groups) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_durably(folder / INDEX_NAME, _json(index))
+
+
+def _save(tensors: dict[str, npt.NDArray[np.float32]], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # The library tells what the system said in words alone.
+        said = re.search(r"\(os error (\d+)\)", str(error))
+        if said is None:
+            raise
+        raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
+
+
+def _split(tensors: Tensors, max_file_bytes: int) -> list[list[str]]:
+    """Names in sorted order, cut where a file would exceed the limit (a larger tensor has a file of its own)."""
+    groups: list[list[str]] = [[]]
+    size_bytes = 0
+    for name in sorted(tensors):
+        if groups[-1] and size_bytes + tensors[name].nbytes > max_file_bytes:
+            groups.append([])
+            size_bytes = 0
+        groups[-1].append(name)
+        size_bytes += tensors[name].nbytes
+    return groups
+
+
+def _end_of_text(parts: CheckpointParts) -> str:
+    """The text of the end-of-text token, from the tokenizer itself."""
+    wanted = parts.data.end_of_text_id
+    tokenizer = json.loads(parts.tokenizer_json)
+    for token in tokenizer.get("added_tokens", []):
+        if token.get("id") == wanted:
+            return str(token["content"])
+    for content, token_id in tokenizer.get("model", {}).get("vocab", {}).items():
+        if token_id == wanted:
+            return str(content)
+    raise DataError(f"the tokenizer has no token with the end-of-text id {wanted}")
+
+
+def _generation_config(end_of_text_id: int) -> dict[str, object]:
+    # Padding is named so that generate() need not guess it; batches are masked, so the id itself does not matter.
+    return {"bos_token_id": end_of_text_id, "eos_token_id": end_of_text_id, "pad_token_id": end_of_text_id}
+
+
+def _tokenizer_config(end_of_text: str) -> dict[str, object]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end_of_text,
+        "eos_token": end_of_text,
+        "pad_token": end_of_text,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def model_card(parts: CheckpointParts) -> str:
+    """README.md: what this is, what made it, and how to check that. Every figure comes from ``parts``."""
+    spec = parts.spec
+    num_parameters = sum(tensor.size for tensor in parts.tensors.values())
+    rows = [
+        f"| {_cell(source.path)} | {_cell(source.licence)} | {source.documents} | {source.text_bytes} |"
+        for source in parts.data.sources[:MAX_CARD_SOURCES]
+    ]
+    if len(parts.data.sources) > MAX_CARD_SOURCES:
+        rows.append(f"| and {len(parts.data.sources) - MAX_CARD_SOURCES} more | | | |")
+    return _CARD.format(
+        name=spec.name,
+        front_name=json.dumps(f"{spec.name} round {parts.round}"),
+        round=parts.round,
+        family=spec.model.family,
+        num_parameters=f"{num_parameters:,}",
+        total_tokens=f"{parts.total_tokens:,}",
+        run_id=parts.run_id.hex(),
+        organizer_key=spec.organizer_key,
+        state_digest=parts.state_digest.hex(),
+        log_digest=parts.log_digest.hex(),
+        data_digest=spec.data.manifest_digest,
+        sources="\n".join(rows),
+    )
+
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+model_name: {front_name}
+tags:
+- swarmtrain
+---
+
+# {name}, round {round}
+
+A {family} language model of {num_parameters} parameters that volunteers trained together on {total_tokens} tokens.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+## Data
+
+| source | licence | documents | bytes of text |
+|---|---|---|---|
+{sources}
+
+## Provenance
+
+| what | value |
+|---|---|
+| run id | `{run_id}` |
+| organizer's key | `{organizer_key}` |
+| state digest (anchor and outer momentum) | `{state_digest}` |
+| log digest | `{log_digest}` |
+| data manifest | `{data_digest}` |
+
+`swarm verify FOLDER --run {run_id}` checks every file of this folder, offline, against the manifest that the run's
+publication key signed, and that key against the run spec that the organizer signed.
+"""
+
+
+def _cell(text: str) -> str:
+    """``text`` as a table cell that cannot end the cell, the row or the page's markup."""
+    plain = "".join(character if character.isprintable() else " " for character in text)
+    for character in "\\|`<>[]*_":
+        plain = plain.replace(character, "\\" + character)
+    return plain or "-"
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, sort_keys=True, indent=2) + "\n").encode()

@@ -1,0 +1,325 @@
+"""Checking a checkpoint folder offline, by somebody who trusts nobody but the run id.
+
+The chain: run id -> run spec (it contains the organizer's key and rules, and the organizer signed it) -> publication
+key -> manifest -> every byte of every file. Decides what is an error and what a warning. Leaves opening the model to
+`peer.checkpoints.generate`, and where the right run id comes from to the person: the invite, or the organizer's own
+page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from google.protobuf.message import DecodeError
+
+from swarm import manifest as manifests
+from swarm import run_spec
+from swarm.data_manifest import TOKENIZER_NAME
+from swarm.digest import sha256
+from swarm.errors import DataError, DigestError, SignatureError, SpecError, VerificationError
+from swarm.identity import PUBLIC_KEY_BYTES, SIGNATURE_BYTES
+from swarm.manifest import (
+    FILE_CHUNK_BYTES,
+    MANIFEST_FILE,
+    SIGNATURE_FILE,
+    SPEC_FILE,
+    CheckpointFile,
+    CheckpointManifest,
+)
+from swarm.proto.common_pb2 import Signed
+from swarm.run_spec import RunSpec
+
+MAX_FOLDER_ENTRIES = 100_000
+MAX_PROBLEMS = 100
+MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_SIGNED_OVERHEAD_BYTES = 256
+# Kinds of file that a loader may pick up by itself, beside the listed ones.
+_LOADED_SUFFIXES = frozenset(
+    {".safetensors", ".json", ".jinja", ".py", ".model", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5"}
+    | {".msgpack", ".gguf", ".npz", ".onnx"}
+)
+_PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*\.safetensors")
+_ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
+
+
+OnBytes = Callable[[int], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Who made a checkpoint, by verified signatures; says nothing about the files yet."""
+
+    run_id: bytes
+    spec: RunSpec
+    manifest: CheckpointManifest
+    signed_spec: Signed
+    signed_manifest: Signed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What `verify_folder` found; the signatures are right, or there would be no report."""
+
+    folder: Path
+    provenance: Provenance
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def require_ok(self) -> None:
+        """Raise `DigestError` with the first problem."""
+        if self.problems:
+            more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+            raise DigestError(
+                f"{self.folder}: {self.problems[0]}{more}",
+                "do not use this checkpoint; download it again, only what is damaged will be fetched",
+            )
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values for ``--json``."""
+        manifest = self.provenance.manifest
+        return {
+            "folder": str(self.folder),
+            "ok": self.ok,
+            "run_id": self.provenance.run_id.hex(),
+            "run_name": manifest.run_name,
+            "organizer_key": self.provenance.spec.organizer_key,
+            "publication_key": self.provenance.spec.publication_key,
+            "round": manifest.round,
+            "total_tokens": manifest.total_tokens,
+            "state_digest": manifest.state_digest,
+            "log_digest": manifest.log_digest,
+            "manifest_digest": sha256(self.provenance.signed_manifest.payload).hex(),
+            "num_files": len(manifest.files),
+            "size_bytes": manifest.size_bytes,
+            "problems": list(self.problems),
+            "warnings": list(self.warnings),
+        }
+
+
+def verify_folder(folder: Path, run_id: bytes | None, on_bytes: OnBytes = lambda _: None) -> Report:
+    """Check signatures and every byte of ``folder``; ``on_bytes`` hears how many bytes were read.
+
+    Where ``run_id`` is None, the folder's own run id is reported, and the person has to compare it.
+    Raises `DataError` where this is no checkpoint, `VerificationError` where a signature file is wrong.
+    """
+    provenance = read_provenance(folder, run_id)
+    problems = [*_mismatches(provenance)]
+    for file in provenance.manifest.files:
+        problems += _file_problems(folder / file.name, file, on_bytes)
+    unlisted, warnings = _unlisted(folder, provenance.manifest)
+    return Report(
+        folder=folder,
+        provenance=provenance,
+        problems=tuple((problems + unlisted)[:MAX_PROBLEMS]),
+        warnings=tuple(warnings[:MAX_PROBLEMS]),
+    )
+
+
+def read_provenance(folder: Path, run_id: bytes | None) -> Provenance:
+    """The signed run spec and manifest in ``folder``, verified; no other file is read."""
+    signed_spec = _read_signed(folder / SPEC_FILE, run_spec.MAX_SPEC_BYTES)
+    signed_manifest = _read_signed(folder / SIGNATURE_FILE, manifests.MAX_MANIFEST_BYTES)
+    provenance = check_provenance(signed_spec, signed_manifest, run_id)
+    if _read_bounded(folder / MANIFEST_FILE, manifests.MAX_MANIFEST_BYTES) != signed_manifest.payload:
+        raise SignatureError(f"{MANIFEST_FILE} is not what {SIGNATURE_FILE} signs", "download the checkpoint again")
+    return provenance
+
+
+def check_provenance(signed_spec: Signed, signed_manifest: Signed, run_id: bytes | None) -> Provenance:
+    """Spec and manifest, once both signatures are right and both belong to the run."""
+    if run_id is None:
+        run_id = run_spec.run_id_of(signed_spec.signer, signed_spec.payload)
+    try:
+        spec = run_spec.parse_signed(signed_spec, run_id)
+    except SpecError as error:
+        raise VerificationError(str(error), "this checkpoint belongs to another run, or was changed") from error
+    manifest = manifests.parse_signed(signed_manifest, run_id, bytes.fromhex(spec.publication_key))
+    return Provenance(
+        run_id=run_id, spec=spec, manifest=manifest, signed_spec=signed_spec, signed_manifest=signed_manifest
+    )
+
+
+def header_problem(header: bytes, data_bytes: int) -> str | None:
+    """What is wrong with a safetensors header in front of ``data_bytes`` of data; None where it is sound."""
+    try:
+        entries = json.loads(header)
+    except (ValueError, RecursionError):
+        return "its header is not JSON"
+    if not isinstance(entries, dict):
+        return "its header is no table"
+    spans: list[tuple[int, int]] = []
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        span = _span(entry)
+        if span is None:
+            return f"its header describes {name[:80]!r} wrongly"
+        spans.append(span)
+    position = 0
+    for start, end in sorted(spans):
+        if start != position:
+            return "its tensors overlap or leave holes"
+        position = end
+    return None if position == data_bytes else "its tensors do not fill the file"
+
+
+def _span(entry: object) -> tuple[int, int] | None:
+    """Start and end of one tensor, when type, shape and offsets agree."""
+    if not isinstance(entry, dict):
+        return None
+    item_bytes, shape, offsets = _ITEM_BYTES.get(str(entry.get("dtype"))), entry.get("shape"), entry.get("data_offsets")
+    if item_bytes is None or not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return None
+    if len(shape) > 16 or any(type(number) is not int or number < 0 for number in (*shape, *offsets)):
+        return None
+    size_bytes = item_bytes
+    for number in shape:
+        size_bytes *= number
+    return (offsets[0], offsets[1]) if offsets[1] - offsets[0] == size_bytes else None
+
+
+def _mismatches(provenance: Provenance) -> list[str]:
+    """Where the manifest and the run spec contradict each other."""
+    spec, manifest = provenance.spec, provenance.manifest
+    problems = []
+    if manifest.run_name != spec.name:
+        problems.append(f"the manifest calls the run {manifest.run_name!r}, the run spec {spec.name!r}")
+    if manifest.data_manifest_digest != spec.data.manifest_digest:
+        problems.append("the manifest names other data than the run spec")
+    tokenizers = [file for file in manifest.files if file.name == TOKENIZER_NAME]
+    if not tokenizers or tokenizers[0].sha256 != spec.data.tokenizer_digest:
+        problems.append(f"{TOKENIZER_NAME} is not the tokenizer that the run spec names")
+    return problems
+
+
+def _file_problems(path: Path, listed: CheckpointFile, on_bytes: OnBytes) -> list[str]:
+    try:
+        with _open_regular(path) as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if size_bytes != listed.size_bytes:
+                return [f"{listed.name} has {size_bytes} bytes instead of {listed.size_bytes}"]
+            problems = _content_problems(file, listed, on_bytes)
+            if not problems and listed.name.endswith(".safetensors"):
+                file.seek(0)
+                problems = _safetensors_problems(file, listed)
+            if not problems and listed.name.endswith(".json") and listed.name != TOKENIZER_NAME:
+                file.seek(0)
+                problems = _json_problems(file, listed)
+            return problems
+    except FileNotFoundError:
+        return [f"{listed.name} is missing"]
+    except (OSError, DataError) as error:
+        return [f"{listed.name} cannot be read: {error}"]
+
+
+def _content_problems(file: BinaryIO, listed: CheckpointFile, on_bytes: OnBytes) -> list[str]:
+    whole = hashlib.sha256()
+    problems: list[str] = []
+    for index, digest in enumerate(listed.chunks):
+        chunk = file.read(FILE_CHUNK_BYTES)
+        whole.update(chunk)
+        on_bytes(len(chunk))
+        if sha256(chunk).hex() != digest and len(problems) < MAX_PROBLEMS:
+            problems.append(f"{listed.name} is damaged in chunk {index} (from byte {index * FILE_CHUNK_BYTES})")
+    if not problems and whole.hexdigest() != listed.sha256:
+        problems.append(f"{listed.name} does not match its SHA-256")
+    return problems
+
+
+def _safetensors_problems(file: BinaryIO, listed: CheckpointFile) -> list[str]:
+    length = int.from_bytes(file.read(8), "little")
+    if listed.size_bytes < 8 or length > min(MAX_HEADER_BYTES, listed.size_bytes - 8):
+        return [f"{listed.name}: its header is longer than the file or than the format allows"]
+    problem = header_problem(file.read(length), listed.size_bytes - 8 - length)
+    return [f"{listed.name}: {problem}"] if problem else []
+
+
+def _json_problems(file: BinaryIO, listed: CheckpointFile) -> list[str]:
+    """Configs must not name code, and an index must not name files outside the folder."""
+    if listed.size_bytes > manifests.MAX_MANIFEST_BYTES:
+        return [f"{listed.name} is too large for a config"]
+    try:
+        values = json.loads(file.read())
+    except (ValueError, RecursionError):
+        return [f"{listed.name} is not JSON"]
+    if not isinstance(values, dict) or "auto_map" in values:
+        return [f"{listed.name} is no table, or asks for code of its own (auto_map)"]
+    weight_map = values.get("weight_map", {})
+    if not isinstance(weight_map, dict) or any(not _PLAIN_NAME.fullmatch(str(name)) for name in weight_map.values()):
+        return [f"{listed.name} names files outside the checkpoint"]
+    return []
+
+
+def _unlisted(folder: Path, manifest: CheckpointManifest) -> tuple[list[str], list[str]]:
+    """(errors, warnings) about what lies in the folder and is in no list."""
+    known = {file.name for file in manifest.files} | {MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE}
+    errors: list[str] = []
+    warnings: list[str] = []
+    with os.scandir(folder) as entries:
+        for count, entry in enumerate(entries):
+            if count >= MAX_FOLDER_ENTRIES:
+                return [*errors, f"the folder has more than {MAX_FOLDER_ENTRIES} entries"], warnings
+            if entry.name in known:
+                continue
+            loaded = Path(entry.name).suffix.lower() in _LOADED_SUFFIXES
+            if entry.is_symlink() or (loaded and not entry.is_dir(follow_symlinks=False)):
+                errors.append(f"{entry.name} is not part of the checkpoint; move it away")
+            else:
+                warnings.append(f"{entry.name} is not part of the checkpoint")
+    return sorted(errors), sorted(warnings)
+
+
+def _read_signed(path: Path, max_payload_bytes: int) -> Signed:
+    raw = _read_bounded(path, max_payload_bytes + _SIGNED_OVERHEAD_BYTES)
+    try:
+        signed = Signed.FromString(raw)
+    except DecodeError as error:
+        raise SignatureError(f"{path.name} cannot be read", "download the checkpoint again") from error
+    # One way to write it: nothing unsigned can ride along in unknown or repeated fields.
+    signed.DiscardUnknownFields()
+    if signed.SerializeToString(deterministic=True) != raw:
+        raise SignatureError(f"{path.name} holds more than a signature", "download the checkpoint again")
+    if len(signed.signer) != PUBLIC_KEY_BYTES or len(signed.signature) != SIGNATURE_BYTES:
+        raise SignatureError(f"{path.name} holds no key or no signature", "download the checkpoint again")
+    return signed
+
+
+def _read_bounded(path: Path, max_bytes: int) -> bytes:
+    try:
+        with _open_regular(path) as file:
+            raw = file.read(max_bytes + 1)
+    except OSError as error:
+        raise DataError(
+            f"{path.parent} is no checkpoint: {path.name} cannot be read ({error.strerror})",
+            "name the folder that swarm download printed",
+        ) from error
+    if len(raw) > max_bytes:
+        raise VerificationError(f"{path.name} is larger than {max_bytes} bytes")
+    return raw
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """Open a regular file; symbolic links, pipes and devices are refused."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    file = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise DataError(f"{path.name} is no regular file")
+    return file

@@ -1,0 +1,146 @@
+"""One call on one stream of bytes: frames, the status of a response, errors that cross the network.
+
+Decides the format and its limits; leaves streams, peers and deadlines to `peer.p2p.network`. A request is its caller's
+patience (milliseconds, 4 bytes) and a message; a response is a message whose first byte is a status. A message is a
+sequence of `Frame`, each after its size (4 bytes, big-endian), closed by a size of 0. Sizes are checked before memory
+is used for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from google.protobuf.message import DecodeError
+
+from peer.p2p.transport import FRAME_BYTES
+from swarm import errors
+from swarm.errors import NetworkError, ProtocolError, SwarmError
+from swarm.proto.round_pb2 import Frame
+
+# A frame's tag and the length of its data.
+_FRAME_OVERHEAD_BYTES = 16
+_OK = 0
+_ERROR = 1
+_MAX_ERROR_CHARS = 512
+_MAX_TIMEOUT_MS = (1 << 32) - 1
+
+
+def _named_errors(base: type[SwarmError]) -> dict[str, type[SwarmError]]:
+    found = {base.__name__: base} if base.__module__ == errors.__name__ else {}
+    for subclass in base.__subclasses__():
+        found |= _named_errors(subclass)
+    return found
+
+
+_ERRORS = _named_errors(SwarmError)
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Payload bytes since the start, and those that incoming calls hold in memory now."""
+
+    limit_bytes: int
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    held_bytes: int = field(default=0)
+
+    def hold(self, size: int) -> None:
+        """Make room for ``size`` bytes of a request. Raises `NetworkError` where the peer is full."""
+        if self.held_bytes + size > self.limit_bytes:
+            raise NetworkError("busy: too much is being received at once")
+        self.held_bytes += size
+
+    def release(self, size: int) -> None:
+        self.held_bytes -= size
+
+
+async def send_request(writer: asyncio.StreamWriter, request: bytes, timeout_s: float, traffic: Traffic) -> None:
+    writer.write(min(max(int(timeout_s * 1000), 1), _MAX_TIMEOUT_MS).to_bytes(4, "big"))
+    await _send(writer, request, traffic)
+
+
+async def receive_timeout_s(reader: asyncio.StreamReader) -> float:
+    """How long the caller will wait, in seconds."""
+    return int.from_bytes(await reader.readexactly(4), "big") / 1000
+
+
+async def send_response(writer: asyncio.StreamWriter, response: bytes, traffic: Traffic) -> None:
+    await _send(writer, response, traffic, prefix=bytes([_OK]))
+
+
+async def send_error(writer: asyncio.StreamWriter, error: SwarmError, traffic: Traffic) -> None:
+    text = f"{type(error).__name__}\0{str(error)[:_MAX_ERROR_CHARS]}"
+    await _send(writer, text.encode(), traffic, prefix=bytes([_ERROR]))
+
+
+async def receive_response(reader: asyncio.StreamReader, max_bytes: int, traffic: Traffic) -> bytes:
+    """The response, at most ``max_bytes``. Raises the peer's error, or `ProtocolError`."""
+    message = await receive_message(reader, max_bytes + 1, traffic)
+    if not message:
+        raise ProtocolError("a response without a status")
+    status = message.pop(0)
+    traffic.received_bytes -= 1
+    if status == _OK:
+        return bytes(message)
+    if status == _ERROR:
+        raise _decode_error(message)
+    raise ProtocolError(f"a response of unknown status {status}")
+
+
+async def receive_message(
+    reader: asyncio.StreamReader, max_bytes: int, traffic: Traffic, *, hold: bool = False
+) -> bytearray:
+    """All frames of a message. Raises `ProtocolError` beyond ``max_bytes``, `asyncio.IncompleteReadError` at its end.
+
+    With ``hold`` the bytes are counted in ``traffic.held_bytes``; the caller releases them (none where this raises).
+    """
+    message = bytearray()
+    try:
+        while size := int.from_bytes(await reader.readexactly(4), "big"):
+            if size > FRAME_BYTES + _FRAME_OVERHEAD_BYTES or len(message) + size > max_bytes + _FRAME_OVERHEAD_BYTES:
+                raise ProtocolError(f"a message larger than the {max_bytes} bytes that were allowed")
+            data = _parse_frame(await reader.readexactly(size))
+            if len(message) + len(data) > max_bytes:
+                raise ProtocolError(f"a message larger than the {max_bytes} bytes that were allowed")
+            if hold:
+                traffic.hold(len(data))
+            message += data
+            traffic.received_bytes += len(data)
+    except BaseException:
+        if hold:
+            traffic.release(len(message))
+        raise
+    return message
+
+
+async def _send(writer: asyncio.StreamWriter, payload: bytes, traffic: Traffic, prefix: bytes = b"") -> None:
+    view = memoryview(payload)
+    start = 0
+    while prefix or start < len(view):
+        end = min(start + FRAME_BYTES - len(prefix), len(view))
+        frame = Frame(data=prefix + view[start:end]).SerializeToString()
+        writer.write(len(frame).to_bytes(4, "big"))
+        writer.write(frame)
+        await writer.drain()
+        traffic.sent_bytes += end - start
+        start, prefix = end, b""
+    writer.write(bytes(4))
+    await writer.drain()
+
+
+def _parse_frame(raw: bytes) -> bytes:
+    try:
+        data = Frame.FromString(raw).data
+    except DecodeError as error:
+        raise ProtocolError("a frame cannot be read") from error
+    if not 0 < len(data) <= FRAME_BYTES:
+        raise ProtocolError(f"a frame of {len(data)} bytes")
+    return data
+
+
+def _decode_error(message: bytearray) -> SwarmError:
+    name, _, text = message[: 8 * _MAX_ERROR_CHARS].decode(errors="replace").partition("\0")
+    # What a peer says may end on a terminal: nothing in it may move the cursor.
+    text = "".join(c if c.isprintable() else " " for c in text[:_MAX_ERROR_CHARS])
+    return _ERRORS.get(name, NetworkError)(text)

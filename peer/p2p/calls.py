@@ -1,0 +1,156 @@
+"""Calls on streams that are already open: how many at once, for how long, and what becomes of a failure.
+
+Decides which incoming calls are admitted (by number, per peer and by memory), that no handler outlives its caller's
+patience, and that a peer learns our named errors and nothing else. Leaves opening streams to `peer.p2p.network` and the
+bytes of a call to `peer.p2p.call_stream`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from typing import Any
+
+from peer.p2p import call_stream
+from peer.p2p.call_stream import Traffic
+from peer.p2p.transport import MAX_CALL_BYTES, Handler
+from swarm.errors import NetworkError, NotFound, ProtocolError, SwarmError, Unreachable
+from swarm.identity import peer_id_of, public_key_of
+
+logger = logging.getLogger(__name__)
+
+# Handlers at work; calls that are open at all (arriving, waiting or at work); the same for one peer.
+MAX_RUNNING_CALLS = 64
+MAX_OPEN_CALLS = 512
+MAX_OPEN_CALLS_PER_PEER = 192
+# Requests that are in memory at once.
+MAX_HELD_BYTES = 1 << 30
+MAX_CALL_S = 900.0
+_FIRST_BYTES_S = 10.0
+_CANCEL_S = 1.0
+
+
+class Calls:
+    """The calls of one peer, in both directions."""
+
+    def __init__(self) -> None:
+        self.handlers: dict[str, Handler] = {}
+        self.traffic = Traffic(MAX_HELD_BYTES)
+        self._running = asyncio.Semaphore(MAX_RUNNING_CALLS)
+        self._open: Counter[bytes] = Counter()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    async def exchange(
+        self,
+        peer: bytes,
+        method: str,
+        request: bytes,
+        timeout_s: float,
+        max_response_bytes: int,
+        stream: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+    ) -> bytes:
+        """Send ``request`` and read the response on an open stream, which is closed in any case.
+
+        Raises `Unreachable` where the peer goes away, `ProtocolError`, or the peer's `SwarmError`.
+        """
+        reader, writer = stream
+        # Sent beside the reading: a peer that refuses early answers before it has read everything.
+        sending = asyncio.create_task(call_stream.send_request(writer, request, timeout_s, self.traffic))
+        try:
+            return await call_stream.receive_response(reader, max_response_bytes, self.traffic)
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise Unreachable(f"{method}: {peer_id_of(peer)} closed the connection") from error
+        finally:
+            writer.close()
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+
+    async def call_self(self, method: str, own_key: bytes, request: bytes, max_response_bytes: int) -> bytes:
+        """The same call without a network: libp2p does not dial itself."""
+        if method not in self.handlers:
+            raise NotFound(f"{method} is not served here")
+        response = await self._handle(method, own_key, request)
+        if len(response) > max_response_bytes:
+            raise ProtocolError(f"a message larger than the {max_response_bytes} bytes that were allowed")
+        return response
+
+    async def on_stream(
+        self, method: str, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Serve one incoming call by the peer whose key the handshake has proven. Never raises: nobody would look."""
+        task = asyncio.current_task()
+        if task is None or self._closed:
+            writer.close()
+            return
+        self._tasks.add(task)
+        try:
+            await self._admit(method, public_key_of(peer_id), reader, writer)
+        except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, SwarmError) as error:
+            logger.debug("a call of %s by %s ended early: %r", method, peer_id, error)
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def close(self) -> None:
+        """Cancel the incoming calls."""
+        self._closed = True
+        await cancel(self._tasks)
+
+    async def _admit(
+        self, method: str, caller: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if sum(self._open.values()) >= MAX_OPEN_CALLS or self._open[caller] >= MAX_OPEN_CALLS_PER_PEER:
+            busy = NetworkError("busy: too many calls at once")
+            await asyncio.wait_for(call_stream.send_error(writer, busy, self.traffic), _FIRST_BYTES_S)
+            return
+        self._open[caller] += 1
+        try:
+            timeout_s = await asyncio.wait_for(call_stream.receive_timeout_s(reader), _FIRST_BYTES_S)
+            await asyncio.wait_for(self._serve(method, caller, reader, writer), min(timeout_s, MAX_CALL_S))
+        finally:
+            self._open[caller] -= 1
+            if not self._open[caller]:
+                del self._open[caller]
+
+    async def _serve(
+        self, method: str, caller: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        held = 0
+        try:
+            message = await call_stream.receive_message(reader, MAX_CALL_BYTES, self.traffic, hold=True)
+            held = len(message)
+            request = bytes(message)
+            del message
+            async with self._running:
+                response = await self._handle(method, caller, request)
+        except SwarmError as error:
+            await call_stream.send_error(writer, error, self.traffic)
+            return
+        finally:
+            self.traffic.release(held)
+        await call_stream.send_response(writer, response, self.traffic)
+
+    async def _handle(self, method: str, caller: bytes, request: bytes) -> bytes:
+        try:
+            return await self.handlers[method](caller, request)
+        except SwarmError:
+            raise
+        except Exception as error:
+            # The edge of the network: a peer learns nothing about our insides, and no call may end the service.
+            logger.exception("the handler of %s failed", method)
+            raise NetworkError("internal error") from error
+
+
+async def cancel(tasks: set[asyncio.Task[Any]]) -> None:
+    """Cancel ``tasks`` (but not the caller's own) and give them a moment to end."""
+    waiting = [task for task in tasks if task is not asyncio.current_task()]
+    for task in waiting:
+        task.cancel()
+    if waiting:
+        done, _ = await asyncio.wait(waiting, timeout=_CANCEL_S)
+        for task in done:
+            if not task.cancelled():
+                # Looked at, or asyncio would complain on the terminal.
+                task.exception()

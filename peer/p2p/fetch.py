@@ -1,0 +1,294 @@
+"""Fetching by digest: whoever holds the bytes may serve them, because every byte is checked before it is used.
+
+Decides whom to ask, in which order, how often and how many at once. A holder whose bytes do not match the digest is
+not asked again by the same `HolderBook`. Leaves finding holders and storing the bytes to the callers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import random
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from google.protobuf.message import DecodeError
+
+from peer.p2p.chunk_store import CHUNK_METHOD, REPLY_OVERHEAD_BYTES
+from peer.p2p.transport import Transport
+from swarm import digest as digests
+from swarm.errors import ConfigError, NotFound, ProtocolError, SwarmError, VerificationError
+from swarm.proto.round_pb2 import ChunkReply, ChunkRequest
+
+MAX_HOLDERS = 256
+_SPEED_MEMORY = 0.7  # weight of the past in the moving average of a holder's speed
+
+
+class Outcome(enum.Enum):
+    """What became of one question to one holder that did not bring the bytes."""
+
+    MISSING = "lacks it"
+    LIED = "sent wrong bytes"
+    FAILED = "could not be reached in time"
+
+
+@dataclass(slots=True)
+class HolderRecord:
+    """What one holder did so far; ``bytes_per_s`` is 0 until it has served something."""
+
+    served: int = 0
+    misses: int = 0
+    failures: int = 0
+    lies: int = 0
+    bytes_per_s: float = 0.0
+
+
+class HolderBook:
+    """What is known about holders; orders them by it. ``on_lie(holder, what)`` hears of wrong bytes once per lie."""
+
+    def __init__(self, rng: random.Random, on_lie: Callable[[bytes, str], None] | None = None) -> None:
+        self._rng = rng
+        self._on_lie = on_lie
+        self._records: dict[bytes, HolderRecord] = {}
+
+    def record(self, holder: bytes) -> HolderRecord:
+        """The record of ``holder``, empty at first."""
+        return self._records.setdefault(holder, HolderRecord())
+
+    def order(self, holders: Iterable[bytes]) -> list[bytes]:
+        """Holders worth asking: liars left out, untried and fast ones first, ties by chance; at most MAX_HOLDERS."""
+        distinct = [holder for holder in dict.fromkeys(holders) if not self.record(holder).lies]
+        self._rng.shuffle(distinct)
+        return sorted(distinct, key=lambda holder: self.seconds_per_byte(holder))[:MAX_HOLDERS]
+
+    def seconds_per_byte(self, holder: bytes) -> float:
+        """Expected cost; 0 for a holder that nothing is known about, so that it is tried."""
+        record = self.record(holder)
+        if record.failures > record.served:
+            return float(record.failures)
+        return 1.0 / record.bytes_per_s if record.bytes_per_s else 0.0
+
+    def liars(self, holders: Iterable[bytes]) -> list[Outcome]:
+        """One LIED for each of ``holders`` that is no longer asked."""
+        return [Outcome.LIED for holder in holders if self.record(holder).lies]
+
+    def succeeded(self, holder: bytes, num_bytes: int, seconds: float) -> None:
+        record = self.record(holder)
+        record.served += 1
+        speed = num_bytes / max(seconds, 1e-6)
+        record.bytes_per_s = (
+            speed if record.served == 1 else record.bytes_per_s * _SPEED_MEMORY + speed * (1 - _SPEED_MEMORY)
+        )
+
+    def disappointed(self, holder: bytes, outcome: Outcome, what: str) -> None:
+        """Note that ``holder`` did not bring what it was asked for, and why."""
+        record = self.record(holder)
+        if outcome is Outcome.MISSING:
+            record.misses += 1
+        elif outcome is Outcome.FAILED:
+            record.failures += 1
+        else:
+            record.lies += 1
+            if self._on_lie is not None:
+                self._on_lie(holder, what)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A blob to fetch; ``size_bytes`` bounds (and for checkpoints equals) its size."""
+
+    digest: bytes
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchLimits:
+    """How hard `fetch_many` pulls. Memory in use is at most ``total`` blobs."""
+
+    per_holder: int = 4
+    total: int = 16
+    timeout_s: float = 60.0  # for one answer of one holder
+    attempts_per_holder: int = 3  # per blob, where a holder could not be reached in time
+    retry_pause_s: float = 0.5  # before one blob is asked of one holder again
+
+    def __post_init__(self) -> None:
+        if min(self.per_holder, self.total, self.attempts_per_holder) < 1 or self.timeout_s <= 0:
+            raise ConfigError("fetch limits must be positive")
+
+
+async def fetch_chunk(
+    transport: Transport,
+    digest: bytes,
+    max_bytes: int,
+    holders: Sequence[bytes],
+    timeout_s: float,
+    book: HolderBook | None = None,
+) -> bytes:
+    """The bytes with this SHA-256 from the first holder that has them, asked one after another.
+
+    Holders are asked in the order given, or in the order of ``book``. ``timeout_s`` is for each holder.
+    Raises `NotFound` when nobody brought them.
+    """
+    asked = book.order(holders) if book is not None else list(dict.fromkeys(holders))[:MAX_HOLDERS]
+    book = book or HolderBook(random.Random(0))
+    reasons: list[Outcome] = []
+    for holder in asked:
+        if holder == transport.public_key:
+            continue
+        result = await _ask(transport, holder, Wanted(digest, max_bytes), timeout_s, book)
+        if isinstance(result, bytes):
+            return result
+        reasons.append(result)
+    raise _nobody(digest, reasons or book.liars(holders))
+
+
+async def fetch_many(
+    transport: Transport,
+    wanted: Iterable[Wanted],
+    holders: Sequence[bytes],
+    on_chunk: Callable[[Wanted, bytes], Awaitable[None]],
+    limits: FetchLimits | None = None,
+    book: HolderBook | None = None,
+) -> None:
+    """Fetch every blob from all holders at once; ``on_chunk(item, data)`` gets each once, verified, in any order.
+
+    A blob that one holder does not bring is asked of the others; fast holders serve more. Raises `NotFound` when one
+    blob is nowhere to be had, or what ``on_chunk`` raises; what was still under way is then cancelled.
+    """
+    pool = _Pool(transport, holders, limits or FetchLimits(), book or HolderBook(random.Random(0)))
+
+    async def fetch_one(item: Wanted) -> None:
+        await on_chunk(item, await pool.fetch(item))
+
+    pending: set[asyncio.Task[None]] = set()
+    try:
+        for item in wanted:
+            while len(pending) >= pool.limits.total:
+                await _reap(pending)
+            pending.add(asyncio.create_task(fetch_one(item)))
+        while pending:
+            await _reap(pending)
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+
+async def _reap(pending: set[asyncio.Task[None]]) -> None:
+    """Wait for the first of ``pending``; take out what is done and raise its error."""
+    done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+    pending -= done
+    errors = [error for task in done if (error := task.exception()) is not None]
+    if errors:
+        raise errors[0]
+
+
+@dataclass(slots=True)
+class _Tries:
+    """What one blob has been through: failed attempts per holder, and holders that are out."""
+
+    failures: dict[bytes, int] = field(default_factory=dict)
+    out: set[bytes] = field(default_factory=set)
+    reasons: list[Outcome] = field(default_factory=list)
+
+
+class _Pool:
+    """Spreads questions over holders: the one with the shortest expected wait that has a free place."""
+
+    def __init__(self, transport: Transport, holders: Sequence[bytes], limits: FetchLimits, book: HolderBook) -> None:
+        self.limits = limits
+        self._transport = transport
+        self._holders = holders
+        self._book = book
+        self._load = {holder: 0 for holder in book.order(holders) if holder != transport.public_key}
+        self._freed = asyncio.Event()
+
+    async def fetch(self, item: Wanted) -> bytes:
+        tries = _Tries()
+        while True:
+            holder = await self._reserve(tries)
+            if holder is None:
+                raise _nobody(item.digest, tries.reasons or self._book.liars(self._holders))
+            try:
+                if holder in tries.failures:
+                    await asyncio.sleep(self.limits.retry_pause_s)
+                result = await _ask(self._transport, holder, item, self.limits.timeout_s, self._book)
+            finally:
+                self._load[holder] -= 1
+                self._freed.set()
+            if isinstance(result, bytes):
+                return result
+            tries.reasons.append(result)
+            if result is Outcome.FAILED:
+                tries.failures[holder] = tries.failures.get(holder, 0) + 1
+            if result is not Outcome.FAILED or tries.failures[holder] >= self.limits.attempts_per_holder:
+                tries.out.add(holder)
+
+    async def _reserve(self, tries: _Tries) -> bytes | None:
+        """A place at a holder that may still bring the blob; None where there is none.
+
+        The wait ends: every question has a deadline, and its end sets ``_freed``.
+        """
+        while True:
+            usable = [h for h in self._load if h not in tries.out and not self._book.record(h).lies]
+            if not usable:
+                return None
+            free = [h for h in usable if self._load[h] < self.limits.per_holder]
+            if free:
+                holder = min(free, key=lambda h: (tries.failures.get(h, 0), self._wait(h), self._load[h]))
+                self._load[holder] += 1
+                return holder
+            self._freed.clear()
+            await self._freed.wait()
+
+    def _wait(self, holder: bytes) -> float:
+        return (self._load[holder] + 1) * self._book.seconds_per_byte(holder)
+
+
+async def _ask(
+    transport: Transport, holder: bytes, item: Wanted, timeout_s: float, book: HolderBook
+) -> bytes | Outcome:
+    """The verified bytes, or why this holder did not bring them; the book hears of it either way."""
+    clock = asyncio.get_running_loop().time
+    start = clock()
+    try:
+        raw = await transport.call(
+            holder,
+            CHUNK_METHOD,
+            ChunkRequest(digest=item.digest).SerializeToString(),
+            timeout_s=timeout_s,
+            max_response_bytes=item.size_bytes + REPLY_OVERHEAD_BYTES,
+        )
+        data = _parse_reply(raw, item)
+    except VerificationError as error:
+        outcome, what = Outcome.LIED, str(error)
+    except SwarmError as error:
+        outcome, what = Outcome.FAILED, str(error)
+    else:
+        if data is not None:
+            book.succeeded(holder, len(data), clock() - start)
+            return data
+        outcome, what = Outcome.MISSING, ""
+    book.disappointed(holder, outcome, what)
+    return outcome
+
+
+def _parse_reply(raw: bytes, item: Wanted) -> bytes | None:
+    try:
+        reply = ChunkReply.FromString(raw)
+    except DecodeError as error:
+        raise ProtocolError("a chunk reply cannot be read") from error
+    if not reply.found:
+        return None
+    if len(reply.data) > item.size_bytes:
+        raise ProtocolError(f"a chunk of {len(reply.data)} bytes instead of at most {item.size_bytes}")
+    digests.check(reply.data, item.digest, "chunk")
+    return reply.data
+
+
+def _nobody(digest: bytes, reasons: Sequence[Outcome]) -> NotFound:
+    told = ", ".join(f"{reasons.count(reason)} {reason.value}" for reason in Outcome if reason in reasons)
+    return NotFound(
+        f"nobody brought the bytes {digest.hex()[:16]} ({told or 'no holder to ask'})",
+        "try again when more peers are online",
+    )

@@ -1,0 +1,171 @@
+"""One attempt of a round (one ballot), as a member and as a reducer sees it.
+
+Decides which contributions and averages count, when a part is ready to be averaged, and what is still awaited.
+Pure: it keeps bytes that arrived, and asks for nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+from peer.rounds.paxos import Ballot
+from peer.rounds.round_actions import Reduce, RoundSettings
+from swarm.digest import sha256
+from swarm.errors import ProtocolError
+from swarm.log import MAX_MEMBERS, MAX_PARTS
+from swarm.proto.round_pb2 import Average, Contribution, OpenRound, PartResult, Share
+
+
+def check_open(settings: RoundSettings, message: OpenRound) -> None:
+    """Raise `ProtocolError` unless the opened round starts where we stand and its parts cover the shard once."""
+    if message.log_digest != settings.head.log_digest or message.state_digest != settings.state_digest:
+        raise ProtocolError("the round starts from another state than ours")
+    keys = [member.peer_key for member in message.members]
+    if not 1 <= len(keys) <= min(MAX_MEMBERS, settings.max_members) or len(set(keys)) != len(keys):
+        raise ProtocolError("the round names no members, too many, or one twice")
+    if settings.me not in keys:
+        raise ProtocolError("we are no member of this round")
+    expected = 0
+    for part in message.parts[: MAX_PARTS + 1]:
+        if part.first_slice != expected or part.num_slices < 1 or part.reducer >= len(keys):
+            raise ProtocolError("the parts of the round do not cover the shard once")
+        expected += part.num_slices
+    if expected != settings.num_slices or len(message.parts) > MAX_PARTS:
+        raise ProtocolError("the parts of the round do not cover the shard once")
+
+
+@dataclass(slots=True)
+class Attempt:
+    """What arrived so far under one ballot."""
+
+    settings: RoundSettings
+    ballot: Ballot
+    open: OpenRound
+    deadline: float
+    """when reducers stop waiting for contributions; averages have as long again"""
+    contributions: dict[tuple[int, bytes], tuple[int, bytes]] = field(default_factory=dict)
+    """(part, contributor) -> (weight in tokens, encoded); weight 0: nothing to add"""
+    averages: dict[int, PartResult] = field(default_factory=dict)
+    reduced: set[int] = field(default_factory=set)
+    unreachable: set[bytes] = field(default_factory=set)
+
+    @property
+    def contributors(self) -> list[bytes]:
+        return [member.peer_key for member in self.open.members if member.contributes]
+
+    @property
+    def members(self) -> list[bytes]:
+        return [member.peer_key for member in self.open.members]
+
+    def reducer_of(self, part: int) -> bytes:
+        return bytes(self.open.members[self.open.parts[part].reducer].peer_key)
+
+    def my_parts(self) -> list[int]:
+        return [i for i in range(len(self.open.parts)) if self.reducer_of(i) == self.settings.me]
+
+    def part_size_bytes(self, part: int) -> int:
+        return self.settings.part_size_bytes(self.open.parts[part].first_slice, self.open.parts[part].num_slices)
+
+    def on_contribution(self, sender: bytes, message: Contribution) -> None:
+        """Keep a contribution; `ProtocolError` tells the contributor why it is refused."""
+        if message.part >= len(self.open.parts) or self.reducer_of(message.part) != self.settings.me:
+            raise ProtocolError("a contribution to a part that we do not average")
+        if sender not in self.contributors:
+            raise ProtocolError("a contribution by somebody who is no contributor of this round")
+        if message.state_digest != self.settings.state_digest:
+            raise ProtocolError("a contribution that starts from another state")
+        if message.weight_tokens > self.settings.max_weight_tokens:
+            raise ProtocolError(f"a weight of {message.weight_tokens} tokens is more than the round allows")
+        expected = self.part_size_bytes(message.part) if message.weight_tokens else 0
+        if len(message.encoded) != expected:
+            raise ProtocolError(f"a contribution of {len(message.encoded)} bytes instead of {expected}")
+        if message.weight_tokens:
+            part = self.open.parts[message.part]
+            self.settings.check_part(part.first_slice, part.num_slices, message.encoded)
+        self.contributions.setdefault((message.part, sender), (message.weight_tokens, message.encoded))
+
+    def due_reductions(self, now: float) -> list[Reduce]:
+        """Parts of ours that can be averaged now: everybody reachable is in, or the time is up."""
+        due = []
+        for part in self.my_parts():
+            missing = [
+                key
+                for key in self.contributors
+                if (part, key) not in self.contributions and key not in self.unreachable
+            ]
+            if part in self.reduced or (missing and now < self.deadline):
+                continue
+            self.reduced.add(part)
+            due.append(self._reduce(part))
+        return due
+
+    def _reduce(self, part: int) -> Reduce:
+        contributions = []
+        for key in self.contributors:
+            weight, encoded = self.contributions.pop((part, key), (0, b""))
+            if weight:
+                contributions.append((Share(peer_key=key, weight_tokens=weight), encoded))
+        return Reduce(
+            self.ballot,
+            part,
+            self.open.parts[part].first_slice,
+            self.open.parts[part].num_slices,
+            tuple(contributions),
+        )
+
+    def on_average(self, sender: bytes, message: Average) -> None:
+        """Keep a part's average (or the word that there is none); `ProtocolError` where it cannot be one."""
+        if message.part >= len(self.open.parts) or self.reducer_of(message.part) != sender:
+            raise ProtocolError("an average by somebody who does not average that part")
+        places = {key: place for place, key in enumerate(self.contributors)}
+        order = [places.get(share.peer_key, -1) for share in message.shares]
+        if -1 in order or any(a >= b for a, b in itertools.pairwise(order)):
+            raise ProtocolError("an average that counts somebody twice, or somebody who is no contributor")
+        if any(not 0 < s.weight_tokens <= self.settings.max_weight_tokens for s in message.shares):
+            raise ProtocolError("an average with a weight out of bounds")
+        expected = self.part_size_bytes(message.part) if message.shares else 0
+        if len(message.encoded) != expected:
+            raise ProtocolError(f"an average of {len(message.encoded)} bytes instead of {expected}")
+        part = self.open.parts[message.part]
+        result = PartResult(first_slice=part.first_slice, num_slices=part.num_slices)
+        if message.shares:
+            self.settings.check_part(part.first_slice, part.num_slices, message.encoded)
+            result.digest = sha256(message.encoded)
+            result.size_bytes = len(message.encoded)
+            result.shares.extend(message.shares)
+        self.averages.setdefault(message.part, result)
+
+    def is_waiting(self) -> bool:
+        """Some part of ours is not averaged yet."""
+        return any(part not in self.reduced for part in self.my_parts())
+
+    def is_gathered(self) -> bool:
+        """Every part is averaged, declared empty, or in the hands of somebody unreachable."""
+        return all(
+            part in self.averages or self.reducer_of(part) in self.unreachable for part in range(len(self.open.parts))
+        )
+
+    def awaited(self) -> set[bytes]:
+        """Peers that something is still expected of: a contribution to our parts, or the average of theirs."""
+        contributing = {
+            key
+            for part in self.my_parts()
+            if part not in self.reduced
+            for key in self.contributors
+            if (part, key) not in self.contributions
+        }
+        averaging = {self.reducer_of(part) for part in range(len(self.open.parts)) if part not in self.averages}
+        return (contributing | averaging) - self.unreachable - {self.settings.me}
+
+    def silent(self) -> set[bytes]:
+        """Contributors that are unreachable, or in no average though others are: of no use to the next attempt."""
+        heard = {share.peer_key for result in self.averages.values() for share in result.shares}
+        return self.unreachable | (set(self.contributors) - heard if heard else set())
+
+    def results(self) -> list[PartResult]:
+        """One result per part, in order; parts that did not arrive are absent."""
+        return [
+            self.averages.get(i) or PartResult(first_slice=part.first_slice, num_slices=part.num_slices)
+            for i, part in enumerate(self.open.parts)
+        ]

@@ -1,0 +1,176 @@
+"""Joining and catching up: the log proves itself from genesis, the log proves the state, chunks prove the bytes.
+
+A newcomer takes commits from any holder and verifies each against the one before, picks the newest offered state whose
+digest the log names, fetches its chunks from all holders at once, and loads it once the whole has that digest. Nobody
+is believed. The rounds after that state are replayed by the exchange.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+
+from peer.p2p.chunk_store import ChunkStore
+from peer.p2p.fetch import FetchLimits, HolderBook, Wanted, fetch_many
+from peer.p2p.transport import Transport
+from peer.rounds.ledger import Ledger
+from peer.rounds.shard import Shard, load_state
+from swarm import digest
+from swarm.errors import NetworkError, NotFound, ProtocolError, SwarmError, VerificationError
+from swarm.log import LogHead, canonical, parse_record, verify_commit
+from swarm.proto.round_pb2 import Commit, LogReply, LogRequest, StateReply, StateRequest
+from swarm.run_spec import RunSpec
+
+LOG_METHOD = "log"
+STATE_METHOD = "state"
+COMMITS_PER_PAGE = 128
+MAX_LOG_REPLY_BYTES = 64 << 20
+MAX_STATE_REPLY_BYTES = 64 << 20
+CALL_TIMEOUT_S = 20.0
+MAX_PAGES = 100_000
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Newcomer:
+    """What fetching a state needs; ``genesis_digest`` and ``num_values`` are the organizer's word for round 0."""
+
+    transport: Transport
+    ledger: Ledger
+    chunks: ChunkStore
+    spec: RunSpec
+    shard: int
+    genesis_digest: bytes
+    num_values: int
+    book: HolderBook
+
+
+async def fetch_commits(transport: Transport, holder: bytes, shard: int, first_round: int) -> dict[int, Commit]:
+    """Up to a page of commits from ``first_round`` on, by round, unverified."""
+    request = LogRequest(shard=shard, first_round=first_round, max_commits=COMMITS_PER_PAGE)
+    raw = await transport.call(
+        holder,
+        LOG_METHOD,
+        request.SerializeToString(),
+        timeout_s=CALL_TIMEOUT_S,
+        max_response_bytes=MAX_LOG_REPLY_BYTES,
+    )
+    try:
+        reply = LogReply.FromString(raw)
+    except DecodeError as error:
+        raise ProtocolError("a page of the log cannot be read") from error
+    return {first_round + i: commit for i, commit in enumerate(reply.commits[:COMMITS_PER_PAGE])}
+
+
+async def extend_log(newcomer: Newcomer, holder: bytes) -> None:
+    """Append every commit that ``holder`` has and the log on our disk lacks, each verified against the one before."""
+    for _ in range(MAX_PAGES):
+        page = await fetch_commits(newcomer.transport, holder, newcomer.shard, newcomer.ledger.head.round + 1)
+        for commit in page.values():
+            _, head = verify_commit(newcomer.ledger.head, commit)
+            newcomer.ledger.append(canonical(commit), head, {})
+        if len(page) < COMMITS_PER_PAGE:
+            return
+
+
+async def obtain_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[LogHead, Shard]:
+    """The state to start from: this disk's where replaying is cheaper, otherwise the newest that holders prove."""
+    for holder in holders:
+        try:
+            await extend_log(newcomer, holder)
+        except (NetworkError, VerificationError) as error:
+            log.info("a holder's log is of no use: %s", error)
+    own = newcomer.ledger.load_state(newcomer.spec, newcomer.shard)
+    if own is not None and not _state_is_cheaper(newcomer, own[1], newcomer.ledger.head.round - own[0].round):
+        return own
+    try:
+        return await _fetch_state(newcomer, holders)
+    except SwarmError:
+        if own is None:
+            raise
+        return own
+
+
+async def _fetch_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[LogHead, Shard]:
+    offers: dict[int, StateReply] = {}
+    for holder in holders:
+        try:
+            reply = await _ask_for_offer(newcomer, holder)
+        except (NetworkError, VerificationError) as error:
+            log.info("a holder offers no state: %s", error)
+            continue
+        offers[reply.round] = reply
+    for number in sorted(offers, reverse=True):
+        reply = offers[number]
+        try:
+            anchor, momentum = await _fetch_chunks(newcomer, reply, holders)
+        except SwarmError as error:
+            log.info("the state after round %d cannot be had whole: %s", number, error)
+            continue
+        expected = digest.state_digest(reply.anchor_chunks, reply.momentum_chunks)
+        shard = load_state(newcomer.spec, newcomer.shard, anchor, momentum, expected)
+        newcomer.ledger.save_state(number, shard)
+        return newcomer.ledger.heads[number], shard
+    raise NotFound("nobody offers a state that the log proves", "check that a seed peer or a volunteer is running")
+
+
+async def _ask_for_offer(newcomer: Newcomer, holder: bytes) -> StateReply:
+    """What a holder offers, once the log on our disk names the digest of exactly these chunks."""
+    raw = await newcomer.transport.call(
+        holder,
+        STATE_METHOD,
+        StateRequest(shard=newcomer.shard).SerializeToString(),
+        timeout_s=CALL_TIMEOUT_S,
+        max_response_bytes=MAX_STATE_REPLY_BYTES,
+    )
+    try:
+        reply = StateReply.FromString(raw)
+    except DecodeError as error:
+        raise ProtocolError("an offer of a state cannot be read") from error
+    num_chunks = -(-newcomer.num_values * 4 // digest.STATE_CHUNK_BYTES)
+    if len(reply.anchor_chunks) != num_chunks or len(reply.momentum_chunks) != num_chunks:
+        raise NotFound("no state of this shard is offered")
+    if digest.state_digest(reply.anchor_chunks, reply.momentum_chunks) != proven_digest(newcomer, reply.round):
+        raise VerificationError(f"the state offered for round {reply.round} is not the one that the log names")
+    return reply
+
+
+def proven_digest(newcomer: Newcomer, round_number: int) -> bytes:
+    """The state digest after a round, as the organizer (round 0) or the next round's voters signed it."""
+    if round_number == 0:
+        return newcomer.genesis_digest
+    commits = newcomer.ledger.commits(round_number + 1, 1)
+    if not commits:
+        raise VerificationError(f"no commit in the log names the state after round {round_number}")
+    return bytes(parse_record(commits[0].record, newcomer.ledger.heads[round_number]).state_digest)
+
+
+async def _fetch_chunks(newcomer: Newcomer, reply: StateReply, donors: Sequence[bytes]) -> tuple[bytes, bytes]:
+    total_bytes = newcomer.num_values * 4
+    buffers = (bytearray(total_bytes), bytearray(total_bytes))
+    places: dict[bytes, list[tuple[int, int]]] = {}
+    for which, chunks in enumerate((reply.anchor_chunks, reply.momentum_chunks)):
+        for index, item in enumerate(chunks):
+            places.setdefault(item, []).append((which, index * digest.STATE_CHUNK_BYTES))
+
+    async def keep(item: Wanted, data: bytes) -> None:
+        for which, offset in places[item.digest]:
+            buffers[which][offset : offset + len(data)] = data
+
+    wanted = []
+    for item in places:
+        data = newcomer.chunks.get(item)
+        if data is None:
+            wanted.append(Wanted(item, digest.STATE_CHUNK_BYTES))
+        else:
+            await keep(Wanted(item, len(data)), data)
+    await fetch_many(newcomer.transport, wanted, donors, keep, FetchLimits(), newcomer.book)
+    return bytes(buffers[0][:total_bytes]), bytes(buffers[1][:total_bytes])
+
+
+def _state_is_cheaper(newcomer: Newcomer, shard: Shard, missed_rounds: int) -> bool:
+    return missed_rounds * shard.codec.encoded_size(shard.num_values) > 8 * shard.num_values

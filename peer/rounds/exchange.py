@@ -1,0 +1,388 @@
+"""The edge of the round machine: carries out its actions over the transport, the disk and the trainer.
+
+One per shard. Every event reaches the machine on the event loop; whatever takes long (encoding, averaging, applying,
+fsync) runs beside it and comes back as an event. A peer that fell behind hands commits to the same machine, so there is
+one way to apply a round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError
+
+from peer.p2p.fetch import fetch_chunk
+from peer.rounds.exchange_parts import Committed, ExchangeParts
+from peer.rounds.round import RoundMachine
+from peer.rounds.round_actions import Action, Apply, Fetch, Persist, Reduce, RoundSettings, Send, TakeSnapshot, View
+from peer.rounds.shard import ReplicaSnapshot
+from swarm import schedule
+from swarm.errors import DivergedError, NetworkError, ProtocolError, ResourceError, SwarmError, Unreachable
+from swarm.log import VOTE_CONTEXT, LogHead, next_head
+from swarm.proto.round_pb2 import Commit, RoundMessage
+
+ROUND_METHOD = "round"
+PING_METHOD = "ping"
+PING_TIMEOUT_S = 5.0
+MAX_EARLY_MESSAGES = 256
+CONTROL_TIMEOUT_S = 10.0
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Exchange:
+    def __init__(self, parts: ExchangeParts, applied: LogHead) -> None:
+        """``applied``: the head that ``parts.shard`` stands at; the ledger may already hold later commits."""
+        self.parts = parts
+        self.shard = parts.shard
+        self.head = applied
+        self.behind = asyncio.Event()
+        """set when there is something to tell or to ask at once: a round ended, or somebody is further on"""
+        self.live_peers: tuple[bytes, ...] = ()
+        """who may hold what we lack, by the newest statuses"""
+        self._uncounted_from = parts.trainer.tokens if parts.trainer is not None else 0
+        self._snapshot: ReplicaSnapshot | None = None
+        self._snapshot_lock = asyncio.Lock()
+        self._state_lock = asyncio.Lock()
+        self._early: list[tuple[bytes, RoundMessage]] = []
+        self._early_bytes = 0
+        self._ask_at = 0.0
+        self._known_commits: dict[int, tuple[bytes, Commit]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._wake = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._persist_lock = asyncio.Lock()
+        self._machine = self._new_machine()
+
+    @property
+    def round(self) -> int:
+        """The round that is worked towards."""
+        return self.head.round + 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained here that no commit has counted yet."""
+        return self.parts.trainer.tokens - self._uncounted_from if self.parts.trainer is not None else 0
+
+    # ---- events from outside ------------------------------------------------------------------------------------
+
+    async def handle_round(self, sender: bytes, request: bytes) -> bytes:
+        """Transport handler of method ``round``: one `RoundMessage`; the answer is empty."""
+        try:
+            message = RoundMessage.FromString(request)
+        except DecodeError as error:
+            raise ProtocolError("a round message cannot be read") from error
+        if message.shard != self.shard.index:
+            raise ProtocolError(f"this peer does not host shard {message.shard}")
+        if message.round <= max(self.head.round, self.parts.ledger.head.round):
+            raise ProtocolError(f"round {message.round} is committed here; this replica works towards {self.round}")
+        if message.round > self.round:
+            self._keep_early(sender, message, len(request))
+            return b""
+        try:
+            self._do(self._machine.on_message(sender, message, self._now()))
+        except DivergedError as error:
+            self._fail(error)
+        return b""
+
+    def _keep_early(self, sender: bytes, message: RoundMessage, size_bytes: int) -> None:
+        """Others may have committed our round already: keep what they say of the next, within bounds, and ask them."""
+        if sender not in self.live_peers and sender not in self.head.voters:
+            raise ProtocolError(f"round {message.round} has not begun here, and we do not know you")
+        self.behind.set()
+        room = 2 * self.shard.part_size_bytes(0, self.shard.num_slices) + (1 << 20)
+        is_next = message.round == self.round + 1
+        if is_next and len(self._early) < MAX_EARLY_MESSAGES and self._early_bytes + size_bytes <= room:
+            self._early.append((sender, message))
+            self._early_bytes += size_bytes
+
+    def set_view(self, view: View) -> None:
+        """Tell the machine who is live; only for the round that the view was made for."""
+        self._event(self._machine, lambda now: self._machine.on_view(view, now))
+
+    def offer_commits(self, holder: bytes, commits: dict[int, Commit]) -> bool:
+        """Hand over commits that were fetched from ``holder``; False where the first is of no use, as then all are.
+
+        Each is verified when its turn comes.
+        """
+        for number, commit in commits.items():
+            if number >= self.round:
+                self._known_commits[number] = (holder, commit)
+        return self._use_known_commit()
+
+    async def reset_replica(self) -> None:
+        """Put the replica back onto the anchor, with fresh moments; what it had offered in this round stays offered."""
+        if self.parts.trainer is None:
+            return
+        async with self._state_lock:
+            anchor = self.shard.anchor.copy()
+            await self.parts.trainer.land(anchor, None, self.round)
+            if self._snapshot is not None:
+                self._snapshot.was_reset = True
+
+    async def run(self) -> None:
+        """Drive the machine's clock until cancelled; raises what went wrong beyond repair."""
+        self._use_known_commit()
+        try:
+            while True:
+                if self._failure is not None:
+                    raise self._failure
+                wakeup = self._machine.next_wakeup()
+                timeout = 1.0 if wakeup is None else min(1.0, max(0.0, wakeup - self._now()))
+                try:
+                    await asyncio.wait_for(self._wake.wait(), timeout or 0.001)
+                except (TimeoutError, asyncio.TimeoutError):
+                    machine = self._machine
+                    self._event(machine, machine.on_tick)
+                    self._ask_who_is_awaited(machine)
+                self._wake.clear()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _ask_who_is_awaited(self, machine: RoundMachine) -> None:
+        """A peer that died with its messages delivered would be waited for until the deadline: ask whether it lives."""
+        now = self._now()
+        if now < self._ask_at:
+            return
+        self._ask_at = now + machine.settings.resend_s
+        for peer in machine.awaited():
+            task = asyncio.get_running_loop().create_task(self._ask(machine, peer))
+            self._tasks.add(task)
+            task.add_done_callback(self._done)
+
+    async def _ask(self, machine: RoundMachine, peer: bytes) -> None:
+        try:
+            await self.parts.transport.call(peer, PING_METHOD, b"", timeout_s=PING_TIMEOUT_S, max_response_bytes=64)
+        except Unreachable:
+            self._event(machine, lambda now: machine.on_unreachable(peer, now))
+        except SwarmError as error:
+            log.debug("an awaited peer is slow: %s", error)
+
+    # ---- actions ------------------------------------------------------------------------------------------------
+
+    def _do(self, actions: list[Action]) -> None:
+        for action in actions:
+            task = asyncio.get_running_loop().create_task(self._carry_out(self._machine, action))
+            self._tasks.add(task)
+            task.add_done_callback(self._done)
+        self._wake.set()
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = self._failure or error
+        self._wake.set()
+
+    async def _carry_out(self, machine: RoundMachine, action: Action) -> None:
+        if isinstance(action, Send):
+            await self._send(machine, action)
+        elif isinstance(action, Persist):
+            if not await self._persist(machine.settings.round, action):
+                return
+            for answer in action.then:
+                await self._send(machine, answer)
+        elif isinstance(action, TakeSnapshot):
+            await self._take_snapshot(machine, action)
+        elif isinstance(action, Reduce):
+            shares, encoded = await self._blocking(lambda: self.shard.reduce(action))
+            self._event(machine, lambda now: machine.on_reduced(action.ballot, action.part, shares, encoded, now))
+        elif isinstance(action, Fetch):
+            await self._fetch(machine, action)
+        else:
+            await self._apply(action)
+
+    async def _send(self, machine: RoundMachine, send: Send) -> None:
+        if send.to == self.parts.identity.public_key:
+            self._event(machine, lambda now: machine.on_message(send.to, send.message, now))
+            return
+        bulk = send.message.WhichOneof("body") in ("contribution", "average")
+        timeout_s = (
+            machine.settings.reduce_timeout_s if bulk else min(CONTROL_TIMEOUT_S, machine.settings.reduce_timeout_s)
+        )
+        try:
+            await self.parts.transport.call(
+                send.to, ROUND_METHOD, send.message.SerializeToString(), timeout_s=timeout_s, max_response_bytes=1024
+            )
+        except NetworkError as error:
+            log.debug("round %d: %s", machine.settings.round, error)
+            self._event(machine, lambda now: machine.on_unreachable(send.to, now))
+        except SwarmError as error:
+            log.info("round %d: refused: %s", machine.settings.round, error)
+
+    async def _persist(self, round_number: int, action: Persist) -> bool:
+        """In the order of asking; False where the round is over and no vote counts any more."""
+        async with self._persist_lock:
+            try:
+                await self._blocking(
+                    lambda: self.parts.ledger.save_acceptor(round_number, action.acceptor, action.parts)
+                )
+            except ProtocolError as error:
+                log.debug("%s", error)
+                return False
+        return True
+
+    async def _take_snapshot(self, machine: RoundMachine, action: TakeSnapshot) -> None:
+        """One snapshot per round: a later attempt offers the same, so that no movement can be counted twice."""
+        encoded: list[bytes] = []
+        try:
+            async with self._snapshot_lock:
+                if self._snapshot is None and machine is self._machine and not machine.finished:
+                    self._snapshot = await self._new_snapshot(machine)
+            snapshot = self._snapshot
+            if snapshot is not None:
+                encoded = await self._blocking(lambda: self.shard.encode(snapshot, action.open))
+        except ResourceError as error:
+            log.warning("round %d: nothing to contribute: %s", machine.settings.round, error)
+        weight = self._snapshot.tokens if self._snapshot is not None and encoded else 0
+        self._event(machine, lambda now: machine.on_snapshot(action.ballot, weight, encoded, now))
+
+    async def _new_snapshot(self, machine: RoundMachine) -> ReplicaSnapshot | None:
+        trainer = self.parts.trainer
+        if trainer is None:
+            return None
+        movement, tokens = await trainer.snapshot()
+        uncounted = min(tokens - self._uncounted_from, machine.settings.max_weight_tokens)
+        snapshot = await self._blocking(lambda: self.shard.offer(movement, uncounted))
+        if snapshot is None:
+            log.warning("round %d: the replica is not finite; nothing to contribute", machine.settings.round)
+        # A commit may have landed meanwhile: then this snapshot is of a round that is over.
+        return snapshot if machine is self._machine and not machine.finished else None
+
+    async def _fetch(self, machine: RoundMachine, action: Fetch) -> None:
+        data: bytes | None = await self._blocking(lambda: self.parts.chunks.get(action.digest))
+        if data is None:
+            holders = list(dict.fromkeys([*self.live_peers, *action.holders]))
+            try:
+                data = await fetch_chunk(
+                    self.parts.transport,
+                    action.digest,
+                    action.size_bytes,
+                    holders,
+                    timeout_s=machine.settings.reduce_timeout_s,
+                )
+            except SwarmError as error:
+                log.debug("round %d: a part is not to be had yet: %s", machine.settings.round, error)
+        self._event(machine, lambda now: machine.on_fetched(action.digest, data, now))
+
+    def _event(self, machine: RoundMachine, event: Callable[[float], list[Action]]) -> None:
+        """Feed an outcome back, unless its round is over. What a peer got wrong is its own affair."""
+        if machine is self._machine:
+            try:
+                self._do(event(self._now()))
+            except DivergedError as error:
+                self._fail(error)
+            except SwarmError as error:
+                log.info("round %d: %s", machine.settings.round, error)
+
+    # ---- the end of a round -------------------------------------------------------------------------------------
+
+    async def _apply(self, action: Apply) -> None:
+        async with self._state_lock:
+            await self._apply_locked(action)
+
+    async def _apply_locked(self, action: Apply) -> None:
+        """First the disk, then the shared state, then the replica; the next round begins before the state is saved."""
+        head = next_head(self.head, action.commit.record, action.record)
+        if self.parts.ledger.head.round < head.round:
+            await self._blocking(lambda: self.parts.ledger.append(action.commit, head, action.parts))
+        else:
+            await self._blocking(lambda: self.parts.ledger.keep_parts(head.round, action.parts))
+        counted = await self._land(action)
+        self.head, self._snapshot = head, None
+        self._machine = self._new_machine()
+        self._begin_round()
+        committed = Committed(record=action.record, head=head, state_digest=self.shard.state_digest, counted=counted)
+        await self.parts.on_commit(committed)
+        if self.parts.ledger.is_state_due(head.round):
+            await self._blocking(lambda: self.parts.ledger.save_state(head.round, self.shard))
+
+    def _begin_round(self) -> None:
+        """What others said of this round while we were in the last, and a commit of it that is known already."""
+        early, self._early, self._early_bytes = self._early, [], 0
+        machine = self._machine
+        for sender, message in early:
+            self._event(machine, lambda now, s=sender, m=message: machine.on_message(s, m, now))  # type: ignore[misc]
+        self._use_known_commit()
+        self.behind.set()
+        self._wake.set()
+
+    async def _land(self, action: Apply) -> bool:
+        """Advance the shared state, then the replica: what the commit counted stays, what it did not is owed."""
+        trainer, me = self.parts.trainer, self.parts.identity.public_key
+        if trainer is None:
+            await self._blocking(lambda: self.shard.apply(action.record, action.parts))
+            return False
+        async with self._snapshot_lock:
+            snapshot = self._snapshot
+            if snapshot is None:  # we were not in this round: all that we trained stays owed
+                movement, _ = await trainer.snapshot()
+                snapshot = await self._blocking(lambda: self.shard.offer(movement, 0))
+
+        def apply() -> bool:
+            counted = snapshot is not None and self.shard.settle(action.record, action.parts, snapshot, me)
+            self.shard.apply(action.record, action.parts)
+            return counted
+
+        counted = bool(await self._blocking(apply))
+        if counted and snapshot is not None:
+            self._uncounted_from += snapshot.tokens
+        movement_then = None if snapshot is None or snapshot.was_reset else snapshot.movement
+        await trainer.land(self.shard.anchor, movement_then, action.record.round + 1)
+        return counted
+
+    def _use_known_commit(self) -> bool:
+        for number in [number for number in self._known_commits if number < self.round]:
+            del self._known_commits[number]
+        known = self._known_commits.pop(self.round, None)
+        if known is None and self.parts.ledger.head.round >= self.round:
+            commits = self.parts.ledger.commits(self.round, 1)
+            known = (self.parts.identity.public_key, commits[0]) if commits else None
+        if known is None:
+            return True
+        holder, commit = known
+        message = RoundMessage(shard=self.shard.index, round=self.round, commit=commit)
+        try:
+            self._do(self._machine.on_message(holder, message, self._now()))
+        except DivergedError as error:
+            self._fail(error)
+        except SwarmError as error:
+            log.info("a commit from a holder is of no use, nor is what it sent with it: %s", error)
+            self._known_commits = {n: (h, c) for n, (h, c) in self._known_commits.items() if h != holder}
+            return False
+        return True
+
+    def _new_machine(self) -> RoundMachine:
+        rounds, head = self.shard.spec.rounds, self.head
+        may_vote = head.round == self.parts.ledger.head.round  # not while replaying what is decided
+        settings = RoundSettings(
+            me=self.parts.identity.public_key,
+            head=head,
+            founders=self.parts.founders,
+            state_digest=self.shard.state_digest,
+            num_slices=self.shard.num_slices,
+            codec=self.shard.codec.name,
+            part_size_bytes=self.shard.part_size_bytes,
+            check_part=self.shard.check_part,
+            sign_vote=lambda payload: self.parts.identity.sign(VOTE_CONTEXT, head.run_id, payload),
+            max_weight_tokens=4 * schedule.tokens_of_round(rounds, head.round + 1),
+            max_members=rounds.max_members,
+            may_vote=may_vote,
+            reduce_timeout_s=rounds.reduce_timeout_s,
+            takeover_timeout_s=rounds.takeover_timeout_s,
+        )
+        return RoundMachine(settings, self.parts.ledger.load_acceptor(head.round + 1))
+
+    async def _blocking(self, work: Callable[[], T]) -> T:
+        return await self.parts.run_blocking(work)  # type: ignore[no-any-return]
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()

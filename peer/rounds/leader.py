@@ -1,0 +1,233 @@
+"""A voter's part as leader of a round: when it takes over, what it opens, what it proposes, when a majority has voted.
+
+Pure, like the round machine that owns it. A ballot is prepared first; if the promises name an accepted record it is
+proposed again as it is, otherwise the round is opened for the members and the record says what they averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peer.rounds.attempt import Attempt
+from peer.rounds.paxos import NO_BALLOT, Ballot, Proposer, ballot_of, to_message
+from peer.rounds.planning import choose_members, choose_voters, leader_order, split_parts, takeover_rank
+from peer.rounds.round_actions import Outbox, RoundSettings, View
+from swarm.digest import sha256
+from swarm.errors import ProtocolError
+from swarm.log import parse_record, tokens_by_peer, verify_vote
+from swarm.proto.common_pb2 import Signed
+from swarm.proto.round_pb2 import (
+    Accept,
+    Commit,
+    OpenRound,
+    PartResult,
+    Prepare,
+    Promise,
+    Record,
+    Refusal,
+    RoundMessage,
+)
+
+MAX_REFUSED_STEP = 1000
+"""a refusal that tells of a ballot further up is not believed"""
+
+
+class Leader:
+    def __init__(self, settings: RoundSettings, promised: Ballot) -> None:
+        self.settings = settings
+        self.seen: Ballot = promised
+        """the highest ballot that anybody was seen to lead"""
+        self._order = leader_order(settings.head.voters, settings.head.shard, settings.round)
+        self._proposer: Proposer | None = None
+        self._try_at: float | None = None
+        self._resend_at = 0.0
+        self._opened = False
+        self._proposal: tuple[bytes, list[bytes]] | None = None
+        self._votes: dict[bytes, Signed] = {}
+        self._silent: set[bytes] = set()
+        """members that were of no use to an earlier attempt of this round"""
+
+    def saw(self, ballot: Ballot, now: float) -> None:
+        """Somebody leads with ``ballot``: give it its time before taking over, in the order of ranks."""
+        if ballot < self.seen:
+            return
+        self.seen = ballot
+        if self._proposer is not None and self._proposer.ballot < ballot:
+            self._give_up()
+        if self.settings.is_voter:
+            rank = takeover_rank(self._order, self.settings.me, ballot[1])
+            self._try_at = now + self.settings.reduce_timeout_s + rank * self.settings.takeover_timeout_s
+
+    def wakeups(self, view: View) -> list[float]:
+        times = []
+        if self._try_at is not None and (self._proposer is not None or self._may_lead(view)):
+            times.append(self._try_at)
+        if self._proposer is not None:
+            times.append(self._resend_at)
+        return times
+
+    def step(self, now: float, view: View, attempt: Attempt | None, out: Outbox) -> None:
+        """Do the next thing that a leader, or a voter who should become one, does now."""
+        if self._proposer is not None and now >= (self._try_at or 0.0):
+            self._give_up()  # our own ballot took too long; a higher one follows
+        if self._proposer is None:
+            self._take_over_when_due(now, view, out)
+        elif self._proposal is not None:
+            self._collect_votes(now, self._proposer, attempt, out)
+        elif self._opened:
+            if attempt is not None and attempt.ballot == self._proposer.ballot:
+                self._propose_when_gathered(now, self._proposer, attempt, out)
+        elif self._proposer.prepared:
+            self._open_or_adopt(now, self._proposer, view, out)
+        elif now >= self._resend_at:
+            self._send_prepare(now, self._proposer, out)
+
+    def on_promise(
+        self, sender: bytes, ballot: Ballot, message: Promise, check_record: Callable[[Record], None]
+    ) -> None:
+        """Count a promise; one that tells of an impossible acceptance raises `ProtocolError` and does not count."""
+        if self._proposer is None or self._proposer.ballot != ballot or sender not in self.settings.head.voters:
+            return
+        accepted = ballot_of(message.accepted_ballot)
+        if accepted != NO_BALLOT:
+            if accepted >= ballot or accepted[1] not in self.settings.head.voters:
+                raise ProtocolError("a promise that tells of a ballot that cannot have been")
+            check_record(parse_record(message.accepted_record, self.settings.head))
+        self._proposer.on_promise(sender, accepted, message.accepted_record)
+        if sender == self.settings.me:
+            self._resend_at = 0.0  # our own promise is on disk: now the others may hear of the ballot
+
+    def on_vote(self, signed: Signed) -> None:
+        if self._proposer is None or self._proposal is None:
+            return
+        vote = verify_vote(signed, self.settings.head, sha256(self._proposal[0]))
+        if ballot_of(vote.ballot) == self._proposer.ballot:
+            self._votes[signed.signer] = signed
+
+    def on_refusal(self, sender: bytes, message: Refusal, now: float) -> None:
+        promised = ballot_of(message.promised)
+        if self._proposer is None or sender not in self.settings.head.voters:
+            return
+        if self._proposer.ballot < promised and promised[0] <= self._proposer.ballot[0] + MAX_REFUSED_STEP:
+            self.saw(promised, now)
+
+    def _may_lead(self, view: View) -> bool:
+        return self.settings.is_voter and (view.ready or self.seen != NO_BALLOT)
+
+    def _take_over_when_due(self, now: float, view: View, out: Outbox) -> None:
+        if not self._may_lead(view):
+            return
+        if self._try_at is None:
+            rank = takeover_rank(self._order, self.settings.me, None)
+            self._try_at = now + rank * self.settings.takeover_timeout_s
+        if now >= self._try_at:
+            ballot = (self.seen[0] + 1, self.settings.me)
+            self._proposer = Proposer(ballot, self.settings.head.majority)
+            self.saw(ballot, now)
+            self._send_prepare(now, self._proposer, out)
+
+    def _send_prepare(self, now: float, proposer: Proposer, out: Outbox) -> None:
+        message = self._message(proposer.ballot, prepare=Prepare(log_digest=self.settings.head.log_digest))
+        # Ourselves first, the others once our own promise is on disk: a ballot is never used twice, even after a crash.
+        mine = self.settings.me
+        asked = self.settings.head.voters if mine in proposer.promises else (mine,)
+        for voter in asked:
+            if voter not in proposer.promises:
+                out.send(voter, message)
+        self._resend_at = now + self.settings.resend_s
+
+    def _open_or_adopt(self, now: float, proposer: Proposer, view: View, out: Outbox) -> None:
+        adopted = proposer.adopted()
+        if adopted is not None:
+            self._propose(adopted[0], adopted[1], now)
+            return
+        useful = [c for c in view.candidates if c.key not in self._silent]
+        members = choose_members(useful, self.settings.max_members, self.settings.me)
+        if not any(member.contributes for member in members) or not view.ready:
+            self._silent.clear()
+            self._resend_at = now + self.settings.resend_s
+            return
+        bandwidth = {candidate.key: candidate.upload_bps for candidate in view.candidates}
+        opened = OpenRound(
+            log_digest=self.settings.head.log_digest,
+            state_digest=self.settings.state_digest,
+            members=members,
+            parts=split_parts(members, bandwidth, self.settings.num_slices),
+        )
+        self._opened = True
+        self._resend_at = now + self.settings.reduce_timeout_s
+        for member in members:
+            out.send(member.peer_key, self._message(proposer.ballot, open=opened))
+
+    def _propose_when_gathered(self, now: float, proposer: Proposer, attempt: Attempt, out: Outbox) -> None:
+        # A reducer that waited for a silent member averages at its own deadline; its average then has as long again.
+        give_up_waiting_at = attempt.deadline + self.settings.reduce_timeout_s / 2
+        if not attempt.is_gathered() and now < give_up_waiting_at:
+            self._resend_at = give_up_waiting_at
+            return
+        self._silent |= attempt.silent() - {self.settings.me}
+        results = attempt.results()
+        if not any(part.digest for part in results):
+            self._give_up()
+            return
+        holders = [key for key in attempt.members if key not in attempt.unreachable]
+        self._propose(self._record(results, attempt, proposer), holders, now)
+
+    def _record(self, results: list[PartResult], attempt: Attempt, proposer: Proposer) -> bytes:
+        record = Record(
+            shard=self.settings.head.shard,
+            round=self.settings.round,
+            log_digest=self.settings.head.log_digest,
+            state_digest=self.settings.state_digest,
+            parts=results,
+            codec=self.settings.codec,
+            opened_by=to_message(attempt.ballot),
+        )
+        tokens = tokens_by_peer(record)
+        record.total_tokens = self.settings.head.total_tokens + sum(tokens.values())
+        present = ((set(tokens) | set(proposer.promises)) & set(attempt.members)) - attempt.unreachable
+        present.add(self.settings.me)
+        voters = choose_voters(present, self.settings.founders, self.settings.head.voters, self.settings.round)
+        record.next_voters.extend(voters)
+        return record.SerializeToString(deterministic=True)
+
+    def _propose(self, record: bytes, holders: list[bytes], now: float) -> None:
+        self._proposal = (record, holders[:64])
+        self._votes = {}
+        self._resend_at = now
+
+    def _collect_votes(self, now: float, proposer: Proposer, attempt: Attempt | None, out: Outbox) -> None:
+        if self._proposal is None:
+            return
+        record, holders = self._proposal
+        if len(self._votes) >= self.settings.head.majority:
+            votes = [self._votes[key] for key in sorted(self._votes)]
+            message = self._message(proposer.ballot, commit=Commit(record=record, votes=votes, holders=holders))
+            members = attempt.members if attempt is not None else []
+            for peer in dict.fromkeys([*members, *self.settings.head.voters]):
+                out.send(peer, message)
+            self._give_up()
+        elif now >= self._resend_at:
+            message = self._message(proposer.ballot, accept=Accept(record=record, holders=holders))
+            for voter in self.settings.head.voters:
+                if voter not in self._votes:
+                    out.send(voter, message)
+            self._resend_at = now + self.settings.resend_s
+
+    def _give_up(self) -> None:
+        self._proposer = None
+        self._proposal = None
+        self._opened = False
+
+    def _message(self, ballot: Ballot, **body: object) -> RoundMessage:
+        return round_message(self.settings, ballot, **body)
+
+
+def round_message(settings: RoundSettings, ballot: Ballot, **body: object) -> RoundMessage:
+    """A message of this round with one body, named as in protos/round.proto."""
+    return RoundMessage(
+        shard=settings.head.shard,
+        round=settings.round,
+        ballot=to_message(ballot),
+        **body,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,270 @@
+"""What a replica must find again after a crash: its vote, the log, its last states. One folder per shard.
+
+Decides the files and their order of writing; every answer that depends on them leaves after they are durable. Blobs
+(parts, state chunks) lie in the chunk store; the ledger pins what it names.
+
+    acceptor     the vote of the round under way: CRC and serialised fields, replaced atomically
+    log          commits of rounds 1, 2, ... each as length, CRC and serialised `Commit`; a torn tail is cut at start
+    state-R      which chunks make the state after round R
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from peer.p2p.chunk_store import ChunkStore
+from peer.rounds.paxos import Acceptor
+from peer.rounds.shard import Shard, load_state, state_bytes
+from swarm import digest
+from swarm.errors import DigestError, DiskFull, NotFound, ProtocolError
+from swarm.files import disk_errors, fsync_folder, write_durably
+from swarm.log import LogHead, verify_commit
+from swarm.proto.round_pb2 import Commit, Record, StateReply
+from swarm.run_spec import RunSpec
+
+_FRAME = struct.Struct("<II")
+MAX_COMMIT_BYTES = 1 << 20
+KEPT_STATES = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerOptions:
+    """``archive``: keep every part for ever (seed peers). ``state_every_rounds``: how often the state is written."""
+
+    archive: bool = False
+    state_every_rounds: int = 4
+
+
+class Ledger:
+    def __init__(self, folder: Path, genesis_head: LogHead, chunks: ChunkStore, options: LedgerOptions) -> None:
+        self._folder = folder
+        self._chunks = chunks
+        self._options = options
+        self._offsets: list[int] = []
+        self._states: dict[int, StateReply] = {}
+        self._voted_round = 0
+        self._archived_from = 1
+        self.heads: list[LogHead] = [genesis_head]
+        """heads[r] is the head after round r"""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log_path = folder / "log"
+        self._read_log()
+        self._find_vote()
+        self._read_states()
+
+    @property
+    def head(self) -> LogHead:
+        return self.heads[-1]
+
+    # ---- the vote -----------------------------------------------------------------------------------------------
+
+    def save_acceptor(self, round_number: int, acceptor: Acceptor, parts: Mapping[bytes, bytes]) -> None:
+        """Make a promise or an acceptance durable, with the bytes of every part that the record names.
+
+        Raises `ProtocolError` for a round before the one voted in last: a vote is never replaced by an older one.
+        """
+        if round_number < self._voted_round or round_number <= self.head.round:
+            raise ProtocolError(f"round {round_number} is over: no more votes in it")
+        self._voted_round = round_number
+        self._chunks.pin(self._group("vote", round_number), parts)
+        for data in parts.values():
+            self._chunks.put(data)
+        fields = {
+            "round": round_number,
+            "promised": [acceptor.promised[0], acceptor.promised[1].hex()],
+            "accepted": [acceptor.accepted[0], acceptor.accepted[1].hex()],
+            "record": acceptor.record.hex(),
+        }
+        body = json.dumps(fields).encode()
+        write_durably(self._folder / "acceptor", zlib.crc32(body).to_bytes(4, "big") + body)
+
+    def load_acceptor(self, round_number: int) -> Acceptor:
+        """The vote of this round; a fresh one where none was cast."""
+        voted, acceptor = self._read_vote()
+        return acceptor if voted == round_number else Acceptor()
+
+    def _read_vote(self) -> tuple[int, Acceptor]:
+        path = self._folder / "acceptor"
+        if not path.exists():
+            return 0, Acceptor()
+        raw = path.read_bytes()
+        if zlib.crc32(raw[4:]).to_bytes(4, "big") != raw[:4]:
+            raise DigestError(f"{path} is damaged", "this replica must not vote: move its folder away and join again")
+        fields = json.loads(raw[4:])
+        (promised, promised_by), (accepted, accepted_by) = fields["promised"], fields["accepted"]
+        acceptor = Acceptor(
+            promised=(promised, bytes.fromhex(promised_by)),
+            accepted=(accepted, bytes.fromhex(accepted_by)),
+            record=bytes.fromhex(fields["record"]),
+        )
+        return fields["round"], acceptor
+
+    def _find_vote(self) -> None:
+        """What was voted in last; parts of an acceptance that is not decided yet stay pinned."""
+        self._voted_round, acceptor = self._read_vote()
+        if self._voted_round > self.head.round and acceptor.record:
+            parts = Record.FromString(acceptor.record).parts
+            self._chunks.pin(self._group("vote", self._voted_round), [part.digest for part in parts if part.digest])
+
+    # ---- the log ------------------------------------------------------------------------------------------------
+
+    def append(self, commit: Commit, head: LogHead, parts: Mapping[bytes, bytes]) -> None:
+        """Make a verified commit (`swarm.log.canonical`) and its parts durable; ``head`` is the head after it."""
+        body = commit.SerializeToString()
+        if len(body) > MAX_COMMIT_BYTES:
+            raise ProtocolError(f"a commit of {len(body)} bytes is too large")
+        self.keep_parts(head.round, parts)
+        with disk_errors(self._log_path), open(self._log_path, "ab") as file:
+            offset = file.tell()
+            file.write(_FRAME.pack(len(body), zlib.crc32(body)) + body)
+            file.flush()
+            os.fsync(file.fileno())
+        self._offsets.append(offset)
+        self.heads.append(head)
+        self._chunks.unpin(self._group("vote", head.round))
+
+    def keep_parts(self, round_number: int, parts: Mapping[bytes, bytes]) -> None:
+        """Keep the averages of a round; an archive whose disk limit is reached gives up its oldest rounds."""
+        group = self._group("round", round_number)
+        self._chunks.pin(group, parts)
+        try:
+            for data in parts.values():
+                self._chunks.put(data)
+        except DiskFull:
+            if not self._options.archive:
+                raise
+            given_up = self._archived_from + max(1, (round_number - self._archived_from) // 4)
+            self._release_rounds(given_up)
+            for data in parts.values():
+                self._chunks.put(data)
+
+    def commits(self, first_round: int, count: int) -> list[Commit]:
+        """Commits of rounds ``first_round``, ``first_round + 1``, ... as far as they are here."""
+        found = []
+        with open(self._log_path, "rb") as file:
+            for round_number in range(max(1, first_round), min(self.head.round, first_round + count - 1) + 1):
+                file.seek(self._offsets[round_number - 1])
+                size, _ = _FRAME.unpack(file.read(_FRAME.size))
+                found.append(Commit.FromString(file.read(size)))
+        return found
+
+    def parts_of(self, record: Record) -> dict[bytes, bytes]:
+        """The bytes of a record's present parts; `NotFound` where one is not here."""
+        parts = {}
+        for part in record.parts:
+            if part.digest:
+                data = self._chunks.get(part.digest)
+                if data is None:
+                    raise NotFound(f"round {record.round}: a part is not on this disk")
+                parts[part.digest] = data
+        return parts
+
+    # ---- states -------------------------------------------------------------------------------------------------
+
+    def is_state_due(self, round_number: int) -> bool:
+        return round_number % self._options.state_every_rounds == 0
+
+    def save_state(self, round_number: int, shard: Shard) -> None:
+        """Write the state after a round, chunk by chunk, and forget states and parts that it makes useless."""
+        anchor, momentum = shard.chunk_digests()
+        self._chunks.pin(self._group("state", round_number), [*anchor, *momentum])
+        for vector in (shard.anchor, shard.momentum):
+            view = state_bytes(vector)
+            for start in range(0, len(view), digest.STATE_CHUNK_BYTES):
+                self._chunks.put(bytes(view[start : start + digest.STATE_CHUNK_BYTES]))
+        reply = StateReply(round=round_number, anchor_chunks=anchor, momentum_chunks=momentum)
+        write_durably(self._folder / f"state-{round_number}", reply.SerializeToString())
+        self._states[round_number] = reply
+        self._forget_old()
+
+    def offer_state(self) -> StateReply:
+        """The newest state that the log itself proves: the commit after it names its digest (or genesis does)."""
+        proven = [number for number in self._states if number == 0 or number < self.head.round]
+        return self._states[max(proven)] if proven else StateReply()
+
+    def load_state(self, spec: RunSpec, index: int) -> tuple[LogHead, Shard] | None:
+        """The newest state on this disk that is whole, with the head that it belongs to."""
+        for number in sorted(self._states, reverse=True):
+            reply = self._states[number]
+            if not self._may_be(number, digest.state_digest(reply.anchor_chunks, reply.momentum_chunks)):
+                continue
+            anchor = [self._chunks.get(item) for item in reply.anchor_chunks]
+            momentum = [self._chunks.get(item) for item in reply.momentum_chunks]
+            if number < len(self.heads) and None not in anchor and None not in momentum:
+                expected = digest.state_digest(reply.anchor_chunks, reply.momentum_chunks)
+                joined = [b"".join(item or b"" for item in chunks) for chunks in (anchor, momentum)]
+                return self.heads[number], load_state(spec, index, joined[0], joined[1], expected)
+        return None
+
+    def _may_be(self, number: int, state_digest: bytes) -> bool:
+        """False where the log names another digest for the state after this round."""
+        commits = self.commits(number + 1, 1)
+        return not commits or Record.FromString(commits[0].record).state_digest == state_digest
+
+    # ---- reading back -------------------------------------------------------------------------------------------
+
+    def _read_log(self) -> None:
+        self._log_path.touch()
+        raw = self._log_path.read_bytes()
+        offset = 0
+        while offset < len(raw):
+            commit = self._read_frame(raw, offset)
+            if commit is None:  # a torn tail: its round was never acknowledged as applied
+                os.truncate(self._log_path, offset)
+                fsync_folder(self._folder)
+                return
+            record, head = verify_commit(self.head, commit)
+            self._offsets.append(offset)
+            self.heads.append(head)
+            self._chunks.pin(self._group("round", head.round), [part.digest for part in record.parts if part.digest])
+            offset += _FRAME.size + _FRAME.unpack_from(raw, offset)[0]
+
+    def _read_frame(self, raw: bytes, offset: int) -> Commit | None:
+        """The commit at ``offset``; None where the last frame is incomplete. Damage before that is an error."""
+        if offset + _FRAME.size > len(raw):
+            return None
+        size, crc = _FRAME.unpack_from(raw, offset)
+        end = offset + _FRAME.size + size
+        body = raw[offset + _FRAME.size : end]
+        if len(body) == size and zlib.crc32(body) == crc:
+            return Commit.FromString(body)
+        if end >= len(raw) and size <= MAX_COMMIT_BYTES:
+            return None
+        raise DigestError(f"{self._log_path} is damaged", "move this peer's folder of the run away and join again")
+
+    def _read_states(self) -> None:
+        for path in self._folder.glob("state-*"):
+            number = path.name.removeprefix("state-")
+            try:
+                reply = StateReply.FromString(path.read_bytes())
+            except DecodeError:
+                continue
+            if number.isdigit() and int(number) == reply.round:
+                self._states[reply.round] = reply
+                self._chunks.pin(self._group("state", reply.round), [*reply.anchor_chunks, *reply.momentum_chunks])
+        self._forget_old()
+
+    def _forget_old(self) -> None:
+        kept = sorted(self._states)[-KEPT_STATES:]
+        for number in sorted(set(self._states) - set(kept)):
+            del self._states[number]
+            (self._folder / f"state-{number}").unlink(missing_ok=True)
+            self._chunks.unpin(self._group("state", number))
+        if not self._options.archive and kept:
+            self._release_rounds(kept[0] + 1)
+
+    def _release_rounds(self, before: int) -> None:
+        for number in range(self._archived_from, before):
+            self._chunks.unpin(self._group("round", number))
+        self._archived_from = max(self._archived_from, before)
+
+    def _group(self, kind: str, round_number: int) -> str:
+        return f"{self._folder.name}:{kind}:{round_number}"

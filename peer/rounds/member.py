@@ -1,0 +1,203 @@
+"""A replica among the others of its shard: tells its status, sees theirs, answers newcomers, catches up, makes rounds.
+
+Decides what is said and asked how often; the exchange does the rounds. The same class runs in a volunteer, in a seed
+peer and in the simulation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from peer.p2p.chunk_store import CHUNK_METHOD, ChunkStore
+from peer.p2p.transport import Transport
+from peer.rounds.catch_up import COMMITS_PER_PAGE, LOG_METHOD, STATE_METHOD, fetch_commits
+from peer.rounds.exchange import PING_METHOD, ROUND_METHOD, Exchange
+from peer.rounds.ledger import Ledger
+from peer.rounds.statuses import StatusRules, further_on, make_view, read_statuses, sign_status, status_key
+from swarm import schedule
+from swarm.errors import ProtocolError, SwarmError
+from swarm.identity import Identity
+from swarm.proto.common_pb2 import Signed
+from swarm.proto.round_pb2 import LogReply, LogRequest, StateRequest, Status
+
+CONNECT_TIMEOUT_S = 5.0
+MAX_DIALS = 16
+LEAST_PAUSE_S = 0.2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Words:
+    """What a replica says of itself besides where it stands; the runtime keeps it up to date."""
+
+    trains: bool
+    upload_bps: int
+    admission: Signed | None = None
+    tokens_per_s: float = 0.0
+    leaving: bool = False
+    checkpoint_round: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberParts:
+    identity: Identity
+    transport: Transport
+    exchange: Exchange
+    ledger: Ledger
+    chunks: ChunkStore
+    rules: StatusRules
+    words: Words
+    clock: Callable[[], float]
+    """unix time in seconds, corrected against the coordinator's"""
+
+
+class Member:
+    def __init__(self, parts: MemberParts) -> None:
+        self.parts = parts
+        self.statuses: dict[bytes, Status] = {}
+        self._connected: set[bytes] = set()
+        self._jobs: dict[str, asyncio.Task[None]] = {}
+        self._rng = random.Random(parts.identity.public_key)
+
+    async def serve(self) -> None:
+        """Answer peers. Call before `run`, and before telling anybody that we are here."""
+        transport, exchange = self.parts.transport, self.parts.exchange
+        await transport.serve(ROUND_METHOD, exchange.handle_round)
+        await transport.serve(CHUNK_METHOD, self.parts.chunks.handle_chunk)
+        await transport.serve(LOG_METHOD, self._handle_log)
+        await transport.serve(STATE_METHOD, self._handle_state)
+        await transport.serve(PING_METHOD, _answer_ping)
+
+    async def run(self) -> None:
+        """Until cancelled; raises what the exchange cannot repair."""
+        driver = asyncio.ensure_future(self.parts.exchange.run())
+        teller = asyncio.ensure_future(self._tell_and_look_for_ever())
+        try:
+            done, _ = await asyncio.wait({driver, teller}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            tasks = [driver, teller, *self._jobs.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def status(self) -> Status:
+        exchange, words = self.parts.exchange, self.parts.words
+        return Status(
+            shard=exchange.shard.index,
+            round=exchange.round,
+            log_digest=exchange.head.log_digest,
+            state_digest=exchange.shard.state_digest,
+            tokens=exchange.tokens,
+            tokens_per_s=words.tokens_per_s,
+            upload_bps=words.upload_bps,
+            trains=words.trains,
+            leaving=words.leaving,
+            sent_unix_ms=int(self.parts.clock() * 1000),
+            admission=words.admission,
+            addresses=self.parts.transport.addresses[:8],
+            checkpoint_round=words.checkpoint_round,
+        )
+
+    async def tell(self) -> None:
+        """Publish our status; the directory forgets it after the lifetime that statuses have."""
+        status = self.status()
+        raw = sign_status(self.parts.identity, self.parts.rules.run_id, status)
+        key = status_key(self.parts.exchange.shard.index)
+        await self.parts.transport.publish(key, raw, lifetime_s=self.parts.rules.lifetime_s)
+
+    async def look(self) -> None:
+        """Read what the others say, and act on it: connect, give the machine its view, catch up."""
+        exchange = self.parts.exchange
+        values = await self.parts.transport.lookup(status_key(exchange.shard.index))
+        self.statuses = read_statuses(values, self.parts.rules, self.parts.clock())
+        self.statuses.pop(self.parts.identity.public_key, None)
+        exchange.live_peers = tuple(self.statuses)
+        self._beside("connect", self._connect_to_new)
+        target = schedule.tokens_of_round(exchange.shard.spec.rounds, exchange.round)
+        if not schedule.is_finished(exchange.shard.spec, exchange.head.total_tokens):
+            exchange.set_view(make_view(self.statuses, self.status(), self.parts.identity.public_key, target))
+        self._beside("catch up", self._catch_up)
+
+    async def _tell_and_look_for_ever(self) -> None:
+        interval_s = self.parts.exchange.shard.spec.rounds.status_interval_s
+        while True:
+            try:
+                await self.tell()
+                await self.look()
+            except SwarmError as error:
+                log.info("the directory did not serve: %s", error)
+            # A round that was just decided, or somebody further on, is worth telling and asking at once.
+            await asyncio.sleep(min(LEAST_PAUSE_S, interval_s))
+            with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                await asyncio.wait_for(self.parts.exchange.behind.wait(), max(0.0, interval_s - LEAST_PAUSE_S))
+            self.parts.exchange.behind.clear()
+
+    def _beside(self, name: str, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do what may take long beside telling and looking; one of each kind at a time."""
+        if name not in self._jobs or self._jobs[name].done():
+            self._jobs[name] = asyncio.create_task(job())
+
+    async def _connect_to_new(self) -> None:
+        new = {peer: s for peer, s in self.statuses.items() if peer not in self._connected and s.addresses}
+        self._connected &= set(self.statuses)
+
+        dials = asyncio.Semaphore(MAX_DIALS)
+
+        async def connect(peer: bytes, addresses: tuple[str, ...]) -> None:
+            try:
+                async with dials:
+                    await self.parts.transport.connect(peer, addresses, timeout_s=CONNECT_TIMEOUT_S)
+                self._connected.add(peer)
+            except SwarmError as error:
+                log.debug("no connection yet: %s", error)
+
+        await asyncio.gather(*(connect(peer, tuple(s.addresses)) for peer, s in new.items()))
+
+    async def _catch_up(self) -> None:
+        """Fetch commits that others have and we lack; the exchange verifies and applies them in order."""
+        exchange = self.parts.exchange
+        ahead = further_on(self.statuses, exchange.round)
+        founders = [peer for peer in ahead if peer in self.parts.rules.founders]
+        # Whoever tells the highest round may lie: founders first, then anybody.
+        for holder in [*founders, *self._rng.sample(ahead, min(len(ahead), 3))][:4]:
+            try:
+                commits = await fetch_commits(self.parts.transport, holder, exchange.shard.index, exchange.round)
+            except SwarmError as error:
+                log.info("could not catch up: %s", error)
+                continue
+            if commits and exchange.offer_commits(holder, commits):
+                return
+
+    async def _handle_log(self, caller: bytes, request: bytes) -> bytes:
+        try:
+            wanted = LogRequest.FromString(request)
+        except DecodeError as error:
+            raise ProtocolError("a request for the log cannot be read") from error
+        if wanted.shard != self.parts.exchange.shard.index or wanted.first_round < 1:
+            raise ProtocolError("a request for a log that is not here")
+        count = min(COMMITS_PER_PAGE, wanted.max_commits)
+        return LogReply(commits=self.parts.ledger.commits(wanted.first_round, count)).SerializeToString()
+
+    async def _handle_state(self, caller: bytes, request: bytes) -> bytes:
+        try:
+            wanted = StateRequest.FromString(request)
+        except DecodeError as error:
+            raise ProtocolError("a request for a state cannot be read") from error
+        if wanted.shard != self.parts.exchange.shard.index:
+            raise ProtocolError("a request for a state that is not here")
+        return self.parts.ledger.offer_state().SerializeToString()
+
+
+async def _answer_ping(caller: bytes, request: bytes) -> bytes:
+    return b""

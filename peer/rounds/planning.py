@@ -1,0 +1,105 @@
+"""Plans of a round: who leads, who takes part, who averages what, who decides next.
+
+Pure functions over numbers and keys; the round machine (`peer.rounds.round`) calls them, tests tabulate them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from swarm.log import MAX_PARTS, MAX_VOTERS
+from swarm.proto.round_pb2 import Member, Part
+
+# Wire blocks are a divisor of this, so a part never splits a block.
+SLICE_VALUES = 16384
+# Fewer live replicas than this: founders decide alone.
+SMALL_SWARM = 5
+MAX_UPLINK_RATIO = 4
+# 64 MiB of fp32, well within one call in any codec.
+MAX_PART_SLICES = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A live replica that stands where we stand (same round, log digest and state digest)."""
+
+    key: bytes
+    trains: bool
+    upload_bps: int
+
+
+def num_slices(num_values: int) -> int:
+    return -(-num_values // SLICE_VALUES)
+
+
+def part_values(part_first_slice: int, part_num_slices: int, num_values: int) -> slice:
+    """The values (as a slice of the flat vector) that a run of slices covers."""
+    start = part_first_slice * SLICE_VALUES
+    return slice(start, min(num_values, start + part_num_slices * SLICE_VALUES))
+
+
+def leader_order(voters: Sequence[bytes], shard: int, round_number: int) -> list[bytes]:
+    """Voters by rendezvous hash (Thaler and Ravishankar 1998): the first leads, the next take over in turn."""
+    key = shard.to_bytes(4, "big") + round_number.to_bytes(8, "big")
+    return sorted(voters, key=lambda voter: hashlib.sha256(b"leader" + key + voter).digest())
+
+
+def takeover_rank(order: Sequence[bytes], me: bytes, after: bytes | None) -> int:
+    """How many takeover timeouts ``me`` waits: its place in the order, counted from the leader that was seen last."""
+    if after is None or after not in order:
+        return order.index(me)
+    distance = (order.index(me) - order.index(after)) % len(order)
+    return distance or len(order)
+
+
+def choose_members(candidates: Iterable[Candidate], max_members: int, leader: bytes) -> list[Member]:
+    """The leader, then contributors before receivers, faster uplinks first where not all fit; given in key order."""
+    ranked = sorted(candidates, key=lambda c: (c.key != leader, not c.trains, -c.upload_bps, c.key))[:max_members]
+    return [Member(peer_key=c.key, contributes=c.trains) for c in sorted(ranked, key=lambda c: c.key)]
+
+
+def split_parts(members: Sequence[Member], upload_bps: dict[bytes, int], slices: int) -> list[Part]:
+    """Split ``slices`` among the contributing members in proportion to their uplinks (largest remainder).
+
+    A reducer sends its average to everybody, so its share of the work is its share of the bandwidth; but uplinks are
+    hearsay: nobody counts for more than `MAX_UPLINK_RATIO` times the median. No part is larger than one call carries.
+    """
+    reducers = [index for index, member in enumerate(members) if member.contributes][:MAX_PARTS]
+    claimed = [max(1, upload_bps.get(members[index].peer_key, 1)) for index in reducers]
+    weights = [min(claim, MAX_UPLINK_RATIO * statistics.median_low(claimed)) for claim in claimed]
+    total = sum(weights)
+    exact = [slices * weight / total for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(reducers)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: slices - sum(counts)]:
+        counts[i] += 1
+    largest = max(MAX_PART_SLICES, -(-slices // max(1, MAX_PARTS - len(reducers))))
+    parts, first = [], 0
+    for index, count in zip(reducers, counts, strict=True):
+        for done in range(0, count, largest):
+            size = min(largest, count - done)
+            parts.append(Part(first_slice=first, num_slices=size, reducer=index))
+            first += size
+    return parts
+
+
+def choose_voters(
+    present: Iterable[bytes], founders: Sequence[bytes], current: Sequence[bytes], seed: int
+) -> list[bytes]:
+    """Who decides the next round: founders that are present, then voters that stay, then others by rendezvous hash.
+
+    An odd number, so that every voter counts; at most 7. In a small swarm only the founders, where one is present:
+    volunteers go for good more often than a seed peer does not come back (docs/decisions/0009).
+    """
+
+    def preference(key: bytes) -> tuple[bool, bool, bytes]:
+        return key not in founders, key not in current, hashlib.sha256(seed.to_bytes(8, "big") + key).digest()
+
+    ranked = sorted(set(present), key=preference)[:MAX_VOTERS]
+    if len(ranked) < SMALL_SWARM:
+        ranked = [key for key in ranked if key in founders] or ranked
+    size = len(ranked) if len(ranked) % 2 else len(ranked) - 1
+    return sorted(ranked[: max(1, size)])

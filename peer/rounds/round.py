@@ -1,0 +1,335 @@
+"""The round machine: one round of one shard as one replica lives it. Events in, actions out.
+
+Decides everything about a round: who leads, who is in, what is averaged, what is committed. It has no clock (``now`` is
+an argument, seconds of any monotonic clock), no sockets and no disk; `peer.rounds.exchange` carries out its actions. A
+machine is born with the head of the log, and ends with one `Apply`.
+
+The steps (docs/protocol.md): a leader prepares a ballot with the voters, opens the round for the members, members send
+encoded parts to reducers, reducers send each average to all, the leader proposes the record, voters accept it once it
+and its bytes are on their disks, and a majority's votes are the commit.
+"""
+
+from __future__ import annotations
+
+from peer.rounds.attempt import Attempt, check_open
+from peer.rounds.leader import Leader, round_message
+from peer.rounds.paxos import NO_BALLOT, Acceptor, Ballot, ballot_of, to_message
+from peer.rounds.round_actions import Action, Apply, Fetch, Outbox, Persist, RoundSettings, Send, TakeSnapshot, View
+from swarm.digest import sha256
+from swarm.errors import DivergedError, ProtocolError, SwarmError
+from swarm.log import canonical, parse_record, tokens_by_peer, verify_commit
+from swarm.proto.round_pb2 import (
+    Accept,
+    Average,
+    Commit,
+    Contribution,
+    OpenRound,
+    Prepare,
+    Promise,
+    Record,
+    Refusal,
+    RoundMessage,
+    Share,
+    Vote,
+)
+
+MAX_BALLOT_STEP = 1000
+"""a ballot further above the highest seen is refused: ballots must never run out"""
+MAX_EARLY = 256
+"""contributions and averages kept that overtook the opening of their attempt"""
+
+
+class RoundMachine:
+    def __init__(self, settings: RoundSettings, acceptor: Acceptor | None = None) -> None:
+        self.settings = settings
+        self.acceptor = acceptor or Acceptor()
+        self.view = View()
+        self.attempt: Attempt | None = None
+        self.finished = False
+        self._leader = Leader(settings, self.acceptor.promised)
+        self._early: list[tuple[bytes, RoundMessage]] = []
+        self._parts: dict[bytes, bytes] = {}
+        self._fetching: dict[bytes, float] = {}
+        """digest -> when to ask again; 0 while it is asked for"""
+        self._wanted: set[bytes] = set()
+        self._to_accept: tuple[Ballot, bytes, tuple[bytes, ...]] | None = None
+        self._decided: tuple[Commit, Record, tuple[bytes, ...]] | None = None
+
+    # ---- events -------------------------------------------------------------------------------------------------
+
+    def on_view(self, view: View, now: float) -> list[Action]:
+        self.view = view
+        return self._run(now)
+
+    def on_tick(self, now: float) -> list[Action]:
+        return self._run(now)
+
+    def on_message(self, sender: bytes, message: RoundMessage, now: float) -> list[Action]:
+        """A message for this round. A malformed or misplaced one raises `ProtocolError` and changes nothing."""
+        out = Outbox(self.settings.me)
+        self._handle(sender, message, now, out)
+        return self._run(now, out)
+
+    def on_snapshot(self, ballot: Ballot, weight_tokens: int, encoded: list[bytes], now: float) -> list[Action]:
+        """Our own contribution is encoded: ``encoded[i]`` is part i; weight 0 and no bytes: nothing to add."""
+        out = Outbox(self.settings.me)
+        if self.attempt is not None and self.attempt.ballot == ballot:
+            for part in range(len(self.attempt.open.parts)):
+                contribution = Contribution(
+                    part=part,
+                    weight_tokens=weight_tokens,
+                    encoded=encoded[part] if weight_tokens else b"",
+                    state_digest=self.settings.state_digest,
+                )
+                out.send(self.attempt.reducer_of(part), self._message(ballot, contribution=contribution))
+        return self._run(now, out)
+
+    def on_reduced(self, ballot: Ballot, part: int, shares: list[Share], encoded: bytes, now: float) -> list[Action]:
+        """A part of ours is averaged and encoded, once; no shares: nothing usable arrived."""
+        out = Outbox(self.settings.me)
+        if self.attempt is not None and self.attempt.ballot == ballot:
+            message = self._message(ballot, average=Average(part=part, shares=shares, encoded=encoded))
+            for member in self.attempt.members:
+                out.send(member, message)
+        return self._run(now, out)
+
+    def on_fetched(self, digest: bytes, data: bytes | None, now: float) -> list[Action]:
+        """The answer to a `Fetch`; ``data`` is verified by whoever fetched it. None is tried again later."""
+        if data is not None:
+            self._fetching.pop(digest, None)
+            self._parts[digest] = data
+        else:
+            self._fetching[digest] = now + self.settings.resend_s
+        return self._run(now)
+
+    def on_unreachable(self, peer: bytes, now: float) -> list[Action]:
+        """A message could not be delivered: do not wait for this peer in the current attempt."""
+        if self.attempt is not None:
+            self.attempt.unreachable.add(peer)
+        return self._run(now)
+
+    def awaited(self) -> set[bytes]:
+        """Peers that the current attempt waits for: whether they still live is worth asking."""
+        return self.attempt.awaited() if self.attempt is not None and self._decided is None else set()
+
+    def next_wakeup(self) -> float | None:
+        """When `on_tick` is wanted at the latest; None: only an event can change something."""
+        times = [at for key, at in self._fetching.items() if at and key in self._wanted]
+        if self._decided is None:
+            times += self._leader.wakeups(self.view)
+            if self.attempt is not None and self.attempt.is_waiting():
+                times.append(self.attempt.deadline)
+        return None if self.finished else min(times, default=None)
+
+    # ---- the loop of decisions ----------------------------------------------------------------------------------
+
+    def _run(self, now: float, out: Outbox | None = None) -> list[Action]:
+        """Apply every rule until nothing changes; messages to oneself are delivered on the way."""
+        out = out or Outbox(self.settings.me)
+        while not self.finished:
+            before = (len(out.actions), len(out.to_self))
+            while out.to_self:
+                self._handle(self.settings.me, out.to_self.pop(0), now, out)
+            self._reduce_what_is_due(now, out)
+            if self.settings.is_voter and self._decided is None:
+                self._leader.step(now, self.view, self.attempt, out)
+            self._accept_when_complete(now, out)
+            self._apply_when_complete(now, out)
+            if (len(out.actions), len(out.to_self)) == before and not out.to_self:
+                break
+        return out.actions
+
+    def _handle(self, sender: bytes, message: RoundMessage, now: float, out: Outbox) -> None:
+        if self.finished:
+            return
+        if (message.shard, message.round) != (self.settings.head.shard, self.settings.round):
+            raise ProtocolError(f"a message for round {message.round} of shard {message.shard}")
+        kind = message.WhichOneof("body")
+        ballot = ballot_of(message.ballot)
+        if ballot[0] > self._leader.seen[0] + MAX_BALLOT_STEP:
+            raise ProtocolError(f"ballot {ballot[0]} is out of reach: the highest seen is {self._leader.seen[0]}")
+        if kind == "prepare":
+            self._on_prepare(sender, ballot, message.prepare, now, out)
+        elif kind == "promise":
+            self._leader.on_promise(sender, ballot, message.promise, self._check_record)
+        elif kind == "open":
+            self._on_open(sender, ballot, message.open, now, out)
+        elif kind in ("contribution", "average"):
+            self._on_bytes(sender, ballot, message)
+        elif kind == "accept":
+            self._on_accept(sender, ballot, message.accept, now, out)
+        elif kind == "vote":
+            self._leader.on_vote(message.vote)
+        elif kind == "commit":
+            self._on_commit(sender, message.commit)
+        elif kind == "refusal":
+            self._leader.on_refusal(sender, message.refusal, now)
+        else:
+            raise ProtocolError("a round message without a body")
+
+    # ---- voter --------------------------------------------------------------------------------------------------
+
+    def _on_prepare(self, sender: bytes, ballot: Ballot, message: Prepare, now: float, out: Outbox) -> None:
+        self._check_leader(sender, ballot)
+        if message.log_digest != self.settings.head.log_digest:
+            raise ProtocolError("the ballot extends another log than ours")
+        promised = self.acceptor.promise(ballot)
+        if promised is None:
+            return self._refuse(sender, out)
+        self._leader.saw(ballot, now)
+        answer = Promise()
+        if promised.accepted != NO_BALLOT:
+            answer.accepted_ballot.CopyFrom(to_message(promised.accepted))
+            answer.accepted_record = promised.record
+        self._persist(promised, {}, sender, self._message(ballot, promise=answer), out)
+
+    def _on_accept(self, sender: bytes, ballot: Ballot, message: Accept, now: float, out: Outbox) -> None:
+        self._check_leader(sender, ballot)
+        if ballot < self.acceptor.promised:
+            return self._refuse(sender, out)
+        record = parse_record(message.record, self.settings.head)
+        self._check_record(record)
+        self._leader.saw(ballot, now)
+        self._to_accept = (ballot, message.record, (sender, *message.holders[:64]))
+
+    def _accept_when_complete(self, now: float, out: Outbox) -> None:
+        if self._to_accept is None:
+            return
+        ballot, raw, holders = self._to_accept
+        record = parse_record(raw, self.settings.head)
+        if not self._fetch_missing(record, holders, now, out):
+            return
+        self._to_accept = None
+        accepted = self.acceptor.accept(ballot, raw)
+        if accepted is None:
+            return self._refuse(ballot[1], out)
+        vote = Vote(
+            shard=self.settings.head.shard,
+            round=self.settings.round,
+            ballot=to_message(ballot),
+            record_digest=sha256(raw),
+        )
+        signed = self.settings.sign_vote(vote.SerializeToString())
+        parts = {part.digest: self._parts[part.digest] for part in record.parts if part.digest}
+        self._persist(accepted, parts, ballot[1], self._message(ballot, vote=signed), out)
+
+    def _persist(
+        self, acceptor: Acceptor, parts: dict[bytes, bytes], to: bytes, answer: RoundMessage, out: Outbox
+    ) -> None:
+        """The answer leaves only when the state is on disk, also when it is an answer to ourselves."""
+        self.acceptor = acceptor
+        out.actions.append(Persist(acceptor, parts, (Send(to, answer),)))
+
+    def _check_leader(self, sender: bytes, ballot: Ballot) -> None:
+        if ballot[0] < 1 or ballot[1] != sender or sender not in self.settings.head.voters:
+            raise ProtocolError("a ballot by somebody who may not lead this round")
+        if not self.settings.is_voter:
+            raise ProtocolError("we are no voter of this round")
+
+    def _check_record(self, record: Record) -> None:
+        if record.state_digest != self.settings.state_digest:
+            raise ProtocolError("the record starts from another state than ours")
+        if record.codec != self.settings.codec or sum(p.num_slices for p in record.parts) != self.settings.num_slices:
+            raise ProtocolError("the record does not fit the run spec")
+        for part in record.parts:
+            expected = self.settings.part_size_bytes(part.first_slice, part.num_slices) if part.digest else 0
+            if part.size_bytes != expected:
+                raise ProtocolError(f"the record has a part of {part.size_bytes} bytes instead of {expected}")
+        tokens = tokens_by_peer(record)
+        if any(weight > self.settings.max_weight_tokens for weight in tokens.values()):
+            raise ProtocolError("the record has a weight out of bounds")
+        known = {*self.settings.head.voters, *self.settings.founders, *tokens}
+        if not known.issuperset(record.next_voters):
+            raise ProtocolError("the record names voters that had no part in the round")
+
+    def _refuse(self, to: bytes, out: Outbox) -> None:
+        refusal = Refusal(promised=to_message(self.acceptor.promised), reason="a higher ballot is promised")
+        out.send(to, self._message(self.acceptor.promised, refusal=refusal))
+
+    # ---- member and reducer -------------------------------------------------------------------------------------
+
+    def _on_open(self, sender: bytes, ballot: Ballot, message: OpenRound, now: float, out: Outbox) -> None:
+        if ballot[0] < 1 or ballot[1] != sender or sender not in self.settings.head.voters:
+            raise ProtocolError("a round opened by somebody who may not lead it")
+        if ballot < self._leader.seen:
+            return self._refuse(sender, out) if self.settings.is_voter else None
+        check_open(self.settings, message)
+        if self.attempt is not None and self.attempt.ballot == ballot:
+            return
+        self._leader.saw(ballot, now)
+        self.attempt = Attempt(self.settings, ballot, message, deadline=now + self.settings.reduce_timeout_s / 2)
+        if self.settings.me in self.attempt.contributors:
+            out.actions.append(TakeSnapshot(ballot, message))
+        early, self._early = self._early, []
+        for early_sender, early_message in early:
+            try:
+                self._on_bytes(early_sender, ballot_of(early_message.ballot), early_message)
+            except SwarmError:
+                continue  # it could not be judged when it came; now it is refused without a witness
+
+    def _on_bytes(self, sender: bytes, ballot: Ballot, message: RoundMessage) -> None:
+        if self.attempt is None or ballot > self.attempt.ballot:
+            self._keep_early(sender, ballot, message)
+            return
+        if ballot < self.attempt.ballot:
+            return
+        if message.WhichOneof("body") == "contribution":
+            self.attempt.on_contribution(sender, message.contribution)
+        else:
+            self.attempt.on_average(sender, message.average)
+            kept = self.attempt.averages[message.average.part].digest
+            if kept and kept not in self._parts and sha256(message.average.encoded) == kept:
+                self._parts[kept] = message.average.encoded
+
+    def _keep_early(self, sender: bytes, ballot: Ballot, message: RoundMessage) -> None:
+        """Bytes may overtake the opening of their attempt; keep what known peers send, within bounds."""
+        known = sender in self.settings.head.voters or any(sender == c.key for c in self.view.candidates)
+        room = 2 * self.settings.part_size_bytes(0, self.settings.num_slices)
+        size = sum(kept.ByteSize() for _, kept in self._early) + message.ByteSize()
+        if known and ballot >= self._leader.seen and len(self._early) < MAX_EARLY and size <= room + (1 << 16):
+            self._early.append((sender, message))
+
+    def _reduce_what_is_due(self, now: float, out: Outbox) -> None:
+        if self.attempt is not None:
+            out.actions.extend(self.attempt.due_reductions(now))
+
+    # ---- commit -------------------------------------------------------------------------------------------------
+
+    def _on_commit(self, sender: bytes, commit: Commit) -> None:
+        if self._decided is not None:
+            return
+        record, _ = verify_commit(self.settings.head, commit)
+        if record.state_digest != self.settings.state_digest:
+            raise DivergedError(
+                f"round {record.round} starts from another state than ours",
+                "join again: the state that the log proves is fetched",
+            )
+        self._decided = (canonical(commit), record, (sender, *commit.holders[:64]))
+
+    def _apply_when_complete(self, now: float, out: Outbox) -> None:
+        if self._decided is None:
+            return
+        commit, record, holders = self._decided
+        if self._fetch_missing(record, holders, now, out):
+            parts = {part.digest: self._parts[part.digest] for part in record.parts if part.digest}
+            out.actions.append(Apply(commit, record, parts))
+            self.finished = True
+
+    def _fetch_missing(self, record: Record, holders: tuple[bytes, ...], now: float, out: Outbox) -> bool:
+        """Ask for the parts of ``record`` that are not here; True when all are."""
+        complete = True
+        self._wanted = set()
+        for part in record.parts:
+            if not part.digest or part.digest in self._parts:
+                continue
+            complete = False
+            self._wanted.add(part.digest)
+            if self._fetching.get(part.digest, -1.0) == 0.0 or self._fetching.get(part.digest, now) > now:
+                continue
+            self._fetching[part.digest] = 0.0  # under way
+            others = tuple(dict.fromkeys(holder for holder in holders if holder != self.settings.me))
+            out.actions.append(Fetch(part.digest, part.size_bytes, others))
+        return complete
+
+    def _message(self, ballot: Ballot, **body: object) -> RoundMessage:
+        return round_message(self.settings, ballot, **body)

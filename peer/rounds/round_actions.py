@@ -1,0 +1,125 @@
+"""What a round machine may ask its edge to do, and the settings it is born with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from peer.rounds.paxos import Acceptor, Ballot
+from peer.rounds.planning import Candidate
+from swarm.log import LogHead
+from swarm.proto.common_pb2 import Signed
+from swarm.proto.round_pb2 import Commit, OpenRound, Record, RoundMessage, Share
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundSettings:
+    """What does not change during one round of one shard, as one replica sees it."""
+
+    me: bytes
+    head: LogHead
+    founders: tuple[bytes, ...]
+    state_digest: bytes
+    num_slices: int
+    codec: str
+    part_size_bytes: Callable[[int, int], int]
+    """(first_slice, num_slices) -> encoded bytes"""
+    check_part: Callable[[int, int, bytes], None]
+    """(first_slice, num_slices, encoded): raises `ProtocolError` unless it decodes to finite numbers"""
+    sign_vote: Callable[[bytes], Signed]
+    max_weight_tokens: int
+    max_members: int
+    may_vote: bool
+    reduce_timeout_s: float
+    takeover_timeout_s: float
+    resend_s: float = 1.0
+
+    @property
+    def round(self) -> int:
+        return self.head.round + 1
+
+    @property
+    def is_voter(self) -> bool:
+        return self.may_vote and self.me in self.head.voters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """Who is live and stands where we stand, from signed statuses: hints, so nothing unsafe follows from them."""
+
+    candidates: tuple[Candidate, ...] = ()
+    ready: bool = False
+    """the tokens of the round are reached"""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    to: bytes
+    message: RoundMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """Make the acceptor's state and these parts durable; only then perform ``then``.
+
+    In the order in which the machine asked: a later state speaks of parts that an earlier one brought.
+    """
+
+    acceptor: Acceptor
+    parts: Mapping[bytes, bytes]
+    then: tuple[Send, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TakeSnapshot:
+    """Between two inner steps: note the replica, encode its pseudo-gradient part by part; answer `on_snapshot`."""
+
+    ballot: Ballot
+    open: OpenRound
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """Check, average and encode contributions of one part, in this order; answer `on_reduced`."""
+
+    ballot: Ballot
+    part: int
+    first_slice: int
+    num_slices: int
+    contributions: tuple[tuple[Share, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Get the bytes of a part from whoever holds them; answer `on_fetched` (None: nobody had them)."""
+
+    digest: bytes
+    size_bytes: int
+    holders: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """The round is decided and all its bytes are here. The last action of a machine."""
+
+    commit: Commit
+    record: Record
+    parts: Mapping[bytes, bytes]
+
+
+Action = Send | Persist | TakeSnapshot | Reduce | Fetch | Apply
+
+
+@dataclass(slots=True)
+class Outbox:
+    """Actions in the order in which they were decided; messages to oneself come back as events instead."""
+
+    me: bytes
+    actions: list[Action] = field(default_factory=list)
+    to_self: list[RoundMessage] = field(default_factory=list)
+
+    def send(self, to: bytes, message: RoundMessage) -> None:
+        if to == self.me:
+            self.to_self.append(message)
+        else:
+            self.actions.append(Send(to, message))

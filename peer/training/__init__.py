@@ -1,0 +1,1 @@
+"""Training: a model in 8 bits, its inner steps, and what it learned since the anchor."""

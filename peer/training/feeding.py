@@ -1,0 +1,163 @@
+"""What a volunteer trains: joins the trainer's thread, the token reader and the run's schedules into one replica.
+
+Decides which batch an inner step gets and at which learning rate; leaves steps to `peer.training.trainer`, what a peer
+reads to `swarm.assignment`, and rounds to `peer.rounds.exchange`, whose `Trainer` this is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from peer.rounds.codec import Float32
+from peer.training.data import TokenReader
+from peer.training.movement import Movement
+from peer.training.trainer import Hooks, Limits, Replica, Stats, Trainer
+from swarm import assignment, schedule
+from swarm.errors import NetworkError, SwarmError, VerificationError
+from swarm.log import LogHead
+from swarm.run_spec import RunSpec
+
+VALIDATION_SEQUENCES = 64
+RETRY_S = 2.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """The round that is read for, and the attempted steps at which it began."""
+
+    round: int
+    first_step: int
+
+
+class Training:
+    def __init__(self, spec: RunSpec, peer_key: bytes, reader: TokenReader, limits: Limits) -> None:
+        self._spec, self._peer_key, self._reader, self._limits = spec, peer_key, reader, limits
+        self._sequences = reader.sequences_per_shard()
+        self._reading = _Reading(1, 0)
+        self._attempts = 0
+        self._committed_tokens = 0
+        self._readable: set[int] = set()
+        self._prefetching: asyncio.Task[None] | None = None
+        self._trainer: Trainer | None = None
+        self._replica: Replica | None = None
+        self.failed = asyncio.Event()
+        self.failure: SwarmError | None = None
+
+    @property
+    def trainer(self) -> Trainer:
+        if self._trainer is None:
+            raise SwarmError("training has not begun")
+        return self._trainer
+
+    @property
+    def stats(self) -> Stats:
+        return self._trainer.stats if self._trainer is not None else Stats()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained since the start."""
+        return self.stats.tokens
+
+    async def start(self, replica: Replica, anchor: Float32, head: LogHead, on_bad: Callable[[int], None]) -> None:
+        """Begin from ``anchor``, the state after ``head``; ``on_bad`` is told of repeated bad steps."""
+        loop = asyncio.get_running_loop()
+        self._replica = replica
+        replica.load(anchor)
+        hooks = Hooks(
+            next_batch=self._next_batch,
+            learning_rate=self._learning_rate,
+            on_failed=lambda error: _quietly(loop, self.failed.set),
+            on_bad=lambda count: _quietly(loop, on_bad, count),
+        )
+        self._trainer = Trainer(replica, hooks, self._limits)
+        self.follow(head)
+        self._trainer.start()
+
+    def follow(self, head: LogHead) -> None:
+        """Read for the round after ``head`` from now on, with the learning rate of its committed tokens."""
+        self._committed_tokens = head.total_tokens
+        self._reading = _Reading(head.round + 1, self._attempts)
+        if self._prefetching is None or self._prefetching.done():
+            self._prefetching = asyncio.get_running_loop().create_task(self._prefetch())
+
+    async def snapshot(self) -> tuple[Movement, int]:
+        """See `peer.rounds.exchange_parts.Trainer`."""
+        snapshot = await self.trainer.snapshot()
+        return snapshot.movement, snapshot.total_tokens
+
+    async def land(self, anchor: Float32, snapshot: Movement | None, round_number: int) -> None:
+        """See `peer.rounds.exchange_parts.Trainer`."""
+        replica = self._replica
+        if replica is None or snapshot is None:
+            await self.trainer.reset(anchor)
+        else:
+            await self.trainer.call(lambda: replica.land(anchor, snapshot))
+
+    async def evaluate(self, anchor: Float32) -> float:
+        """Mean loss of ``anchor`` (nats per token) on the run's held-out sequences; always the same ones."""
+        await self._reader.ensure_validation(VALIDATION_SEQUENCES)
+        batches = list(self._reader.validation_batches(VALIDATION_SEQUENCES, self._spec.inner.microbatch_sequences))
+        return await self.trainer.evaluate(anchor, batches)
+
+    async def stop(self, timeout_s: float) -> None:
+        if self._prefetching is not None:
+            self._prefetching.cancel()
+        if self._trainer is not None:
+            await self._trainer.stop(timeout_s)
+
+    def _next_batch(self, attempts: int) -> npt.NDArray[np.int64] | None:
+        """In the trainer's thread: the batch of this step, or None while its token shard is not here."""
+        self._attempts = attempts
+        reading = self._reading
+        if self._token_shard(reading.round) not in self._readable:
+            return None
+        chosen = assignment.reading(
+            self._spec.seed,
+            self._peer_key,
+            reading.round,
+            attempts - reading.first_step,
+            self._sequences,
+            self._spec.inner.microbatch_sequences,
+        )
+        return self._reader.batch(chosen)
+
+    def _learning_rate(self) -> float:
+        return schedule.learning_rate(self._spec.inner, self._committed_tokens, self._spec.total_tokens)
+
+    def _token_shard(self, round_number: int) -> int:
+        return assignment.token_shard_of(self._spec.seed, self._peer_key, round_number, self._sequences)
+
+    async def _prefetch(self) -> None:
+        """Make the token shard of this round readable, then that of the next; retried until it works."""
+        while True:
+            now = self._reading.round
+            shards = [self._token_shard(now), self._token_shard(now + 1)]
+            try:
+                for shard in dict.fromkeys(shards):
+                    await self._reader.ensure(shard)
+                    self._readable = (self._readable | {shard}) & set(shards)
+                    self.trainer.wake()
+            except (NetworkError, VerificationError) as error:
+                log.warning("token shard not yet here: %s", error)
+                await asyncio.sleep(RETRY_S)
+                continue
+            except SwarmError as error:  # a full disk, say: training cannot go on without the person
+                self.failure = error
+                self.failed.set()
+                return
+            if self._reading.round == now:
+                return
+
+
+def _quietly(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> None:
+    """Call on the event loop from the trainer's thread; a loop that has ended needs no news."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(function, *arguments)

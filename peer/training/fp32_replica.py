@@ -1,0 +1,208 @@
+"""The fp32 replica: a peer's own working copy of the weights, which moves away from the anchor step by step.
+
+The reference that `peer.training.int8_replica` is measured against, and what runs where a spec asks for it. Decides how
+one inner step is made (loss, clipping, when a step is skipped, what happens when memory runs out) and how weights go in
+and out as flat fp32 vectors on the host. Leaves the optimizer to `peer.training.inner_optimizer`, when steps are made
+to `peer.training.trainer`, and what vectors mean (anchor, movement) to the round. Not thread-safe: the trainer owns it.
+
+Shapes: B sequences of L tokens (each row holds one token more, the last target), V words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from peer.rounds.codec import Float32
+from peer.training.inner_optimizer import build_optimizer
+from peer.training.layout import Layout
+from peer.training.movement import Movement
+from swarm.errors import DataError, ResourceError, SwarmError
+from swarm.run_spec import Inner
+
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """One inner step. Where ``ok`` is false, loss or gradient were not finite and the weights did not change."""
+
+    loss: float  # nats per token
+    grad_norm: float  # before clipping
+    ok: bool
+    num_microbatches: int = 1
+    """more than one: their gradients were added up"""
+
+
+def check_batch(tokens: Tokens, vocab_size: int) -> None:
+    """Raises `DataError` unless ``tokens`` is int64 [B, L+1] and within the vocabulary."""
+    if tokens.ndim != 2 or tokens.dtype != np.int64 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise DataError(f"a batch is int64 of shape [B, L+1], not {tokens.dtype} of shape {tokens.shape}")
+    # On CUDA a token outside the embedding would end the process, not raise.
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise DataError(f"a batch holds a token outside the vocabulary of {vocab_size}")
+
+
+def views_of(layout: Layout, flat: Float32) -> list[torch.Tensor]:
+    """Every parameter within ``flat``, in order, as host tensors that share its memory (writable or copied)."""
+    if flat.dtype != np.float32:
+        raise SwarmError(f"weights are float32, not {flat.dtype}")
+    writable = flat if flat.flags.writeable else flat.copy()
+    return [torch.from_numpy(view) for view in layout.views(writable).values()]
+
+
+class Replica:
+    def __init__(self, model: torch.nn.Module, layout: Layout, inner: Inner, device: torch.device) -> None:
+        """``layout`` is the model's own, see `peer.training.model.layout_of`. The model moves to ``device``."""
+        self._layout, self._inner, self._device = layout, inner, device
+        try:
+            self._model = model.to(device).train()
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(f"the model does not fit into the memory of {device}", "use --device cpu") from error
+        named = dict(self._model.named_parameters())
+        if [(name, tuple(p.shape)) for name, p in named.items()] != [(e.name, e.shape) for e in layout.entries]:
+            raise SwarmError("the layout is not that of the model")
+        self._parameters = [named[entry.name] for entry in layout.entries]
+        config: Any = self._model.config
+        self._vocab_size: int = config.vocab_size
+        self._optimizer = build_optimizer(self._parameters, inner, device)
+        self._pieces = 1
+        self._anchor = self.read()
+
+    def load(self, anchor: Float32) -> None:
+        """Put the weights of ``anchor`` in; the optimizer's moments stay. Raises `SwarmError` for a wrong length."""
+        views = self._views(anchor)
+        with torch.no_grad():
+            for parameter, view in zip(self._parameters, views, strict=True):
+                parameter.copy_(view)
+        self._anchor = anchor.copy()
+
+    def reset(self, anchor: Float32) -> None:
+        """Start again from ``anchor`` with fresh moments: the way out of repeated bad steps."""
+        self.load(anchor)
+        self._optimizer = build_optimizer(self._parameters, self._inner, self._device)
+
+    def read(self) -> Float32:
+        """The weights now, as a fresh flat vector on the host."""
+        flat = np.empty(self._layout.num_values, np.float32)
+        with torch.no_grad():
+            for parameter, view in zip(self._parameters, self._views(flat), strict=True):
+                view.copy_(parameter)
+        return flat
+
+    def movement(self) -> Float32:
+        """What was learned since the anchor, as a fresh flat vector on the host."""
+        moved = self.read()
+        moved -= self._anchor
+        return moved
+
+    def land(self, new_anchor: Float32, snapshot: Movement) -> None:
+        """Weights = ``new_anchor`` + (movement now - ``snapshot``): what was learned since the snapshot stays."""
+        self._views(new_anchor)  # a wrong length is refused before anything changes
+        if len(snapshot) != len(new_anchor):
+            raise SwarmError("a snapshot of another length than the anchor")
+        weights = self.movement()
+        weights -= snapshot[:]
+        weights += new_anchor
+        self.load(weights)
+        self._anchor = new_anchor.copy()
+
+    def step(self, tokens: Tokens, learning_rate: float) -> StepResult:
+        """One inner step on ``tokens`` [B, L+1].
+
+        Raises `DataError` for tokens of a wrong shape or outside the vocabulary, and `ResourceError` where even half a
+        batch at a time does not fit into memory.
+        """
+        batch = self._batch(tokens)
+        loss = self._gradients(batch)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._inner.clip_norm))
+        ok = math.isfinite(loss) and math.isfinite(grad_norm)
+        if ok:
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss=loss, grad_norm=grad_norm, ok=ok)
+
+    def evaluate(self, anchor: Float32, batches: Iterable[Tokens]) -> float:
+        """Mean loss of ``anchor`` in nats per token; weights and optimizer stay exactly as they are.
+
+        Nobody may change ``anchor`` meanwhile: on the CPU it is used in place. Raises `DataError` where there are no
+        batches, and `ResourceError` where the memory has no room for a second set of weights.
+        """
+        total, num_tokens = 0.0, 0
+        try:
+            with self._holding(anchor), torch.no_grad():
+                for tokens in batches:
+                    batch = self._batch(tokens)
+                    total += self._loss(batch).item() * batch[:, 1:].numel()
+                    num_tokens += batch[:, 1:].numel()
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(f"an evaluation does not fit into the memory of {self._device}") from error
+        if num_tokens == 0:
+            raise DataError("there are no validation batches")
+        return total / num_tokens
+
+    @contextmanager
+    def _holding(self, anchor: Float32) -> Iterator[None]:
+        """The model computes with ``anchor``; its own weights are set aside, not copied, and put back afterwards."""
+        own = [parameter.data for parameter in self._parameters]
+        held = [view.to(self._device) for view in self._views(anchor)]
+        try:
+            for parameter, value in zip(self._parameters, held, strict=True):
+                parameter.data = value
+            self._model.eval()
+            yield
+        finally:
+            for parameter, value in zip(self._parameters, own, strict=True):
+                parameter.data = value
+            self._model.train()
+
+    def _gradients(self, batch_BL: torch.Tensor) -> float:
+        """Accumulate the gradient of the mean loss; when memory runs out, once more in two halves, and so from then."""
+        try:
+            return self._accumulate(batch_BL)
+        except torch.OutOfMemoryError as error:
+            if self._pieces > 1 or len(batch_BL) < 2:
+                raise ResourceError(
+                    f"an inner step does not fit into the memory of {self._device}",
+                    "close other programs that use the device, or use --device cpu",
+                ) from error
+        # Outside the handler, where the exception no longer keeps the failed step's tensors alive.
+        self._pieces = 2
+        return self._gradients(batch_BL)
+
+    def _accumulate(self, batch_BL: torch.Tensor) -> float:
+        self._optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for piece in batch_BL.chunk(self._pieces):
+            share = len(piece) / len(batch_BL)
+            loss = self._loss(piece) * share
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        return total
+
+    def _loss(self, batch_BL: torch.Tensor) -> torch.Tensor:
+        """Mean cross entropy of the next token, in nats."""
+        with self._precision():
+            logits_BLV = self._model(input_ids=batch_BL[:, :-1], use_cache=False).logits
+        return F.cross_entropy(logits_BLV.float().flatten(0, 1), batch_BL[:, 1:].flatten())
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        use_bf16 = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=use_bf16)
+
+    def _batch(self, tokens: Tokens) -> torch.Tensor:
+        check_batch(tokens, self._vocab_size)
+        return torch.from_numpy(np.array(tokens)).to(self._device)
+
+    def _views(self, flat: Float32) -> list[torch.Tensor]:
+        return views_of(self._layout, flat)
