@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+EXPLORE_PROFILE = "explore"
+settings.register_profile(EXPLORE_PROFILE, max_examples=10_000)
 
 MEMORY = Path("/dev/shm")
 

@@ -26,6 +26,19 @@ NUM_SLICES = 6
 BYTES_PER_SLICE = 4
 
 Event = Callable[[], list[Action]]
+TRAINED_TOKENS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What may happen next: an event of ``peer``, in one of its lives; with a ``sender`` it is a message."""
+
+    peer: Machine
+    life: int
+    event: Event
+    sender: bytes | None = None
+    kind: str = ""
+    """of the message: the name of its body"""
 
 
 @dataclass
@@ -62,8 +75,9 @@ class Machines:
             voters=tuple(peer.key for peer in self.peers[-voters:]),
             total_tokens=100,
         )
-        self.waiting: list[tuple[Machine, int, Event, bool]] = []
-        """(whose, in which of its lives, what, whether a network could lose or repeat it)"""
+        self.waiting: list[Waiting] = []
+        self.cut: set[tuple[bytes, bytes]] = set()
+        """(from, to): messages that a partition holds back, in one direction"""
         self.commits: set[bytes] = set()
         for peer in self.peers:
             self._start(peer)
@@ -98,53 +112,64 @@ class Machines:
         if peer.applied is None:
             self._start(peer)
 
-    def step(self, faults: bool) -> None:
-        """Let one thing happen: an event in any order, time passing, or a fault."""
-        roll = self.rng.random()
-        if faults and roll < 0.03:
-            self.crash(self.rng.choice(self.peers))
-        elif self.waiting and roll < 0.93:
-            peer, life, event, is_message = self.waiting.pop(self.rng.randrange(len(self.waiting)))
-            if faults and is_message and self.rng.random() < 0.1:
-                if self.rng.random() < 0.5:
-                    return  # lost
-                self.waiting.append((peer, life, event, True))  # repeated
-            self._happen(peer, life, event)
-        else:
-            self.now += self.rng.choice([0.1, 1.0, 7.0])
-            for peer in self.peers:
-                self._later(peer, lambda p=peer: self._machine(p).on_tick(self.now))
+    def deliver(self, index: int, faults: bool) -> None:
+        """Let what waits at ``index`` happen, unless a partition holds it back; a message may be lost or repeated."""
+        item = self.waiting[index]
+        if self._is_held(item):
+            return
+        del self.waiting[index]
+        if faults and item.sender is not None and self.rng.random() < 0.1:
+            if self.rng.random() < 0.5:
+                return  # lost
+            self.waiting.append(item)  # repeated
+        self._happen(item)
 
-    def chaos(self, steps: int) -> None:
-        """Faults in any order, until somebody has applied; then most of what is under way is lost."""
-        for _ in range(steps):
-            self.step(faults=True)
-            if self.commits and self.rng.random() < 0.5:
-                break
-        self.waiting = [item for item in self.waiting if not item[3] or self.rng.random() < 0.2]
+    def pass_time(self, elapsed_s: float) -> None:
+        """Later, everybody looks at the clock."""
+        self.now += elapsed_s
+        for peer in self.peers:
+            self._later(peer, lambda p=peer: self._machine(p).on_tick(self.now))
+
+    def separate(self, one: set[bytes], other: set[bytes]) -> None:
+        """From now on nothing that ``one`` says reaches ``other``."""
+        self.cut |= {(sender, target) for sender in one for target in other if sender != target}
+
+    def lose(self, share: float) -> None:
+        """``share`` of the messages under way, at random, never arrive."""
+        self.waiting = [item for item in self.waiting if item.sender is None or self.rng.random() >= share]
 
     def settle(self, at_most_s: float = 300.0, *, tell: bool = True) -> None:
         """No more faults: everything that is under way arrives, in any order, before time moves on.
 
         ``tell`` False: those who know the result keep it to themselves, and the others must come to the same.
         """
+        self.cut.clear()
         until = self.now + at_most_s
         while self.now < until and any(peer.applied is None for peer in self.peers):
-            batch, self.waiting = self.waiting, []
-            self.rng.shuffle(batch)
-            for peer, life, event, _ in batch:
-                self._happen(peer, life, event)
-            self.now += 0.2
-            for peer in self.peers:
-                self._later(peer, lambda p=peer: self._machine(p).on_tick(self.now))
+            self.go_on()
             if tell:
                 self._tell_who_is_behind()
 
-    def _happen(self, peer: Machine, life: int, event: Event) -> None:
-        if life != peer.life or peer.applied is not None:
+    def go_on(self) -> None:
+        """All that is under way and held back by no partition arrives, in any order; then time moves on a little."""
+        batch, self.waiting = self.waiting, []
+        self.rng.shuffle(batch)
+        for item in batch:
+            if self._is_held(item):
+                self.waiting.append(item)
+            else:
+                self._happen(item)
+        self.pass_time(0.2)
+
+    def _is_held(self, item: Waiting) -> bool:
+        return item.sender is not None and (item.sender, item.peer.key) in self.cut
+
+    def _happen(self, item: Waiting) -> None:
+        peer = item.peer
+        if item.life != peer.life or peer.applied is not None:
             return
         try:
-            actions = event()
+            actions = item.event()
         except SwarmError:
             return  # refused; the sender would be told
         for action in actions:
@@ -159,7 +184,7 @@ class Machines:
             self._later(peer, lambda: self._write(peer))
         elif isinstance(action, TakeSnapshot):
             encoded = [bytes([self.rng.randrange(256)]) * (p.num_slices * BYTES_PER_SLICE) for p in action.open.parts]
-            self._later(peer, lambda: machine.on_snapshot(action.ballot, 10, encoded, self.now))
+            self._later(peer, lambda: machine.on_snapshot(action.ballot, TRAINED_TOKENS, encoded, self.now))
         elif isinstance(action, Reduce):
             joined = b"".join(data for _, data in action.contributions)
             average = sha256(joined)[:1] * (action.num_slices * BYTES_PER_SLICE)
@@ -197,7 +222,7 @@ class Machines:
     def _send(self, sender: Machine, send: Send) -> None:
         target = next(peer for peer in self.peers if peer.key == send.to)
         arrival = lambda: self._machine(target).on_message(sender.key, send.message, self.now)  # noqa: E731
-        self.waiting.append((target, target.life, arrival, True))
+        self.waiting.append(Waiting(target, target.life, arrival, sender.key, send.message.WhichOneof("body") or ""))
 
     def _find(self, action: Fetch) -> bytes | None:
         for peer in self.peers:
@@ -208,7 +233,7 @@ class Machines:
         return None
 
     def _later(self, peer: Machine, event: Event) -> None:
-        self.waiting.append((peer, peer.life, event, False))
+        self.waiting.append(Waiting(peer, peer.life, event))
 
     def _machine(self, peer: Machine) -> RoundMachine:
         assert peer.machine is not None
