@@ -118,7 +118,9 @@ class Rounds(Section):
         None, ge=1, description="tokens of the first round; rounds grow from here to tokens_per_round"
     )
     growth_rounds: int = Field(0, ge=0, description="rounds over which their length grows")
-    wire_codec: Literal["int8"] = Field("int8", description="how averages travel: int8 (block-wise, 8 bits a value)")
+    wire_codec: Literal["int8", "int4", "int2"] = Field(
+        "int8", description="how averages travel, block-wise: int8 (8.1 bits a value), int4 (4.3) or int2 (2.3)"
+    )
     reduce_timeout_s: float = Field(
         30.0, gt=0, le=3600, description="seconds that a reducer waits for contributions of a round"
     )

@@ -1,160 +1,86 @@
-"""Wire codecs: fp32 vectors to few bytes and back, as pure function pairs.
+"""The wire codecs: fp32 vectors to few bytes and back, as pure function pairs.
 
-Decides the bytes of each codec, what decoding refuses, and the error bound. Leaves error feedback, weights and what is
-sent to whom to the round. Only block-wise codecs: one outlier spoils its own block, not the vector.
+Decides which codecs there are. Each has its own module, which says its bytes, its error bound and what it refuses;
+`peer.rounds.codec_blocks` has what the dense ones share. Leaves error feedback, weights and what is sent to whom to the
+round. One outlier spoils its own block or chunk, never the vector.
 
-``int8``: blocks of 256 values (the last may be shorter), each with one fp32 scale = max|x| / 127.
+    int8    8.125 bits a value     blocks of 256, one scale
+    int4    4.25                   blocks of 64, one scale
+    int2    2.25                   blocks of 128, two magnitudes
+    topk    0.227                  64 of each 4096 values, two magnitudes
 
-    scales   num_blocks x fp32, little endian
-    codes    num_values x int8, from -127 to 127
-
-    encode   code = round_half_even(x / scale)          decode   x = code * scale
-
-The scale is fp32: fp16 would save 0.8 % of the bytes, and its range ends at 6e-8, above what pseudo-gradients can be.
-Every value is within ``scale * (0.5 + 2**-16)`` of what was encoded (a half step, and the rounding of the division).
-A block whose scale would be below the smallest normal fp32 number (values under 1.5e-36) is written as zeros, and a
-decoder refuses such scales: so decoding never meets a subnormal number, which some processors flush to zero, and is
-one IEEE multiplication of normal numbers: the same bits on every machine.
+Rules of all: what is encoded must be finite; decoding multiplies by, or selects, numbers that are zero or normal, so
+its bits are the same on every machine; bytes that no encoder writes are refused when they arrive.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from peer.rounds import codec_int8, codec_topk
+from peer.rounds.codec_blocks import Float32
+from peer.rounds.codec_int2 import INT2
+from peer.rounds.codec_int4 import INT4
 
-from swarm.errors import ProtocolError, SwarmError
-
-Float32 = npt.NDArray[np.float32]
-
-BLOCK_VALUES = 256
-SCALE_BYTES = 4
-MAX_CODE = 127
-SMALLEST_SCALE = np.finfo(np.float32).tiny
-# One step below the quotient, which is rounded up: 127 times it would overflow.
-LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(MAX_CODE), np.float32(0))
-# Blocks that are worked on at once: 64 Ki values stay in a core's second-level cache.
-TILE_BLOCKS = 256
+__all__ = ["CODECS", "Codec", "Float32"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codec:
-    """A pure pair. ``decode(encode(x), len(x))`` has the codec's error bound, given in its module or function."""
+    """A pure pair. ``decode(encode(x), len(x))`` has the error bound that the codec's module states."""
 
     name: str
     block_values: int
+    """values that are encoded together: vectors are cut at multiples of it, or bytes change"""
+    sparse: bool
+    """most values are not sent at all: for contributions, never for averages"""
     encode: Callable[[Float32], bytes]
+    """raises `SwarmError` where a value is not finite"""
     decode: Callable[[bytes | memoryview, int], Float32]
+    """(data, num_values); raises `ProtocolError` for bytes that no encoder writes"""
     check: Callable[[bytes | memoryview, int], None]
     """raises what `decode` would raise, at a fraction of its cost"""
     encoded_size: Callable[[int], int]
-
-
-def encoded_size(num_values: int) -> int:
-    """Bytes of ``num_values`` values in ``int8``."""
-    return SCALE_BYTES * _num_blocks(num_values) + num_values
-
-
-def encode(values: Float32) -> bytes:
-    """``values`` (float32, one dimension) in ``int8``. Raises `SwarmError` where a value is not finite."""
-    if values.ndim != 1 or values.dtype != np.float32:
-        raise SwarmError(f"the codec takes one float32 vector, not {values.dtype} of shape {values.shape}")
-    num_values, num_blocks = len(values), _num_blocks(len(values))
-    # uint8, as the buffer is bytes in the end: scales in front, codes behind.
-    encoded = np.empty(encoded_size(num_values), np.uint8)
-    scales = encoded[: SCALE_BYTES * num_blocks].view("<f4")
-    codes = encoded[SCALE_BYTES * num_blocks :].view(np.int8)
-    whole = num_values // BLOCK_VALUES
-    for first in range(0, whole, TILE_BLOCKS):
-        last = min(first + TILE_BLOCKS, whole)
-        span = slice(first * BLOCK_VALUES, last * BLOCK_VALUES)
-        scales[first:last], tile = _encode_blocks(values[span].reshape(-1, BLOCK_VALUES))
-        codes[span] = tile.reshape(-1)
-    if whole < num_blocks:
-        span = slice(whole * BLOCK_VALUES, num_values)
-        scales[whole:], tile = _encode_blocks(values[span].reshape(1, -1))
-        codes[span] = tile.reshape(-1)
-    return encoded.tobytes()
-
-
-def decode(data: bytes | memoryview, num_values: int) -> Float32:
-    """The float32 vector of ``num_values`` values in ``data``.
-
-    Raises `ProtocolError` for bytes that no encoder writes: another size, a scale that is negative, subnormal, not
-    finite or too large for its codes, or a code of -128.
-    """
-    num_blocks = _num_blocks(num_values)
-    scales, codes = _checked(data, num_values)
-    decoded = np.empty(num_values, np.float32)
-    whole = num_values // BLOCK_VALUES
-    for first in range(0, whole, TILE_BLOCKS):
-        last = min(first + TILE_BLOCKS, whole)
-        span = slice(first * BLOCK_VALUES, last * BLOCK_VALUES)
-        tile = decoded[span].reshape(-1, BLOCK_VALUES)
-        tile[:] = codes[span].reshape(-1, BLOCK_VALUES)
-        np.multiply(tile, scales[first:last, None], out=tile)
-    if whole < num_blocks:
-        rest = slice(whole * BLOCK_VALUES, num_values)
-        decoded[rest] = codes[rest]
-        np.multiply(decoded[rest], scales[whole], out=decoded[rest])
-    return decoded
-
-
-def check(data: bytes | memoryview, num_values: int) -> None:
-    """Raise what `decode` would raise; decode nothing."""
-    _checked(data, num_values)
-
-
-def _checked(data: bytes | memoryview, num_values: int) -> tuple[Float32, npt.NDArray[np.int8]]:
-    """(scales, codes) of ``data``, as views."""
-    if num_values < 0 or len(data) != encoded_size(num_values):
-        raise ProtocolError(f"{len(data)} bytes do not hold {num_values} values in the codec int8")
-    num_blocks = _num_blocks(num_values)
-    scales = np.frombuffer(data, "<f4", num_blocks).astype(np.float32, copy=False)
-    codes = np.frombuffer(data, np.int8, num_values, SCALE_BYTES * num_blocks)
-    _check_scales(scales)
-    if num_values and codes.min() < -MAX_CODE:
-        raise ProtocolError("encoded values hold a code that no encoder writes")
-    return scales, codes
-
-
-def _num_blocks(num_values: int) -> int:
-    return -(-num_values // BLOCK_VALUES)
-
-
-def _encode_blocks(blocks_BV: Float32) -> tuple[Float32, Float32]:
-    """(scales of B blocks, codes as whole float32 numbers of shape [B, V])."""
-    work_BV = np.abs(blocks_BV)
-    largest_B = work_BV.max(axis=1)  # NaN wins every maximum, so this one check sees every value
-    if not np.isfinite(largest_B).all():
-        raise SwarmError(
-            "values to be sent are not finite numbers", "training diverged here; leave, and join again with the anchor"
-        )
-    scales_B = np.minimum(largest_B / np.float32(MAX_CODE), LARGEST_SCALE)
-    empty_B = scales_B < SMALLEST_SCALE
-    divisors_B = np.where(empty_B, np.float32(1), scales_B)
-    np.divide(blocks_BV, divisors_B[:, None], out=work_BV)
-    np.rint(work_BV, out=work_BV)
-    scales_B[empty_B] = 0
-    return scales_B, work_BV
-
-
-def _check_scales(scales: npt.NDArray[Any]) -> None:
-    fits = (scales >= SMALLEST_SCALE) & (scales <= LARGEST_SCALE)  # false for NaN
-    if not (fits | (scales.view(np.uint32) == 0)).all():
-        raise ProtocolError("encoded values hold a scale that no encoder writes")
+    """bytes of so many values"""
 
 
 CODECS: dict[str, Codec] = {
     "int8": Codec(
         name="int8",
-        block_values=BLOCK_VALUES,
-        encode=encode,
-        decode=decode,
-        check=check,
-        encoded_size=encoded_size,
+        block_values=codec_int8.BLOCK_VALUES,
+        sparse=False,
+        encode=codec_int8.encode,
+        decode=codec_int8.decode,
+        check=codec_int8.check,
+        encoded_size=codec_int8.encoded_size,
+    ),
+    "int4": Codec(
+        name="int4",
+        block_values=INT4.block_values,
+        sparse=False,
+        encode=INT4.encode,
+        decode=INT4.decode,
+        check=INT4.check,
+        encoded_size=INT4.encoded_size,
+    ),
+    "int2": Codec(
+        name="int2",
+        block_values=INT2.block_values,
+        sparse=False,
+        encode=INT2.encode,
+        decode=INT2.decode,
+        check=INT2.check,
+        encoded_size=INT2.encoded_size,
+    ),
+    "topk": Codec(
+        name="topk",
+        block_values=codec_topk.CHUNK_VALUES,
+        sparse=True,
+        encode=codec_topk.encode,
+        decode=codec_topk.decode,
+        check=codec_topk.check,
+        encoded_size=codec_topk.encoded_size,
     ),
 }
+"""densest first"""
