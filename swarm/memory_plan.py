@@ -29,6 +29,9 @@ MIN_8BIT_MOMENT_VALUES = 4096
 # A larger int8 matrix is worked on in row tiles of so many values (peer.training.int8_matrix).
 WHOLE_VALUES = 1 << 22
 TILE_VALUES = 1 << 19
+# Values that are updated at once, and the fp32 and index vectors that exist of each meanwhile.
+UPDATE_VALUES = {"cpu": 1 << 17, "cuda": 1 << 20, "mps": 1 << 20}
+UPDATE_BYTES = 20
 # Logits that an 8-bit replica has at once (peer.training.int8_modules).
 LOGIT_VALUES = {"cpu": 1 << 24, "cuda": 1 << 26, "mps": 1 << 26}
 
@@ -164,32 +167,36 @@ def _int8_device(
         "small vectors": 3 * FP32_BYTES * small,  # with their moments
     }
     compute = numbers.activations.compute_bytes
-    waiting = BF16_BYTES * values if working.microbatches > 1 else 0
+    head = numbers.vocab * numbers.hidden
+    all_wait = working.microbatches > 1
+    waiting = BF16_BYTES * (values if all_wait else head if numbers.is_tied else 0)
     layer_matrices = [
         math.prod(shape) for layer in numbers.layers[span.first : span.last] for shape in layer if len(shape) > 1
     ]
     largest = max(layer_matrices, default=0)
     whole_fits = largest <= WHOLE_VALUES
     kept = activation_bytes(numbers, span, checkpointing=working.checkpointing)
-    gradient = (compute if whole_fits else BF16_BYTES) * largest if not waiting else compute * min(largest, TILE_VALUES)
+    gradient = (compute if whole_fits else BF16_BYTES) * largest
+    if all_wait:
+        gradient = compute * min(largest, TILE_VALUES)
+    dequantised = compute * (largest if whole_fits else 2 * TILE_VALUES)
+    update = UPDATE_BYTES * min(largest, UPDATE_VALUES[working.device])
     phases = {
         "backward": {
             "activations": kept,
-            "scratch": numbers.activations.scratch,
+            # A matrix is updated when it has passed its gradient on, so the two are not there together.
+            "scratch": max(update, dequantised + numbers.activations.scratch),
             "waiting gradients": waiting,
             "largest gradient": gradient,
-            "dequantised tile": compute * (largest if whole_fits else 2 * TILE_VALUES),
             "gradients of small vectors": FP32_BYTES * small,
         }
     }
     if span.has_head:
         rows = min(numbers.activations.tokens, max(1, LOGIT_VALUES[working.device] // numbers.vocab))
-        head = numbers.vocab * numbers.hidden
         phases["loss"] = {
             "activations": kept,
-            "waiting gradients": waiting,
+            "waiting gradients": BF16_BYTES * (values if all_wait else head),
             "logits tile": FP32_BYTES * rows * numbers.vocab,
-            "gradient of the head": 0 if waiting else BF16_BYTES * head,
             "gradient of hidden states": 2 * FP32_BYTES * numbers.activations.tokens * numbers.hidden,
             "dequantised tile": 2 * FP32_BYTES * min(head, TILE_VALUES),
         }

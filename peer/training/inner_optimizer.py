@@ -4,6 +4,10 @@ Decides which implementation runs where and that weight decay is for matrices on
 norms). `build_optimizer` works on whole parameters, `Moments` on one matrix, a piece at a time. Leaves learning rates
 to `swarm.schedule` and clipping to the replica. Moments are a peer's own affair: replicas of one run may differ in
 them, so a device without 8-bit kernels (Apple MPS) keeps 32-bit moments instead.
+
+On the CPU the arithmetic is torch's and 8-bit moments are encoded here, by a look-up; bitsandbytes gives the meaning of
+codes and decodes them. Its own encoder there takes longer than all else in an update, and gives small numbers codes up
+to seven from the nearest.
 """
 
 from __future__ import annotations
@@ -18,12 +22,17 @@ from typing import Any
 
 import torch
 
+from peer.training import quantized
 from swarm.run_spec import Inner
 
 EPSILON = 1e-8
 DEVICES_WITHOUT_8BIT = ("mps",)
 # bitsandbytes' block of an 8-bit moment; fixed in its kernels.
 MOMENT_BLOCK = 256
+# A moment is rounded to fp16 before its code is looked up, by at most 2**-11 of it; codes are 0.014 apart, or more. Its
+# block's largest value becomes this, so that the smallest code (3e-7) is far above what fp16 rounds more coarsely.
+LARGEST_HALF = 2.0**15
+SMALLEST_BLOCK = torch.finfo(torch.float32).tiny * LARGEST_HALF
 
 
 def build_optimizer(
@@ -84,25 +93,60 @@ class Moments:
 
         ``first`` is a multiple of 256.
         """
-        inner, span = update.inner, slice(first, first + len(weights))
+        span = slice(first, first + len(weights))
         m, v = (state[span] for state in self._states)
-        if self.in_8_bits:
-            blocks = slice(first // MOMENT_BLOCK, -(-span.stop // MOMENT_BLOCK))
-            largest_m, largest_v = (largest[blocks] for largest in self._largest)
-            signed, unsigned = _code_maps(weights.device)
-            _bitsandbytes().functional.optimizer_update_8bit_blockwise(
+        if not self.in_8_bits:
+            _adamw_(weights, gradient, m, v, update)
+            return
+        blocks = slice(first // MOMENT_BLOCK, -(-span.stop // MOMENT_BLOCK))
+        largest_m, largest_v = (largest[blocks] for largest in self._largest)
+        signed, unsigned = _code_maps(weights.device)
+        functional, inner = _bitsandbytes().functional, update.inner
+        if weights.device.type != "cpu":
+            functional.optimizer_update_8bit_blockwise(
                 *("adam", gradient, weights, m, v, inner.beta1, inner.beta2, 0.0, 0.0, EPSILON),
                 *(update.step, update.learning_rate, signed, unsigned, largest_m, largest_v),
                 weight_decay=inner.weight_decay,
                 gnorm_scale=update.gradient_scale,
             )
             return
-        gradient = gradient * update.gradient_scale
-        m.lerp_(gradient, 1 - inner.beta1)
-        v.mul_(inner.beta2).addcmul_(gradient, gradient, value=1 - inner.beta2)
-        denominator = v.sqrt().div_(math.sqrt(1 - inner.beta2**update.step)).add_(EPSILON)
-        weights.mul_(1 - update.learning_rate * inner.weight_decay)
-        weights.addcdiv_(m, denominator, value=-update.learning_rate / (1 - inner.beta1**update.step))
+        decode = functools.partial(functional.dequantize_blockwise, blocksize=MOMENT_BLOCK)
+        m_now, v_now = decode(m, absmax=largest_m, code=signed), decode(v, absmax=largest_v, code=unsigned)
+        _adamw_(weights, gradient, m_now, v_now, update)
+        _encode(m_now, m, largest_m, _codes_of_halves(signed=True))
+        _encode(v_now, v, largest_v, _codes_of_halves(signed=False))
+
+
+def _adamw_(weights: torch.Tensor, gradient: torch.Tensor, m: torch.Tensor, v: torch.Tensor, update: Update) -> None:
+    """The plain rule in fp32, all in place but for ``gradient``."""
+    inner = update.inner
+    gradient = gradient * update.gradient_scale
+    m.lerp_(gradient, 1 - inner.beta1)
+    v.mul_(inner.beta2).addcmul_(gradient, gradient, value=1 - inner.beta2)
+    # Both corrections for the zeros that moments begin with are numbers of the whole step: one factor, and epsilon's.
+    correction = math.sqrt(1 - inner.beta2**update.step)
+    denominator = torch.sqrt(v, out=gradient).add_(EPSILON * correction)
+    weights.mul_(1 - update.learning_rate * inner.weight_decay)
+    weights.addcdiv_(m, denominator, value=-update.learning_rate * correction / (1 - inner.beta1**update.step))
+
+
+def _encode(values: torch.Tensor, codes: torch.Tensor, largest: torch.Tensor, codes_of_halves: torch.Tensor) -> None:
+    """Write ``values`` (fp32 [n], destroyed) as ``codes`` (uint8 [n]) and ``largest`` (fp32 [blocks])."""
+    largest.copy_(quantized.largest_of_blocks(values))
+    # A block so small that its factor would not be finite becomes zeros.
+    factors = (LARGEST_HALF / largest).masked_fill_(largest < SMALLEST_BLOCK, 0.0)
+    quantized.scale_blocks_(values, factors)
+    places = values.to(torch.float16).view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+    torch.index_select(codes_of_halves, 0, places, out=codes)
+
+
+@functools.cache
+def _codes_of_halves(*, signed: bool) -> torch.Tensor:
+    """The nearest code of x for each of the 2**16 numbers ``LARGEST_HALF * x`` in fp16, by its bits."""
+    values = _code_maps(torch.device("cpu"))[0 if signed else 1]
+    halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    between = (values[1:] + values[:-1]) / 2
+    return torch.bucketize(halves.float() / LARGEST_HALF, between).to(torch.uint8)
 
 
 @functools.cache

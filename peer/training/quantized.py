@@ -6,9 +6,11 @@ has its own format, `peer.rounds.codec`: its bytes must be the same on every mac
 
 A block is 256 values (the last may be shorter); its scale is max|x| / 127, a value is ``code * scale``.
 Stochastic rounding takes the code below or above with probabilities that make the mean right: the expected value
-differs from what was quantised by at most ``scale * 2**-14`` (the rounding of a quotient up to 127 in fp32, and 24
+differs from what was quantised by at most ``scale * 2**-14`` (the rounding of a quotient up to 127 in fp32, and 15
 random bits). int8 weights need it: an inner step is often smaller than half a code, and rounding to the nearest would
 drop it every time.
+The noise that is added before rounding is one of 2**15 odd multiples of 2**-16 between -1/2 and 1/2, as likely as its
+negative; it never reaches 1/2, so a value that was a code already keeps it.
 A block whose scale would be below the smallest normal number (values under 1.5e-36) becomes zeros.
 """
 
@@ -39,7 +41,7 @@ def quantise_(
     """
     if values.dtype != torch.float32 or values.shape != codes.shape or len(scales) != num_blocks(len(values)):
         raise SwarmError("quantise takes one float32 vector, as many int8 codes, and a scale per block")
-    largest = _largest(values)
+    largest = largest_of_blocks(values)
     # NaN and infinity both survive a maximum of magnitudes.
     if not bool(torch.isfinite(largest).all()):
         raise SwarmError("a weight is not finite and cannot be quantised")
@@ -47,11 +49,11 @@ def quantise_(
     largest.masked_fill_(largest < SMALLEST_SCALE, 0.0)
     scales.copy_(largest)
     # Where the scale is 0 the factor must be 0 too, not infinite.
-    _scale_(values, largest.reciprocal_().masked_fill_(scales == 0, 0.0))
+    scale_blocks_(values, largest.reciprocal_().masked_fill_(scales == 0, 0.0))
     if generator is None:
         values.round_()
     else:
-        values.add_(torch.rand(values.shape, generator=generator, device=values.device)).floor_()
+        values.add_(_odd_numbers(values, generator).to(torch.float32), alpha=2**-16).round_()
     codes.copy_(values.clamp_(-MAX_CODE, MAX_CODE))
 
 
@@ -59,7 +61,7 @@ def dequantise(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = t
     """``code * scale`` in fp32, then rounded to ``dtype``: a fresh vector [n] on the same device."""
     if codes.device.type == "cpu":  # in two passes: a product of two types makes copies of both there
         values = codes.to(torch.float32)
-        _scale_(values, scales)
+        scale_blocks_(values, scales)
         return values if dtype == torch.float32 else values.to(dtype)
     values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     whole = len(codes) // BLOCK_VALUES
@@ -71,7 +73,13 @@ def dequantise(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = t
     return values
 
 
-def _largest(values: torch.Tensor) -> torch.Tensor:
+def _odd_numbers(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """As many odd int16, each of the 2**15 equally likely. One draw of 64 bits makes four: drawing is what costs."""
+    draws = torch.empty(-(-len(values) // 4), dtype=torch.int64, device=values.device)
+    return draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: len(values)].bitwise_or_(1)
+
+
+def largest_of_blocks(values: torch.Tensor) -> torch.Tensor:
     """max|x| of every block."""
     whole = len(values) // BLOCK_VALUES
     end = whole * BLOCK_VALUES
@@ -82,7 +90,7 @@ def _largest(values: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts) if parts else values.new_zeros(0)
 
 
-def _scale_(values: torch.Tensor, factors: torch.Tensor) -> None:
+def scale_blocks_(values: torch.Tensor, factors: torch.Tensor) -> None:
     """Multiply every block by its factor, in place."""
     whole = len(values) // BLOCK_VALUES
     end = whole * BLOCK_VALUES

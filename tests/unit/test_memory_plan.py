@@ -31,6 +31,7 @@ from tests.unit.small_models import LENGTH, NUM_LAYERS, VOCAB, small_config, sma
 
 BATCH = 4
 TOLERANCE = 0.10
+MANY_WORDS = 8000
 # Wide enough that matrices are most of the model, as they are where memory matters.
 WIDE: dict[str, dict[str, Any]] = {
     "gpt_neo": {"hidden_size": 128},
@@ -98,18 +99,27 @@ WAYS = [
     ("int8, 32-bit moments", Working(moments="32bit")),
 ]
 CASES = [
-    pytest.param(family, working, id=f"{family}: {name}")
+    pytest.param(family, working, None, id=f"{family}: {name}")
     for family in FAMILIES
     for name, working in WAYS
     if working.moments == "8bit" or family == "llama"
 ]
+# With many words the head's gradient is what matters: before the layers' where it has a matrix of its own, beside them
+# where it waits for the embedding's.
+CASES += [
+    pytest.param("llama", Working(), tied, id=f"llama: many words, {'tied' if tied else 'untied'}")
+    for tied in (False, True)
+]
 
 
-@pytest.mark.parametrize(("family", "working"), CASES)
-def test_a_replica_takes_what_the_plan_says(family: str, working: Working) -> None:
+@pytest.mark.parametrize(("family", "working", "many_words_tied"), CASES)
+def test_a_replica_takes_what_the_plan_says(family: str, working: Working, many_words_tied: bool | None) -> None:
     """On the device between steps and at the peak of a step, and on the host."""
     config = small_config(family, **WIDE[family])
-    planned = plan(numbers_of(family), whole(NUM_LAYERS), working)
+    if many_words_tied is not None:
+        config = model.build_config(small_spec(family, tied=many_words_tied, **WIDE[family]), MANY_WORDS)
+    numbers = model.measure(config, batch=BATCH, sequence=LENGTH, in_bf16=False)
+    planned = plan(numbers, whole(NUM_LAYERS), working)
     inner = Inner(
         weights=working.weights,
         optimizer="adamw8bit" if working.moments == "8bit" else "adamw",
@@ -144,6 +154,8 @@ def host_bytes(replica: Any) -> int:
 def test_the_plan_knows_how_the_8_bit_replica_works() -> None:
     assert memory_plan.BLOCK_VALUES == quantized.BLOCK_VALUES == MOMENT_BLOCK
     assert (memory_plan.WHOLE_VALUES, memory_plan.TILE_VALUES) == (int8_matrix.WHOLE_VALUES, int8_matrix.TILE_VALUES)
+    for device, values in memory_plan.UPDATE_VALUES.items():
+        assert values == int8_matrix.UPDATE_VALUES.get(device, int8_matrix.UPDATE_VALUES_ELSEWHERE)
     for device, values in memory_plan.LOGIT_VALUES.items():
         assert values == int8_modules.LOGIT_VALUES.get(device, int8_modules.LOGIT_VALUES_ELSEWHERE)
 

@@ -125,6 +125,13 @@ def test_nearest_rounding_would_fail_that_test_and_drops_small_steps() -> None:
     assert set(quantised(values, seed=0)[0][1:].tolist()) == {10, 11}
 
 
+def test_what_was_a_code_is_kept_by_stochastic_rounding_too() -> None:
+    """Every noise is drawn about 32 times: one that reached half a code would move some of them."""
+    values = np.random.default_rng(2).standard_normal(1 << 20).astype(np.float32)
+    codes, scales = quantised(values, seed=4)
+    assert torch.equal(quantised(dequantise(codes, scales).numpy(), seed=5)[0], codes)
+
+
 def test_the_same_seed_rounds_alike_and_another_does_not() -> None:
     values = np.random.default_rng(1).standard_normal(1000).astype(np.float32)
     assert torch.equal(quantised(values, 5)[0], quantised(values, 5)[0])
