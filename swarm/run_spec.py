@@ -15,6 +15,7 @@ import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -26,6 +27,7 @@ from pydantic import (
 
 from swarm.digest import sha256
 from swarm.errors import SpecError
+from swarm.families import FAMILIES, family_of
 from swarm.identity import verify
 from swarm.invite import RUN_ID_BYTES
 from swarm.proto.common_pb2 import Signed
@@ -35,7 +37,6 @@ MAX_SPEC_BYTES = 256 * 1024
 MAX_CONFIG_KEYS = 256
 MAX_CONFIG_DEPTH = 4
 MAX_PROBLEMS_TOLD = 5
-FAMILIES = ("gpt_neo", "gptj", "gpt_neox", "bloom", "llama", "mistral")
 
 Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -62,13 +63,20 @@ def _is_plain(value: Any, depth: int) -> bool:
     return value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
 
 
+def _known_family(name: str) -> str:
+    try:
+        family_of(name)
+    except SpecError as error:
+        raise ValueError(f"{error}; {error.advice}") from error
+    return name
+
+
+FamilyName = Annotated[str, AfterValidator(_known_family)]
 ModelConfig = Annotated[dict[str, bool | int | float | str | list[Any] | None], PlainValidator(_plain_values)]
 
 
 class Model(Section):
-    family: Literal["gpt_neo", "gptj", "gpt_neox", "bloom", "llama", "mistral"] = Field(
-        description="gpt_neo, gptj, gpt_neox, bloom, llama or mistral"
-    )
+    family: FamilyName = Field(description=", ".join(FAMILIES))
     config: ModelConfig = Field(
         default_factory=dict, description="keys of the family's Hugging Face config; vocab_size comes from the data"
     )

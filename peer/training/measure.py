@@ -17,8 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peer.training.families import Family
 from peer.training.span import materialise
+from swarm.families import Family
 from swarm.memory_plan import Activations, ModelNumbers
 
 

@@ -2,7 +2,7 @@
 
 Decides which config keys of each family a spec may set, what is fixed for every run (no dropout; special tokens only
 where the spec names them; embedding and head untied where there is more than one shard), and what a checkpoint's
-``config.json`` holds. Leaves cutting to `peer.training.span`, families to `peer.training.families`, parameters as a
+``config.json`` holds. Leaves cutting to `peer.training.span`, families to `swarm.families`, parameters as a
 vector to `peer.training.layout`, training to `peer.training.fp32_replica`, files to `peer.checkpoints.checkpoint` and
 `peer.training.pretrained`. Code from outside is never loaded.
 """
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peer.rounds.codec import Float32
-from peer.training.families import family_of
 from peer.training.layout import Layout
 from swarm.errors import SpecError, SwarmError
+from swarm.families import family_of
 from swarm.memory_plan import ModelNumbers
 from swarm.run_file import RunFile
 from swarm.run_spec import RunSpec

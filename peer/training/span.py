@@ -3,7 +3,7 @@
 Decides what a span keeps (its layers under the whole model's names; embedding and what belongs to it only in the first,
 norm and head only in the last), how it is called (tokens or hidden states in, hidden states or logits out) and where
 random weights come from. Leaves configs and the choice of the model's class to `peer.training.model`, where parts live
-to `peer.training.families`. The family's own forward runs unchanged: it computes positions, rotary angles, ALiBi and
+to `swarm.families`. The family's own forward runs unchanged: it computes positions, rotary angles, ALiBi and
 masks from the shape of its input alone, so they are the same for each layer of every span; parts that a span lacks pass
 through what they are given.
 
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from peer.training.families import Family
 from swarm.digest import sha256
 from swarm.errors import SwarmError
+from swarm.families import Family
 from swarm.sharding import Span
 
 CPU = torch.device("cpu")

@@ -60,7 +60,7 @@ def small_spec(family: str, *, tied: bool = False, **changes: Any) -> RunSpec:
         total_tokens=1000,
         organizer_key=HEX,
         publication_key=HEX,
-        model=Model(family=family, config=config),  # type: ignore[arg-type]
+        model=Model(family=family, config=config),
         data=Data(manifest_digest=HEX, tokenizer_digest=HEX, sequence_length=LENGTH),
     )
 

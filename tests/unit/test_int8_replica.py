@@ -16,7 +16,8 @@ from peer.training.int8_matrix import Int8Matrix
 from peer.training.int8_replica import Int8Replica
 from peer.training.layout import Layout
 from swarm.errors import DataError, ResourceError, SwarmError
-from swarm.run_spec import FAMILIES, Inner
+from swarm.families import FAMILIES
+from swarm.run_spec import Inner
 
 VOCAB = 96
 CPU = torch.device("cpu")

@@ -21,10 +21,11 @@ from peer.training.int8_replica import Int8Replica
 from peer.training.span import forward, initial_values, materialise
 from swarm import memory_plan
 from swarm.errors import ResourceError, SwarmError
+from swarm.families import FAMILIES
 from swarm.fitting import GIB, Room, choose, fits, largest_span
 from swarm.memory_plan import ModelNumbers, Working, plan
 from swarm.proto.round_pb2 import OpenRound, Part
-from swarm.run_spec import FAMILIES, Inner
+from swarm.run_spec import Inner
 from swarm.sharding import from_sizes, spans, split, whole
 from tests.unit.live_bytes import LiveBytes, bytes_of
 from tests.unit.small_models import LENGTH, NUM_LAYERS, VOCAB, small_config, small_spec

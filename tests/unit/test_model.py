@@ -13,7 +13,8 @@ import torch
 from peer.training import device, model
 from peer.training.layout import Layout
 from swarm.errors import DeviceError, SpecError, SwarmError
-from swarm.run_spec import FAMILIES, Data, Model, RunSpec
+from swarm.families import FAMILIES
+from swarm.run_spec import Data, Model, RunSpec
 
 VOCAB = 61
 HEX = "00" * 32
@@ -39,7 +40,7 @@ def spec(family: str = "llama", sequence_length: int = 16, **changes: Any) -> Ru
         total_tokens=1000,
         organizer_key=HEX,
         publication_key=HEX,
-        model=Model(family=family, config={**SMALL[family], **changes}),  # type: ignore[arg-type]
+        model=Model(family=family, config={**SMALL[family], **changes}),
         data=Data(manifest_digest=HEX, tokenizer_digest=HEX, sequence_length=sequence_length),
     )
 

@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peer.training import model
-from peer.training.families import family_of
 from peer.training.span import forward, materialise
 from swarm.errors import DataError
-from swarm.run_spec import FAMILIES
+from swarm.families import FAMILIES, family_of
 from swarm.sharding import from_sizes
 from tests.unit.small_models import LENGTH, NUM_LAYERS, VOCAB, small_config
 

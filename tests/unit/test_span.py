@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from peer.training import model
-from peer.training.families import family_of
 from peer.training.span import forward, initial_values, materialise
 from swarm.errors import SwarmError
-from swarm.run_spec import FAMILIES
+from swarm.families import FAMILIES, family_of
 from swarm.sharding import Span, from_sizes, whole
 from tests.unit.small_models import LENGTH, NUM_LAYERS, VOCAB, WINDOW, small_config, small_spec
 

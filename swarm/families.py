@@ -1,8 +1,9 @@
 """The model families: where each keeps the parts that a span may own or lack.
 
-One table; adding a family is one entry here (and its name in `swarm.run_spec.FAMILIES`, which signs it). Decides
-nothing else: `peer.training.span` cuts by it, `peer.training.pretrained` reads files by it, `peer.training.model` asks
-transformers for the rest. Names are attributes of the family's causal language model in transformers 5.
+One table; adding a family is one entry here. A run spec may name what is in it, `peer.training.span` cuts by it,
+`peer.training.pretrained` reads files by it, `peer.training.model` asks transformers for the rest; the tests want a
+small config of it in ``tests/unit/small_models.py``. Keys are transformers' model types, names are attributes of the
+family's causal language model in transformers 5.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ TABLE: dict[str, Family] = {
     "mistral": Family(base="model", embedding="embed_tokens", layers="layers", norm="norm", rotary="rotary_emb"),
 }
 
+FAMILIES = tuple(TABLE)
+
 
 def family_of(name: str) -> Family:
     """The family called ``name``. Raises `SpecError` with the near name, and all known ones as advice."""
@@ -70,5 +73,8 @@ def family_of(name: str) -> Family:
     if family is None:
         near = difflib.get_close_matches(name, TABLE, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise SpecError(f"unknown model family {name[:60]!r}{hint}", "known families: " + ", ".join(TABLE))
+        raise SpecError(
+            f"unknown model family {name[:60]!r}{hint}",
+            f"known families: {', '.join(TABLE)}; another one is one entry in swarm/families.py",
+        )
     return family
