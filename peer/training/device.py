@@ -1,7 +1,7 @@
-"""The compute device: which one a peer trains on, and how to say it to a person.
+"""The compute device: which one a peer trains on, what it can, and how to say it to a person.
 
 Decides what ``auto`` means (CUDA, then Apple MPS, then the CPU) and that a device which was asked for by name is never
-replaced by another. Leaves limits on its use to the trainer.
+replaced by another. Leaves how much memory may be used to `peer.training.room`, limits on time to the trainer.
 """
 
 from __future__ import annotations
@@ -38,6 +38,13 @@ def choose(name: str = "auto") -> torch.device:
     if name == "mps" and not has_mps:
         raise DeviceError("no Apple MPS device", "use --device auto")
     return torch.device(name)
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether replicas compute in bf16 there; elsewhere in fp32."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def describe(device: torch.device, num_threads: int | None = None) -> str:

@@ -13,42 +13,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
 from peer.rounds.codec import Float32
+from peer.training.device import computes_in_bf16
 from peer.training.inner_optimizer import build_optimizer
 from peer.training.layout import Layout
+from peer.training.microbatches import Microbatches, StepResult, Tokens, check_batch
 from peer.training.movement import Movement
+from peer.training.span import materialise
 from swarm.errors import DataError, ResourceError, SwarmError
 from swarm.run_spec import Inner
-
-Tokens = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """One inner step. Where ``ok`` is false, loss or gradient were not finite and the weights did not change."""
-
-    loss: float  # nats per token
-    grad_norm: float  # before clipping
-    ok: bool
-    num_microbatches: int = 1
-    """more than one: their gradients were added up"""
-
-
-def check_batch(tokens: Tokens, vocab_size: int) -> None:
-    """Raises `DataError` unless ``tokens`` is int64 [B, L+1] and within the vocabulary."""
-    if tokens.ndim != 2 or tokens.dtype != np.int64 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-        raise DataError(f"a batch is int64 of shape [B, L+1], not {tokens.dtype} of shape {tokens.shape}")
-    # On CUDA a token outside the embedding would end the process, not raise.
-    if tokens.min() < 0 or tokens.max() >= vocab_size:
-        raise DataError(f"a batch holds a token outside the vocabulary of {vocab_size}")
 
 
 def views_of(layout: Layout, flat: Float32) -> list[torch.Tensor]:
@@ -60,10 +39,24 @@ def views_of(layout: Layout, flat: Float32) -> list[torch.Tensor]:
 
 
 class Replica:
-    def __init__(self, model: torch.nn.Module, layout: Layout, inner: Inner, device: torch.device) -> None:
-        """``layout`` is the model's own, see `peer.training.model.layout_of`. The model moves to ``device``."""
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        layout: Layout,
+        inner: Inner,
+        device: torch.device,
+        microbatch_sequences: int | None = None,
+    ) -> None:
+        """``layout`` is the model's own, see `peer.training.model.layout_of`. The model moves to ``device``.
+
+        Its parameters may be on the meta device: then load an anchor. ``microbatch_sequences``: how many at once, at
+        most.
+        """
         self._layout, self._inner, self._device = layout, inner, device
         try:
+            if any(parameter.is_meta for parameter in model.parameters()):
+                empty = ((name, torch.zeros(p.shape, device=device)) for name, p in list(model.named_parameters()))
+                materialise(model, empty, device)
             self._model = model.to(device).train()
         except torch.OutOfMemoryError as error:
             raise ResourceError(f"the model does not fit into the memory of {device}", "use --device cpu") from error
@@ -74,7 +67,7 @@ class Replica:
         config: Any = self._model.config
         self._vocab_size: int = config.vocab_size
         self._optimizer = build_optimizer(self._parameters, inner, device)
-        self._pieces = 1
+        self._microbatches = Microbatches(microbatch_sequences, device)
         self._anchor = self.read()
 
     def load(self, anchor: Float32) -> None:
@@ -118,11 +111,11 @@ class Replica:
     def step(self, tokens: Tokens, learning_rate: float) -> StepResult:
         """One inner step on ``tokens`` [B, L+1].
 
-        Raises `DataError` for tokens of a wrong shape or outside the vocabulary, and `ResourceError` where even half a
-        batch at a time does not fit into memory.
+        Raises `DataError` for tokens of a wrong shape or outside the vocabulary, and `ResourceError` where even one
+        sequence at a time does not fit into memory.
         """
-        batch = self._batch(tokens)
-        loss = self._gradients(batch)
+        check_batch(tokens, self._vocab_size)
+        loss = self._gradients(tokens)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._inner.clip_norm))
         ok = math.isfinite(loss) and math.isfinite(grad_norm)
         if ok:
@@ -130,7 +123,7 @@ class Replica:
                 group["lr"] = learning_rate
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=loss, grad_norm=grad_norm, ok=ok)
+        return StepResult(loss=loss, grad_norm=grad_norm, ok=ok, num_microbatches=self._microbatches.number(tokens))
 
     def evaluate(self, anchor: Float32, batches: Iterable[Tokens]) -> float:
         """Mean loss of ``anchor`` in nats per token; weights and optimizer stay exactly as they are.
@@ -142,9 +135,10 @@ class Replica:
         try:
             with self._holding(anchor), torch.no_grad():
                 for tokens in batches:
-                    batch = self._batch(tokens)
-                    total += self._loss(batch).item() * batch[:, 1:].numel()
-                    num_tokens += batch[:, 1:].numel()
+                    for piece in self._microbatches.of(tokens):
+                        batch = self._batch(piece)
+                        total += self._loss(batch).item() * batch[:, 1:].numel()
+                        num_tokens += batch[:, 1:].numel()
         except torch.OutOfMemoryError as error:
             raise ResourceError(f"an evaluation does not fit into the memory of {self._device}") from error
         if num_tokens == 0:
@@ -166,26 +160,21 @@ class Replica:
                 parameter.data = value
             self._model.train()
 
-    def _gradients(self, batch_BL: torch.Tensor) -> float:
-        """Accumulate the gradient of the mean loss; when memory runs out, once more in two halves, and so from then."""
-        try:
-            return self._accumulate(batch_BL)
-        except torch.OutOfMemoryError as error:
-            if self._pieces > 1 or len(batch_BL) < 2:
-                raise ResourceError(
-                    f"an inner step does not fit into the memory of {self._device}",
-                    "close other programs that use the device, or use --device cpu",
-                ) from error
-        # Outside the handler, where the exception no longer keeps the failed step's tensors alive.
-        self._pieces = 2
-        return self._gradients(batch_BL)
+    def _gradients(self, tokens: Tokens) -> float:
+        """Accumulate the gradient of the mean loss; whenever memory runs out, again in halves, and so from then."""
+        while True:
+            try:
+                return self._accumulate(tokens)
+            except torch.OutOfMemoryError as error:
+                self._microbatches.must_shrink(len(tokens), error)
+            # Outside the handler, where the exception no longer keeps the failed step's tensors alive.
+            self._microbatches.halve(len(tokens))
 
-    def _accumulate(self, batch_BL: torch.Tensor) -> float:
+    def _accumulate(self, tokens: Tokens) -> float:
         self._optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for piece in batch_BL.chunk(self._pieces):
-            share = len(piece) / len(batch_BL)
-            loss = self._loss(piece) * share
+        for piece in self._microbatches.of(tokens):
+            loss = self._loss(self._batch(piece)) * (len(piece) / len(tokens))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         return total
@@ -197,8 +186,7 @@ class Replica:
         return F.cross_entropy(logits_BLV.float().flatten(0, 1), batch_BL[:, 1:].flatten())
 
     def _precision(self) -> AbstractContextManager[Any]:
-        use_bf16 = self._device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=use_bf16)
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=computes_in_bf16(self._device))
 
     def _batch(self, tokens: Tokens) -> torch.Tensor:
         check_batch(tokens, self._vocab_size)

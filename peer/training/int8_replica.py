@@ -1,13 +1,16 @@
 """The 8-bit replica: weights in int8, moments in 8 bits, each matrix updated within the backward pass.
 
-Decides how a model of `transformers` becomes one whose matrices exist only in 8 bits, how one inner step is made from
-there (loss, what is skipped, what happens when memory runs out), and what its movement is. Leaves a matrix's update to
-`peer.training.int8_matrix`, gradients to `peer.training.int8_modules`, when steps are made to `peer.training.trainer`.
-Not thread-safe: the trainer owns it.
+Decides how a model of `transformers`, whole or of a span, becomes one whose matrices exist only in 8 bits, how one
+inner step is made from there (loss, what is skipped, what happens when memory runs out), and what its movement is.
+Leaves a matrix's update to `peer.training.int8_matrix`, gradients to `peer.training.int8_modules`, when steps are made
+to `peer.training.trainer`. Not thread-safe: the trainer owns it.
 
 With one microbatch a step never holds two matrices' gradients (a tied matrix keeps its own in bf16 until the last part
-is there). With several (memory ran out once) gradients add up in bf16, and `StepResult.num_microbatches` says so.
+is there). With several (memory is scarce) gradients add up in bf16, and `StepResult.num_microbatches` says so.
 Norms and biases stay in fp32 with fp32 AdamW, clipped together as one more tensor.
+
+A span that is not the whole model learns by the same path, a microbatch at a time: `train_microbatch` takes what the
+span before gave, hands its own result to the span after, and gives back the gradient (design 5.3).
 
 Everything random comes from one seeded generator: the same seed, steps and landings give the same replica on the same
 machine. (Where attention's own backward pass is not deterministic, as on some GPUs, steps are not either.)
@@ -25,11 +28,14 @@ import torch
 from torch import nn
 
 from peer.rounds.codec import Float32
-from peer.training.fp32_replica import StepResult, Tokens, check_batch, views_of
+from peer.training.device import computes_in_bf16
+from peer.training.fp32_replica import views_of
 from peer.training.inner_optimizer import build_optimizer
 from peer.training.int8_matrix import TILE_VALUES, InnerStep, Int8Matrix
+from peer.training.int8_model import materialise_vectors, replace_matrices
 from peer.training.int8_modules import Int8Embedding, Int8Linear, cross_entropy
 from peer.training.layout import Layout
+from peer.training.microbatches import Microbatch, Microbatches, StepResult, Tokens, Trained, check_batch
 from peer.training.movement import BLOCK_VALUES, Movement, PackedEntry, PackedWeights, ReplicaMovement
 from peer.training.quantized import num_blocks, quantise_
 from swarm.errors import DataError, ResourceError, SwarmError
@@ -37,25 +43,32 @@ from swarm.run_spec import Inner
 
 
 class Int8Replica:
-    def __init__(self, model: nn.Module, layout: Layout, inner: Inner, device: torch.device, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        inner: Inner,
+        device: torch.device,
+        seed: int = 0,
+        microbatch_sequences: int | None = None,
+    ) -> None:
         """``layout`` is the model's own, see `peer.training.model.layout_of`; ``model`` gives up its matrices.
 
         The parameters of ``model`` may be on the meta device, so that fp32 weights never exist: then load an anchor.
-        Raises `SwarmError` for a layout of another model, or a model with matrices outside of linear and embedding
-        layers.
+        ``microbatch_sequences``: how many at once, at most. Raises `SwarmError` for a layout of another model, or a
+        model with matrices outside of linear and embedding layers.
         """
         self._layout, self._inner, self._device = layout, inner, device
         self._generator = torch.Generator(device).manual_seed(seed)
-        use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self._compute = torch.bfloat16 if use_bf16 else torch.float32
+        self._compute = torch.bfloat16 if computes_in_bf16(device) else torch.float32
         if [(n, tuple(p.shape)) for n, p in model.named_parameters()] != [(e.name, e.shape) for e in layout.entries]:
             raise SwarmError("the layout is not that of the model")
         initial = [parameter.detach() for parameter in model.parameters()]
         is_empty = any(value.is_meta for value in initial)
         try:
-            self._members = _replace_matrices(model, layout, inner, device, self._compute)
+            self._members = replace_matrices(model, layout, inner, device, self._compute)
             if is_empty:
-                self._members = _materialise_vectors(model, self._members, device)
+                self._members = materialise_vectors(model, self._members, device)
             self._model = model.to(device).train()
         except torch.OutOfMemoryError as error:
             raise ResourceError(f"the model does not fit into the memory of {device}", "use --device cpu") from error
@@ -65,10 +78,12 @@ class Int8Replica:
             getattr(self._model, "activation_checkpointing_enable", old)({"use_reentrant": False})
         self._matrices = [member for member in self._members if isinstance(member, Int8Matrix)]
         self._vectors = [member for member in self._members if not isinstance(member, Int8Matrix)]
-        self._head: Int8Linear = self._model.get_output_embeddings()  # type: ignore[operator]
-        config: Any = self._model.config
-        self._vocab_size: int = config.vocab_size
-        self._pieces = 1
+        ends: Any = self._model
+        head = ends.get_output_embeddings()
+        self._head: Int8Linear | None = head if isinstance(head, Int8Linear) else None
+        self._has_embedding = isinstance(ends.get_input_embeddings(), Int8Embedding)
+        self._vocab_size: int = ends.config.vocab_size
+        self._microbatches = Microbatches(microbatch_sequences, device)
         self._optimizer = self._fresh_optimizer()
         self._carried: PackedWeights | None = None
         if not is_empty:
@@ -162,30 +177,15 @@ class Int8Replica:
     # ---- steps --------------------------------------------------------------------------------------------------
 
     def step(self, tokens: Tokens, learning_rate: float) -> StepResult:
-        """One inner step on ``tokens`` [B, L+1].
+        """One inner step of a whole model on ``tokens`` [B, L+1].
 
         Where a gradient is not finite its matrix stays as it is and the step is not ok; where the loss is not finite,
         nothing changes. Raises `DataError` for tokens of a wrong shape or outside the vocabulary, and `ResourceError`
-        where even half a batch at a time does not fit into memory.
+        where even one sequence at a time does not fit into memory.
         """
-        batch = self._batch(tokens)
-        step = InnerStep(
-            learning_rate=learning_rate,
-            inner=self._inner,
-            largest_norm=self._inner.clip_norm / math.sqrt(len(self._matrices) + 1),
-            num_microbatches=self._pieces,
-            generator=self._generator,
-        )
-        for matrix in self._matrices:
-            matrix.begin(step)
-        try:
-            loss = self._gradients(batch, step)
-            if math.isfinite(loss):
-                self._update_vectors(step)
-        finally:
-            for matrix in self._matrices:
-                matrix.end()
-            self._optimizer.zero_grad(set_to_none=True)
+        check_batch(tokens, self._vocab_size)
+        with self.inner_step(learning_rate, self._microbatches.number(tokens)) as step:
+            loss = self._gradients(tokens, step)
         return StepResult(
             loss=loss,
             grad_norm=math.sqrt(sum(step.squared_norms)) if math.isfinite(loss) else math.nan,
@@ -193,38 +193,86 @@ class Int8Replica:
             num_microbatches=step.num_microbatches,
         )
 
-    def _gradients(self, batch_BL: torch.Tensor, step: InnerStep) -> float:
-        """All gradients of the mean loss; when memory runs out, once more in two halves, and so from then.
+    @contextmanager
+    def inner_step(self, learning_rate: float, num_microbatches: int) -> Iterator[InnerStep]:
+        """Within: so many calls of `train_microbatch`. A matrix is updated with its last gradient, vectors at the end.
+
+        Where the loss of a microbatch was not finite, neither happens.
+        """
+        step = InnerStep(
+            learning_rate=learning_rate,
+            inner=self._inner,
+            largest_norm=self._inner.clip_norm / math.sqrt(len(self._matrices) + 1),
+            num_microbatches=num_microbatches,
+            generator=self._generator,
+        )
+        for matrix in self._matrices:
+            matrix.begin(step)
+        self._loss_is_finite = True
+        try:
+            yield step
+            if self._loss_is_finite:
+                self._update_vectors(step)
+        finally:
+            for matrix in self._matrices:
+                matrix.end()
+            self._optimizer.zero_grad(set_to_none=True)
+
+    def train_microbatch(self, given: Microbatch) -> Trained:
+        """There and back through this span, and through those after it; within an `inner_step`.
+
+        Raises `DataError` for tokens or hidden states of a wrong shape, or tokens outside the vocabulary.
+        """
+        batch_BL = self._batch(given.tokens)
+        entered = batch_BL[:, :-1] if self._has_embedding else self._entered(given, batch_BL)
+        hidden_BLH = self._hidden(entered)
+        leaf_BLH, loss = hidden_BLH.detach(), 0.0
+        if self._head is not None:
+            with torch.no_grad():
+                total, gradient = cross_entropy(
+                    self._head, leaf_BLH.flatten(0, 1), batch_BL[:, 1:].flatten(), given.weight
+                )
+            loss = total.item() if math.isfinite(total.item() * given.weight) else math.nan
+        elif given.onward is not None:
+            gradient = given.onward(leaf_BLH)
+        else:
+            raise SwarmError("a span without the head needs the spans after it")
+        if gradient is None or math.isnan(loss):
+            self._loss_is_finite = False
+            return Trained(loss=math.nan, gradient_BLH=None)
+        hidden_BLH.backward(gradient.view(hidden_BLH.shape).to(hidden_BLH.dtype))  # type: ignore[no-untyped-call]
+        return Trained(loss=loss, gradient_BLH=None if self._has_embedding else entered.grad)
+
+    def _entered(self, given: Microbatch, batch_BL: torch.Tensor) -> torch.Tensor:
+        hidden, wanted = given.hidden_BLH, (len(batch_BL), batch_BL.shape[1] - 1)
+        if hidden is None or hidden.ndim != 3 or tuple(hidden.shape[:2]) != wanted or not hidden.is_floating_point():
+            raise DataError(f"hidden states of {wanted[0]} sequences of {wanted[1]} tokens are wanted")
+        return hidden.detach().to(self._device).requires_grad_()
+
+    def _gradients(self, tokens: Tokens, step: InnerStep) -> float:
+        """All gradients of the mean loss; whenever memory runs out, again in halves, and so from then.
 
         Matrices that were updated before memory ran out are not updated again.
         """
-        try:
-            return self._accumulate(batch_BL, step)
-        except torch.OutOfMemoryError as error:
-            if self._pieces > 1 or len(batch_BL) < 2:
-                raise ResourceError(
-                    f"an inner step does not fit into the memory of {self._device}",
-                    "close other programs that use the device, or use --device cpu",
-                ) from error
-        # Outside the handler, where the exception no longer keeps the failed step's tensors alive.
-        self._pieces = step.num_microbatches = 2
-        self._optimizer.zero_grad(set_to_none=True)
-        for matrix in self._matrices:
-            if matrix.is_expecting:
-                matrix.begin(step)
-        return self._gradients(batch_BL, step)
+        while True:
+            try:
+                return self._accumulate(tokens)
+            except torch.OutOfMemoryError as error:
+                self._microbatches.must_shrink(len(tokens), error)
+            # Outside the handler, where the exception no longer keeps the failed step's tensors alive.
+            self._microbatches.halve(len(tokens))
+            step.num_microbatches = self._microbatches.number(tokens)
+            self._optimizer.zero_grad(set_to_none=True)
+            for matrix in self._matrices:
+                if matrix.is_expecting:
+                    matrix.begin(step)
 
-    def _accumulate(self, batch_BL: torch.Tensor, step: InnerStep) -> float:
-        weight, total = 1 / batch_BL[:, 1:].numel(), 0.0
-        for piece in batch_BL.chunk(step.num_microbatches):
-            hidden_NI = self._hidden(piece)
-            leaf = hidden_NI.detach()
-            with torch.no_grad():
-                loss, gradient = cross_entropy(self._head, leaf, piece[:, 1:].flatten(), weight)
-            total += loss.item() * weight
-            if not math.isfinite(total) or gradient is None:
+    def _accumulate(self, tokens: Tokens) -> float:
+        weight, total = 1 / tokens[:, 1:].size, 0.0
+        for piece in self._microbatches.of(tokens):
+            total += self.train_microbatch(Microbatch(tokens=piece, weight=weight)).loss * weight
+            if not math.isfinite(total):
                 return math.nan
-            hidden_NI.backward(gradient.to(hidden_NI.dtype))  # type: ignore[no-untyped-call]
         return total
 
     def _update_vectors(self, step: InnerStep) -> None:
@@ -239,29 +287,33 @@ class Int8Replica:
             group["lr"] = step.learning_rate
         self._optimizer.step()
 
-    def _hidden(self, batch_BL: torch.Tensor) -> torch.Tensor:
-        """What the head is given, [N, I]."""
+    def _hidden(self, entered: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, L], or hidden states of the span before, through this span: [B, L, H]."""
+        given = {"input_ids" if self._has_embedding else "inputs_embeds": entered}
         with self._precision():
             backbone: Any = self._model.base_model
-            hidden_BLI: torch.Tensor = backbone(input_ids=batch_BL[:, :-1], use_cache=False).last_hidden_state
-        return hidden_BLI.flatten(0, 1)
+            hidden_BLH: torch.Tensor = backbone(**given, use_cache=False).last_hidden_state
+        return hidden_BLH
 
     # ---- evaluation ---------------------------------------------------------------------------------------------
 
     def evaluate(self, anchor: Float32, batches: Iterable[Tokens]) -> float:
-        """Mean loss of the exact ``anchor`` in nats per token; weights and optimizer stay exactly as they are.
+        """Mean loss of the exact ``anchor`` of a whole model in nats per token; weights and optimizer stay as they are.
 
         The anchor stays on the host; its matrices visit the device one at a time. Nobody may change it meanwhile.
         Raises `DataError` where there are no batches, and `ResourceError` where memory runs out.
         """
         total, num_tokens = 0.0, 0
+        if self._head is None or not self._has_embedding:
+            raise SwarmError("a span that is not the whole model has no loss of its own")
         try:
             with self._holding(anchor), torch.no_grad():
                 for tokens in batches:
-                    batch = self._batch(tokens)
-                    targets = batch[:, 1:].flatten()
-                    total += cross_entropy(self._head, self._hidden(batch), targets, None)[0].item()
-                    num_tokens += len(targets)
+                    for piece in self._microbatches.of(tokens):
+                        batch = self._batch(piece)
+                        hidden_NI, targets_N = self._hidden(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()
+                        total += cross_entropy(self._head, hidden_NI, targets_N, None)[0].item()
+                        num_tokens += len(targets_N)
         except torch.OutOfMemoryError as error:
             raise ResourceError(f"an evaluation does not fit into the memory of {self._device}") from error
         if num_tokens == 0:
@@ -306,42 +358,6 @@ class Int8Replica:
     def _batch(self, tokens: Tokens) -> torch.Tensor:
         check_batch(tokens, self._vocab_size)
         return torch.from_numpy(np.array(tokens)).to(self._device)
-
-
-def _replace_matrices(
-    model: nn.Module, layout: Layout, inner: Inner, device: torch.device, compute: torch.dtype
-) -> list[Int8Matrix | nn.Parameter]:
-    """Put 8-bit modules in place of linear and embedding layers; gives what holds each entry of the layout."""
-    matrices: dict[int, Int8Matrix] = {}
-
-    def matrix_of(weight: torch.Tensor) -> Int8Matrix:
-        return matrices.setdefault(id(weight), Int8Matrix(tuple(weight.shape), inner, device))
-
-    named = dict(model.named_parameters())
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, Int8Linear(matrix_of(child.weight), child.bias, compute))
-            elif type(child) is nn.Embedding:
-                setattr(parent, name, Int8Embedding(matrix_of(child.weight), child.padding_idx))
-    members = [matrices.get(id(named[entry.name]), named[entry.name]) for entry in layout.entries]
-    held = zip(layout.entries, members, strict=True)
-    strange = [entry.name for entry, member in held if isinstance(member, nn.Parameter) and member.ndim > 1]
-    if strange:
-        raise SwarmError(f"no 8-bit module holds {', '.join(strange)}")
-    return members
-
-
-def _materialise_vectors(
-    model: nn.Module, members: list[Int8Matrix | nn.Parameter], device: torch.device
-) -> list[Int8Matrix | nn.Parameter]:
-    """Zeros in the place of vectors on the meta device; gives the members with these."""
-    zeros: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, vector in list(module.named_parameters(recurse=False)):
-            zeros[id(vector)] = nn.Parameter(torch.zeros(vector.shape, device=device))
-            setattr(module, name, zeros[id(vector)])
-    return [member if isinstance(member, Int8Matrix) else zeros[id(member)] for member in members]
 
 
 def _row_tiles(member: Int8Matrix | nn.Parameter) -> list[tuple[int, int]]:

@@ -27,7 +27,7 @@ from peer.training.movement import Movement
 from swarm.errors import ConfigError, DeadlineExceeded, ResourceError, SwarmError
 
 if TYPE_CHECKING:
-    from peer.training.fp32_replica import StepResult, Tokens
+    from peer.training.microbatches import StepResult, Tokens
 
 T = TypeVar("T")
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from peer.training import model as spans
 from peer.training.fp32_replica import Replica
 from peer.training.layout import Layout
 from swarm.errors import DataError, ResourceError, SwarmError
 from swarm.run_spec import Inner
+from swarm.sharding import whole
 
 VOCAB = 64
 CPU = torch.device("cpu")
@@ -250,14 +252,29 @@ def test_when_memory_runs_out_a_step_is_made_in_two_halves_with_the_same_gradien
     assert asked == [5, 3, 2, 3, 2]
 
 
-def test_when_half_a_batch_does_not_fit_either_the_person_is_told() -> None:
+def test_a_batch_is_halved_until_one_sequence_and_then_the_person_is_told() -> None:
+    replica, model = small_replica()
+    asked = scarce_memory(model, largest_batch=1)
+    assert replica.step(batch(sequences=4), 1e-2).num_microbatches == 4
+    assert asked == [4, 2, 1, 1, 1, 1]
     replica, model = small_replica()
     before = replica.read()
-    asked = scarce_memory(model, largest_batch=1)
-    with pytest.raises(ResourceError, match="memory") as caught:
+    asked = scarce_memory(model, largest_batch=0)
+    with pytest.raises(ResourceError, match="one sequence at a time") as caught:
         replica.step(batch(sequences=4), 1e-2)
-    assert asked == [4, 2] and caught.value.advice
+    assert asked == [4, 2, 1] and caught.value.advice
     assert replica.read().tobytes() == before.tobytes()
+
+
+def test_a_model_without_memory_takes_its_weights_from_the_anchor_alone() -> None:
+    full, _ = small_replica(tied=True)
+    config: Any = small_model(tied=True).config
+    empty = spans.build_span(config, whole(1))
+    replica = Replica(empty, spans.layout_of(empty), Inner(optimizer="adamw"), CPU, 3)
+    replica.load(full.read())
+    assert replica.read().tobytes() == full.read().tobytes()
+    expected, result = full.step(batch(), 1e-2), replica.step(batch(), 1e-2)
+    assert (result.loss, result.num_microbatches) == (pytest.approx(expected.loss, rel=1e-6), 2)
 
 
 def test_bitsandbytes_is_imported_without_code_from_a_hub() -> None:

@@ -380,14 +380,35 @@ def test_a_matrix_that_was_updated_before_memory_ran_out_is_not_updated_again() 
     assert [matrix.moments.step for matrix in replica._matrices] == [1] * len(replica._matrices)
 
 
-def test_when_half_a_batch_does_not_fit_either_the_person_is_told() -> None:
+def test_a_batch_is_halved_again_and_again_and_stays_so(caplog: pytest.LogCaptureFixture) -> None:
+    whole, halved = small(), small()
+    asked = scarce_memory(halved, largest_batch=1)
+    expected, result = whole.step(batch(sequences=5), 1e-2), halved.step(batch(sequences=5), 1e-2)
+    assert asked == [5, 3, 2, *[1] * 5] and result.num_microbatches == 5 and result.ok
+    assert (result.loss, result.grad_norm) == pytest.approx((expected.loss, expected.grad_norm), rel=2e-3)
+    halved.step(batch(sequences=5), 1e-2)
+    assert asked[8:] == [1] * 5
+    assert [record.getMessage()[-27:] for record in caplog.records][-1] == "on 1 of 5 sequences at once"
+
+
+def test_where_one_sequence_does_not_fit_the_person_is_told() -> None:
     replica = small()
     before = state(replica)
-    asked = scarce_memory(replica, largest_batch=1)
-    with pytest.raises(ResourceError, match="memory") as caught:
-        replica.step(batch(sequences=4), 1e-2)
-    assert asked == [4, 2] and caught.value.advice
+    asked = scarce_memory(replica, largest_batch=0)
+    with pytest.raises(ResourceError, match="one sequence at a time") as caught:
+        replica.step(batch(sequences=8), 1e-2)
+    assert asked == [8, 4, 2, 1] and caught.value.advice
     assert state(replica) == before
+
+
+def test_no_more_sequences_at_once_than_the_memory_plan_says() -> None:
+    built = build()
+    replica = Int8Replica(built, model.layout_of(built), Inner(), CPU, 0, 2)
+    anchor, asked = replica.read(), scarce_memory(replica, largest_batch=2)
+    loss = replica.evaluate(anchor, [batch(sequences=5)])
+    result = replica.step(batch(sequences=5), 1e-2)
+    assert asked == [2, 2, 1] * 2 and result.num_microbatches == 3
+    assert loss == pytest.approx(small().evaluate(anchor, [batch(sequences=5)]), rel=1e-6)
 
 
 def test_vectors_of_another_length_or_type_are_refused_and_nothing_changes() -> None:
