@@ -92,7 +92,7 @@ class Int8Matrix:
 
     def row_tiles(self) -> Iterator[tuple[int, int]]:
         """The whole matrix, or tiles of it where it is large."""
-        return self.tiles(self.num_values if self.num_values <= WHOLE_VALUES else self.tile_values)
+        return self.tiles(self.tile_values) if self.num_values > WHOLE_VALUES else iter([(0, self.rows)])
 
     def weights(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Rows [first, last) as a fresh matrix; ``first`` comes from `tiles`."""
