@@ -1,11 +1,13 @@
 """Joining a run: from an invite to everything that a peer needs before it takes part.
 
-Order matters: the pin and the signed rules first, then the network, then admission, then a state that the log proves.
+Order matters: the pin and the signed rules first, then what fits into this machine, then the network, then admission,
+then a state that the log proves.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 import time
@@ -24,6 +26,7 @@ from peer.rounds.catch_up import Newcomer, obtain_state
 from peer.rounds.ledger import Ledger, LedgerOptions
 from peer.rounds.shard import Shard
 from peer.rounds.statuses import StatusRules, read_statuses, status_key
+from peer.training.hosting import Hosting, choose_hosting
 from peer.training.trainer import Limits
 from swarm import data_manifest, log
 from swarm.data_manifest import DataManifest
@@ -54,6 +57,8 @@ class PeerOptions:
     home: Home
     data_folder: Path | None = None
     device: str = "auto"
+    memory_bytes: int | None = None
+    """the most that training may take of the device's memory; None: what is free"""
     limits: Limits = field(default_factory=Limits)
     disk_bytes: int = DEFAULT_DISK_BYTES
     upload_bps: int = DEFAULT_UPLOAD_BPS
@@ -113,6 +118,13 @@ async def meet_coordinator(
     if options.trains and not run.seed_addresses:
         raise Unreachable("the run has no seed peer that says where it is", "ask the organizer to start one, or wait")
     return client, run
+
+
+async def choose(options: PeerOptions, run: RunInfo) -> Hosting:
+    """What of the run fits into this machine's memory, before anything is fetched. Raises `ResourceError`."""
+    gc.collect()  # a replica that diverged takes room until then
+    vocab_size = data_manifest.parse(run.manifest_bytes).vocab_size
+    return await asyncio.to_thread(choose_hosting, run.spec, vocab_size, options.device, options.memory_bytes)
 
 
 async def join(

@@ -19,7 +19,16 @@ from typing import Any
 from peer.checkpoints.checkpoint import CheckpointParts
 from peer.checkpoints.publishing import CheckpointMaker, StateCopy, Template
 from peer.home import locked_identity
-from peer.joining import Joined, PeerOptions, find_holders, join, meet_coordinator, own_addresses, starting_state
+from peer.joining import (
+    Joined,
+    PeerOptions,
+    choose,
+    find_holders,
+    join,
+    meet_coordinator,
+    own_addresses,
+    starting_state,
+)
 from peer.p2p.fetch import fetch_chunk
 from peer.reporting import Reporter
 from peer.rounds.exchange import Exchange
@@ -29,9 +38,9 @@ from peer.rounds.shard import Shard
 from peer.training import device
 from peer.training.data import ReaderOptions, TokenReader
 from peer.training.feeding import Training
+from peer.training.hosting import Hosting, build_replica
 from peer.training.trainer import Stats
 from swarm import schedule
-from swarm.digest import sha256
 from swarm.errors import DivergedError, NetworkError, SwarmError
 from swarm.identity import Identity
 from swarm.log import LogHead
@@ -93,17 +102,21 @@ async def _take_part(options: PeerOptions, identity: Identity, stop: asyncio.Eve
 
 async def _join(options: PeerOptions, identity: Identity, watch: Watch, stack: AsyncExitStack) -> Peer:
     client, run = await meet_coordinator(options, identity, stack)
-    watch(News(kind="joining", values={"peer id": identity.peer_id, "spec": run.spec, "options": options}))
+    hosting = await choose(options, run) if options.trains else None
+    told = {"peer id": identity.peer_id, "spec": run.spec, "options": options, "hosting": hosting}
+    watch(News(kind="joining", values=told))
     joined = await join(options, identity, client, run, stack)
     head, shard = await starting_state(joined)
-    return Peer(joined, head, shard, watch)
+    return Peer(joined, head, shard, watch, hosting)
 
 
 class Peer:
-    def __init__(self, joined: Joined, head: LogHead, shard: Shard, watch: Watch) -> None:
-        self.joined, self.watch = joined, watch
+    def __init__(self, joined: Joined, head: LogHead, shard: Shard, watch: Watch, hosting: Hosting | None) -> None:
+        """``hosting``: None where the peer does not train."""
+        self.joined, self.watch, self.hosting = joined, watch, hosting
         self.spec, self.transport = joined.run.spec, joined.transport
-        self.device = "none"
+        threads = joined.options.limits.num_threads
+        self.device = device.describe(hosting.device, threads) if hosting is not None else "none"
         self.training = self._build_training() if joined.options.trains else None
         self.words = Words(
             trains=joined.options.trains, upload_bps=joined.options.upload_bps, admission=joined.admission
@@ -149,7 +162,9 @@ class Peer:
         self._offer_checkpoint_again()
         await self._start_training()
         await self.member.serve()  # last: from here on others may open rounds with us
-        self.watch(News(kind="ready", values={"round": self.exchange.head.round, "device": self.device}))
+        state = self.exchange.shard.state_digest.hex()
+        ready = {"round": self.exchange.head.round, "device": self.device, "state digest": state}
+        self.watch(News(kind="ready", values=ready))
         jobs: list[asyncio.Task[Any]] = [
             asyncio.create_task(job)
             for job in (
@@ -172,9 +187,9 @@ class Peer:
             await self._leave([*jobs, *self._evaluations])
 
     async def _start_training(self) -> None:
-        if self.training is None:
+        if self.training is None or self.hosting is None:
             return
-        replica = await asyncio.to_thread(self._build_replica)
+        replica = await asyncio.to_thread(build_replica, self.hosting, self.spec, self.joined.identity.public_key)
         await self.training.start(replica, self.exchange.shard.anchor, self.exchange.head, self._on_bad_steps)
         if self.exchange.head.round == 0:
             self._evaluate(0)
@@ -352,22 +367,6 @@ class Peer:
         )
         reader = TokenReader(self.joined.manifest, options, fetch)
         return Training(self.spec, self.joined.identity.public_key, reader, self.joined.options.limits)
-
-    def _build_replica(self) -> Any:
-        from peer.training import model
-        from peer.training.fp32_replica import Replica
-        from peer.training.int8_replica import Int8Replica
-
-        chosen = device.choose(self.joined.options.device)
-        self.device = device.describe(chosen, self.joined.options.limits.num_threads)[:64]
-        config = model.build_config(self.spec, self.joined.manifest.vocab_size)
-        built = model.build_model(config, self.spec.seed)
-        layout = model.layout_of(built)
-        if self.spec.inner.weights == "fp32":
-            return Replica(built, layout, self.spec.inner, chosen)
-        # Replicas round differently, so that what one loses by chance another keeps.
-        seed = sha256(f"swarm.v1 rounding {self.spec.seed}".encode() + self.joined.identity.public_key)
-        return Int8Replica(built, layout, self.spec.inner, chosen, int.from_bytes(seed[:8], "little") >> 1)
 
     def _template(self) -> Template:
         from peer.training import model

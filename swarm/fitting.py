@@ -12,9 +12,12 @@ from dataclasses import dataclass, replace
 
 from swarm.errors import ConfigError, ResourceError
 from swarm.memory_plan import MemoryPlan, ModelNumbers, Working, plan
+from swarm.run_spec import Inner
 from swarm.sharding import Span, spans
 
 GIB = 1 << 30
+# Devices whose memory is the host's.
+SHARED_MEMORY = ("cpu", "mps")
 # What the device's driver and libraries take for themselves before the first tensor.
 RUNTIME_BYTES = {"cpu": 0, "cuda": 640 << 20, "mps": 0}
 # Left free: allocators round up and leave gaps, and kernels want scratch.
@@ -39,7 +42,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """Memory that a peer may use, in bytes. On the CPU device and host share one memory: give all of it as both."""
+    """Memory that a peer may use, in bytes. CPU and MPS share one memory with the host: give all of it as both."""
 
     device_bytes: int
     host_bytes: int
@@ -57,7 +60,7 @@ class Choice:
 def fits(planned: MemoryPlan, room: Room, device: str) -> bool:
     """Whether ``planned`` goes into ``room`` with the driver's share and some to spare."""
     needed = planned.device_bytes + RUNTIME_BYTES[device]
-    if device == "cpu":
+    if device in SHARED_MEMORY:
         return needed + planned.host_bytes <= room.device_bytes * (1 - SPARE_SHARE)
     return needed <= room.device_bytes * (1 - SPARE_SHARE) and planned.host_bytes <= room.host_bytes * (1 - SPARE_SHARE)
 
@@ -79,20 +82,39 @@ def choose(
         plans = [plan(numbers, span, split) for span in candidates]
         best = next((planned for planned in plans if fits(planned, room, working.device)), None)
         if best is not None:
-            reason = f"{best.span}: {gib(best.device_bytes)} of {gib(room.device_bytes)} on the device"
             halved = f", {size} of {batch} sequences at once" if size < batch else ""
-            return Choice(plan=best, working=split, batch=size, reason=reason + halved)
+            reason = f"{best.span}: {_amounts(best, room, working.device)}{halved}"
+            return Choice(plan=best, working=split, batch=size, reason=reason)
         if size == 1:
-            raise _nothing_fits(min(plans, key=lambda planned: planned.device_bytes), room)
+            raise _nothing_fits(min(plans, key=lambda planned: planned.device_bytes), room, working.device)
         size //= 2
 
 
-def _nothing_fits(smallest: MemoryPlan, room: Room) -> ResourceError:
-    needs = f"{gib(smallest.device_bytes)} on the device and {gib(smallest.host_bytes)} on the host"
-    has = f"{gib(room.device_bytes)} and {gib(room.host_bytes)}"
+def working(inner: Inner, device: str) -> Working:
+    """How a replica works on a ``device`` of this type under these rules."""
+    return Working(
+        weights=inner.weights,
+        moments="8bit" if inner.optimizer == "adamw8bit" and device != "mps" else "32bit",
+        checkpointing=inner.checkpoint_activations,
+        device=device,
+    )
+
+
+def _amounts(planned: MemoryPlan, room: Room, device: str) -> str:
+    """What a plan takes of what there is."""
+    taken = planned.device_bytes + RUNTIME_BYTES[device]
+    if device in SHARED_MEMORY:
+        return f"{gib(taken + planned.host_bytes)} of {gib(room.device_bytes)}"
+    host = f"{gib(planned.host_bytes)} of {gib(room.host_bytes)} on the host"
+    return f"{gib(taken)} of {gib(room.device_bytes)} on the device, {host}"
+
+
+def _nothing_fits(smallest: MemoryPlan, room: Room, device: str) -> ResourceError:
     return ResourceError(
-        f"the smallest part of this run ({smallest.span}) needs {needs}; this machine offers {has}",
-        "close other programs, choose another --device, or ask the organizer for more shards or checkpoint_activations",
+        f"the smallest part of this run does not fit, one sequence at once ({smallest.span}):"
+        f" it wants {_amounts(smallest, room, device)} and {SPARE_SHARE:.0%} to spare",
+        "close other programs, raise --memory, choose another --device, or ask the organizer for more shards"
+        " or checkpoint_activations",
     )
 
 

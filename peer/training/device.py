@@ -47,6 +47,29 @@ def computes_in_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of a CUDA device that this process may still take or already holds; None where it shares the host's.
+
+    Asking makes the driver set itself up, so what it takes for itself (`swarm.fitting.RUNTIME_BYTES`) is already gone
+    from this figure: a plan that adds it is too careful by that much, never too bold.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device)
+
+
+def limit_memory(device: torch.device, limit_bytes: int) -> None:
+    """Let torch take no more of a CUDA device than ``limit_bytes``: beyond, it says that memory ran out."""
+    import torch
+
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
+
+
 def describe(device: torch.device, num_threads: int | None = None) -> str:
     """A short text for people, at most 64 characters: ``CPU, 2 threads``, ``NVIDIA H200, 139 GiB``."""
     import torch

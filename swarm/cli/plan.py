@@ -13,7 +13,7 @@ import typer
 from swarm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from swarm.memory_plan import MemoryPlan, ModelNumbers, Working
+    from swarm.memory_plan import MemoryPlan, ModelNumbers
     from swarm.run_file import RunFile
 
 DEFAULT_VOCABULARY = 32_000  # of LLaMA and Mistral; used until the data is prepared
@@ -36,7 +36,7 @@ def plan(
         raise ConfigError(f"--device {device!r} is unknown", "choose one of: " + ", ".join(fitting.RUNTIME_BYTES))
     wanted = fitting.parse_bytes(memory) if memory else None
     rules = _read(run_file)
-    working = _working(rules, device)
+    working = fitting.working(rules.inner, device)
     words = vocabulary or _prepared_vocabulary(run_file, rules) or DEFAULT_VOCABULARY
     numbers = _numbers(rules, shards, words, device)
     pieces = sharding.split(len(numbers.layers), shards or rules.num_shards, memory_plan.piece_values(numbers))
@@ -69,17 +69,6 @@ def _prepared_vocabulary(path: Path, rules: RunFile) -> int:
 
     manifest = path.parent / rules.data.path / data_manifest.MANIFEST_NAME
     return data_manifest.parse(manifest.read_bytes()).vocab_size if manifest.is_file() else 0
-
-
-def _working(rules: RunFile, device: str) -> Working:
-    from swarm.memory_plan import Working
-
-    return Working(
-        weights=rules.inner.weights,
-        moments="8bit" if rules.inner.optimizer == "adamw8bit" and device != "mps" else "32bit",
-        checkpointing=rules.inner.checkpoint_activations,
-        device=device,
-    )
 
 
 def _numbers(rules: RunFile, shards: int, vocabulary: int, device: str) -> ModelNumbers:

@@ -37,6 +37,7 @@ def join(
     invite: InviteText,
     home: Annotated[Path | None, typer.Option(help="Folder for the key and all data of this peer.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="Most memory for training: 4GiB; else all free.")] = "",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads for training.")] = None,
     duty: Annotated[float, typer.Option(min=1, max=100, help="Largest share of time spent training, %.")] = 100,
     disk: Annotated[float, typer.Option(min=0.1, help="Disk limit, GiB.")] = 50,
@@ -50,12 +51,14 @@ def join(
     from peer.joining import PeerOptions
     from peer.runtime import run_peer
     from peer.training.trainer import Limits
+    from swarm.fitting import parse_bytes
     from swarm.keyfiles import data_home
 
     options = PeerOptions(
         invite=_parse(invite),
         home=Home((home or data_home()).absolute()),
         device=device,
+        memory_bytes=parse_bytes(memory) if memory else None,
         limits=Limits(num_threads=threads, max_duty=duty / 100),
         disk_bytes=int(disk * 2**30),
         upload_bps=int(upload * 1e6),
@@ -256,7 +259,7 @@ _SHOWN = ("round", "committed tokens", "target tokens", "my tokens", "tokens/s",
 
 def _plans(values: dict[str, Any]) -> dict[str, Any]:
     """What a peer will do and use, before it does."""
-    spec, options = values["spec"], values["options"]
+    spec, options, hosting = values["spec"], values["options"], values["hosting"]
     return {
         "run": spec.name,
         "run id": spec.run_id.hex(),
@@ -267,6 +270,7 @@ def _plans(values: dict[str, Any]) -> dict[str, Any]:
         "disk limit": f"{options.disk_bytes / 2**30:.1f} GiB",
         "upload": f"{options.upload_bps / 1e6:.0f} Mbit/s",
         "time": f"{options.limits.max_duty * 100:.0f} %",
+        **({} if hosting is None else {"memory": hosting.choice.reason}),
     }
 
 

@@ -32,7 +32,7 @@ class LiveBytes(TorchDispatchMode):
         }
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
+            if isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.untyped_storage()._cdata not in given:
                 storage = leaf.untyped_storage()
                 if storage._cdata not in self._living:
                     self._living[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())

@@ -51,6 +51,7 @@ DOORS = {
     "torch": (
         "peer/training/device.py",
         "peer/checkpoints/generate.py",
+        "peer/training/hosting.py",
         "peer/training/inner_optimizer.py",
         "peer/training/int8_matrix.py",
         "peer/training/int8_model.py",
@@ -62,6 +63,7 @@ DOORS = {
         "peer/training/pretrained.py",
         "peer/training/quantized.py",
         "peer/training/fp32_replica.py",
+        "peer/training/room.py",
         "peer/training/span.py",
         "peer/training/trainer.py",
     ),

@@ -271,17 +271,18 @@ def test_a_smaller_batch_is_taken_only_where_the_whole_one_fits_nowhere() -> Non
 
 def test_where_nothing_fits_it_is_said_what_is_missing() -> None:
     with pytest.raises(
-        ResourceError, match=r"the smallest part of this run .* needs .* this machine offers 0\.50 GiB"
+        ResourceError, match=r"the smallest part of this run does not fit.* wants .* of 0\.50 GiB on the device"
     ) as e:
         _choose(0.5)
     assert "more shards" in e.value.advice
 
 
-def test_on_the_cpu_device_and_host_share_one_memory() -> None:
+def test_on_cpu_and_mps_device_and_host_share_one_memory() -> None:
     planned = plan(numbers_of("llama"), whole(NUM_LAYERS), Working())
     needed = planned.device_bytes + planned.host_bytes
-    for device_bytes, expected in ((needed, False), (int(needed * 1.1), True)):
-        assert fits(planned, Room(device_bytes=device_bytes, host_bytes=device_bytes), "cpu") is expected
+    for shared in ("cpu", "mps"):
+        for device_bytes, expected in ((needed, False), (int(needed * 1.1), True)):
+            assert fits(planned, Room(device_bytes=device_bytes, host_bytes=device_bytes), shared) is expected
 
 
 def test_the_largest_span_of_none_is_none() -> None:

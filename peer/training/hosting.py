@@ -1,0 +1,71 @@
+"""Hosting: which span of the run this machine takes on, and the replica that is built of it.
+
+Decides by the memory plan, before anything is fetched or allocated, from what is free here and what the volunteer
+allows; and that fp32 weights of an 8-bit replica never exist. Leaves what a span takes to `swarm.memory_plan`, the
+choice among spans to `swarm.fitting`, weights to whoever loads an anchor.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from peer.training import device as devices
+from peer.training import model
+from peer.training.room import measure_room
+from swarm import fitting, sharding
+from swarm.digest import sha256
+from swarm.fitting import RUNTIME_BYTES, Choice
+from swarm.memory_plan import ModelNumbers, piece_values
+from swarm.run_spec import RunSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from peer.training.trainer import Replica
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hosting:
+    """``config``: the whole model's."""
+
+    device: torch.device
+    config: Any
+    choice: Choice
+
+
+def choose_hosting(spec: RunSpec, vocab_size: int, device_name: str, memory_bytes: int | None = None) -> Hosting:
+    """What this machine takes on. ``memory_bytes``: the most that training may take of the device's memory.
+
+    Raises `DeviceError` where there is no such device, and `ResourceError` where nothing fits.
+    """
+    device = devices.choose(device_name)
+    config = model.build_config(spec, vocab_size)
+    in_bf16 = devices.computes_in_bf16(device)
+
+    @functools.cache
+    def numbers_of(batch: int) -> ModelNumbers:
+        return model.measure(config, batch=batch, sequence=spec.data.sequence_length, in_bf16=in_bf16)
+
+    batch = spec.inner.microbatch_sequences
+    shards = sharding.split(config.num_hidden_layers, spec.num_shards, piece_values(numbers_of(batch)))
+    room, working = measure_room(device, memory_bytes), fitting.working(spec.inner, device.type)
+    choice = fitting.choose(numbers_of, shards, working, batch, room)
+    if memory_bytes is not None:
+        devices.limit_memory(device, memory_bytes - RUNTIME_BYTES[device.type])
+    return Hosting(device=device, config=config, choice=choice)
+
+
+def build_replica(hosting: Hosting, spec: RunSpec, peer_key: bytes) -> Replica:
+    """The replica that was chosen, without weights: load an anchor."""
+    from peer.training.fp32_replica import Replica
+    from peer.training.int8_replica import Int8Replica
+
+    built = model.build_span(hosting.config, hosting.choice.plan.span, hosting.device)
+    layout, at_once = model.layout_of(built), hosting.choice.batch
+    if spec.inner.weights == "fp32":
+        return Replica(built, layout, spec.inner, hosting.device, at_once)
+    # Replicas round differently, so that what one loses by chance another keeps.
+    seed = sha256(f"swarm.v1 rounding {spec.seed}".encode() + peer_key)
+    return Int8Replica(built, layout, spec.inner, hosting.device, int.from_bytes(seed[:8], "little") >> 1, at_once)
