@@ -26,8 +26,8 @@ from swarm.run_spec import Inner
 
 # A matrix up to this size is worked on as a whole, a larger one in row tiles.
 WHOLE_VALUES = 1 << 22
-# What is in fp32 at once in a row tile, and in an update. On the CPU an update is 70 small operations: with fewer values
-# starting them costs more than the work (2**14: 19 ns per value, 2**17: 6.5), with more they leave the cache.
+# What is in fp32 at once in a row tile, and in an update. On the CPU an update is 70 small operations: with fewer
+# values starting them costs more than the work (2**14: 19 ns per value, 2**17: 6.5), with more they leave the cache.
 TILE_VALUES = 1 << 19
 UPDATE_VALUES = {"cpu": 1 << 17}
 UPDATE_VALUES_ELSEWHERE = 1 << 20
