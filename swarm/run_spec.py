@@ -188,10 +188,22 @@ class Rules(Section):
         return self
 
 
+class Base(Section):
+    """The checkpoint whose weights the run started from."""
+
+    name: str = Field(pattern=r"^[^\x00-\x1f\x7f|`<>]{1,128}$", description="what the organizer's folder was called")
+    anchor_digest: Hex32
+    """Merkle root over the chunks of its weights, as they are in the state of round 0"""
+    vocab_size: int = Field(ge=2, le=2**31 - 1)
+    """rows of its embedding: at least the data's vocabulary, which publishers like to pad"""
+
+
 class RunSpec(Rules):
     organizer_key: Hex32
     publication_key: Hex32
     data: Data
+    base: Base | None = None
+    """None: random weights, from `seed`"""
 
     def canonical_bytes(self) -> bytes:
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

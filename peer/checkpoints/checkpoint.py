@@ -214,6 +214,7 @@ def model_card(parts: CheckpointParts) -> str:
         total_tokens=f"{parts.total_tokens:,}",
         run_id=parts.run_id.hex(),
         organizer_key=spec.organizer_key,
+        started_from=_started_from(spec),
         state_digest=parts.state_digest.hex(),
         log_digest=parts.log_digest.hex(),
         data_digest=spec.data.manifest_digest,
@@ -255,6 +256,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 |---|---|
 | run id | `{run_id}` |
 | organizer's key | `{organizer_key}` |
+| started from | {started_from} |
 | state digest (anchor and outer momentum) | `{state_digest}` |
 | log digest | `{log_digest}` |
 | data manifest | `{data_digest}` |
@@ -262,6 +264,12 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 `swarm verify FOLDER --run {run_id}` checks every file of this folder, offline, against the manifest that the run's
 publication key signed, and that key against the run spec that the organizer signed.
 """
+
+
+def _started_from(spec: RunSpec) -> str:
+    if spec.base is None:
+        return f"random weights, seed {spec.seed}"
+    return f"{_cell(spec.base.name)}, anchor `{spec.base.anchor_digest}`"
 
 
 def _cell(text: str) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 
 from peer.rounds.codec import Float32
 from peer.training.layout import Layout
-from swarm.errors import SpecError, SwarmError
+from swarm.errors import DataError, SpecError, SwarmError
 from swarm.families import family_of
 from swarm.memory_plan import ModelNumbers
 from swarm.run_file import RunFile
@@ -41,10 +41,13 @@ TRIAL_TOKENS = 4
 def build_config(spec: RunSpec | RunFile, vocab_size: int) -> Any:
     """The family's config (a transformers ``PreTrainedConfig``) for this run, proven by a trial run without memory.
 
+    ``vocab_size``: of the data; the embedding has more rows where the checkpoint that the run starts from does.
     Raises `SpecError` for an unknown family or key (with the near name), values that do not fit together, and a
     sequence that is longer than the model's positions.
     """
     family, values = spec.model.family, dict(spec.model.config)
+    if isinstance(spec, RunSpec) and spec.base is not None:
+        vocab_size = max(vocab_size, spec.base.vocab_size)
     config_class = _config_class(family)
     _check_keys(config_class, family, values)
     _fill_in(config_class, values)
@@ -160,6 +163,33 @@ def config_json(config: Any) -> str:
     for key in ("transformers_version", "_name_or_path"):
         values.pop(key, None)
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def stored_config(family: str, values: dict[str, Any]) -> Any:
+    """The config that a checkpoint's ``config.json`` means. Raises `DataError`."""
+    try:
+        return _config_class(family).from_dict(values)
+    except Exception as error:  # transformers checks values wherever they are first used, with any exception
+        raise DataError(f"the checkpoint's config is none of {family}: {_first_lines(error)}") from error
+
+
+def differences(config: Any, stored: Any) -> list[tuple[str, Any, Any]]:
+    """(key, value, stored value) of everything by which ``stored`` describes another model than ``config``.
+
+    Special tokens, dropout and the spread of initial weights are the run's own choice; a tied head may be untied, as
+    it then starts as the embedding.
+    """
+    own = {key for key in _known_keys(type(config)) if key not in config.attribute_map}
+    own -= {*SPECIAL_TOKENS, "initializer_range", "tie_word_embeddings", "rope_theta"}
+    found = [(key, getattr(config, key, None), getattr(stored, key, None)) for key in sorted(own)]
+    if config.tie_word_embeddings and not stored.tie_word_embeddings:
+        found.append(("tie_word_embeddings", True, False))
+    ours, theirs = (getattr(each, "rope_parameters", None) or {} for each in (config, stored))
+    found += [
+        ("rope_theta" if key == "rope_theta" else f"rope_parameters.{key}", ours.get(key), theirs.get(key))
+        for key in sorted({*ours, *theirs})
+    ]
+    return [(key, mine, other) for key, mine, other in found if mine != other]
 
 
 def known_keys(family: str) -> tuple[str, ...]:

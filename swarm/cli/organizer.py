@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import DecodeError
 
@@ -32,6 +32,9 @@ from swarm.invite import Invite
 from swarm.log import GENESIS_CONTEXT, genesis_head, parse_genesis
 from swarm.proto.common_pb2 import Genesis, ShardGenesis, Signed
 from swarm.run_spec import RunSpec
+
+if TYPE_CHECKING:
+    from peer.rounds.codec import Float32
 
 SEED_RESTART_PAUSE_S = 2.0
 SEED_STARTS = 2  # before giving up: one that was killed frees its port a moment after its key
@@ -63,8 +66,11 @@ class PreparedRun:
         return self.state / "seed"
 
 
-def prepare_run(path: Path) -> PreparedRun:
-    """Sign the rules in ``path`` (run.toml) and make the genesis; or find what an earlier start made of them."""
+def prepare_run(path: Path, base: Path | None = None) -> PreparedRun:
+    """Sign the rules in ``path`` (run.toml) and make the genesis; or find what an earlier start made of them.
+
+    ``base``: a checkpoint on this machine whose weights the run starts from. An earlier start is remembered.
+    """
     if not path.is_file():
         raise ConfigError(f"there is no run file {path}", "write one with: swarm init NAME")
     rules = run_file.parse(path.read_text(encoding="utf-8"), str(path))
@@ -82,9 +88,10 @@ def prepare_run(path: Path) -> PreparedRun:
         manifest=manifest,
         manifest_digest=sha256(raw_manifest).hex(),
     )
+    spec, anchor = _with_base(spec, manifest, state, base)
     signed_spec = organizer.sign(run_spec.CONTEXT, spec.run_id, spec.canonical_bytes())
     _refuse_another_run(state, spec)
-    genesis = _genesis(state, spec, organizer, manifest)
+    genesis = _genesis(state, spec, organizer, lambda: _first_anchor(spec, manifest) if anchor is None else anchor)
     write_durably(state / "spec.sig", signed_spec.SerializeToString())
     source = RunSource(
         spec=signed_spec, genesis=genesis, data_manifest=raw_manifest, tokenizer=tokenizer, publication=publication
@@ -100,6 +107,27 @@ def _read_data(folder: Path) -> tuple[bytes, bytes]:
             f"{folder} holds no prepared data",
             "make it with: swarm data prepare SOURCE... --out DIR, and set data.path",
         ) from error
+
+
+def _with_base(spec: RunSpec, manifest: DataManifest, state: Path, base: Path | None) -> tuple[RunSpec, Float32 | None]:
+    """The spec with the checkpoint that it starts from, and that one's weights where they were read."""
+    earlier = state / "spec.sig"
+    if base is not None:
+        from peer.training.base import read_base
+
+        found, anchor = read_base(base, spec, manifest)
+        return spec.model_copy(update={"base": found}), anchor
+    if not earlier.exists():
+        return spec, None
+    signed = _read_signed(earlier, run_spec.CONTEXT)
+    started = run_spec.parse_signed(signed, run_spec.run_id_of(signed.signer, signed.payload))
+    return spec.model_copy(update={"base": started.base}), None
+
+
+def _first_anchor(spec: RunSpec, manifest: DataManifest) -> Float32:
+    from peer.training import model
+
+    return model.initial_anchor(model.build_config(spec, manifest.vocab_size), spec.seed)
 
 
 def _refuse_another_run(state: Path, spec: RunSpec) -> None:
@@ -123,7 +151,7 @@ def _read_signed(path: Path, context: str, run_id: bytes | None = None) -> Signe
     return signed
 
 
-def _genesis(state: Path, spec: RunSpec, organizer: Identity, manifest: DataManifest) -> Signed:
+def _genesis(state: Path, spec: RunSpec, organizer: Identity, first_anchor: Callable[[], Float32]) -> Signed:
     """The signed genesis; the first time, its state is built and written to the seed peer's disk."""
     path = state / "genesis.sig"
     if path.exists():
@@ -135,12 +163,10 @@ def _genesis(state: Path, spec: RunSpec, organizer: Identity, manifest: DataMani
     from peer.p2p.chunk_store import ChunkStore
     from peer.rounds.ledger import Ledger, LedgerOptions
     from peer.rounds.shard import Shard
-    from peer.training import model
 
     home = Home(state / "seed")
     seed = keyfiles.load_or_create(home.key_path)
-    anchor = model.initial_anchor(model.build_config(spec, manifest.vocab_size), spec.seed)
-    shard = Shard(spec, SHARD, anchor)
+    shard = Shard(spec, SHARD, first_anchor())
     genesis = Genesis(
         run_id=spec.run_id,
         voters=[seed.public_key],

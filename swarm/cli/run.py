@@ -103,6 +103,9 @@ def start(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the coordinator; 0: any free one.")] = 0,
     seed_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the seed peer; 0: any free one.")] = 0,
     public_host: Annotated[str, typer.Option(help="Name or address that volunteers dial, if not --host.")] = "",
+    base: Annotated[
+        Path | None, typer.Option("--from", metavar="DIR", help="Start from the checkpoint in this folder.")
+    ] = None,
     token: Annotated[str, typer.Option(help="Admission token to put into the invite.")] = "",
     with_seed: Annotated[bool, typer.Option("--seed/--no-seed", help="Bring up a seed peer too.")] = True,
     json_lines: Annotated[bool, typer.Option("--json", help="Print news as JSON, one object a line.")] = False,
@@ -111,7 +114,7 @@ def start(
     from swarm.cli.organizer import StartOptions, keep_seed_peer, prepare_run, start_coordinator
 
     options = StartOptions(host=host, port=port, seed_port=seed_port, public_host=public_host or None, token=token)
-    prepared = prepare_run(run_file)
+    prepared = prepare_run(run_file, base)
 
     async def main(stop: asyncio.Event) -> None:
         server, invite = await start_coordinator(prepared, options)

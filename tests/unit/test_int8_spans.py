@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -217,6 +218,19 @@ def test_a_loss_that_is_not_finite_changes_no_span() -> None:
     before = pipeline.state()
     [came] = pipeline.step([TOKENS])
     assert all(math.isnan(trained.loss) and trained.gradient_BLH is None for trained in came)
+    assert pipeline.state() == before
+
+
+def test_one_microbatch_whose_loss_is_not_finite_undoes_the_inner_step() -> None:
+    """Neither matrices nor vectors take the gradients of the microbatches before it."""
+    pipeline = Pipeline("gpt_neo", CUTS[0])
+    pipeline.step([TOKENS])
+    before = pipeline.state()
+    with contextlib.ExitStack() as stack:
+        for replica in pipeline.replicas:
+            stack.enter_context(replica.inner_step(1e-2, 2))
+        losses = [pipeline.train(TOKENS, weight)[-1].loss for weight in (WEIGHT, math.inf)]
+    assert math.isfinite(losses[0]) and math.isnan(losses[1])
     assert pipeline.state() == before
 
 
