@@ -22,6 +22,7 @@ from peer.p2p.chunk_store import ChunkStore, token_shard_source
 from peer.p2p.fetch import HolderBook
 from peer.p2p.lasting_transport import LastingTransport
 from peer.p2p.network import Network, NetworkConfig, open_network
+from peer.p2p.spill import Spill
 from peer.rounds.catch_up import Newcomer, obtain_state
 from peer.rounds.ledger import Ledger, LedgerOptions
 from peer.rounds.shard import Shard
@@ -178,6 +179,7 @@ async def _open_transport(
         announce_maddrs=options.announce,
         initial_peers=tuple(address for address in run.seed_addresses if not address.endswith(own_id)),
         relay_service=not options.trains,
+        keep=Spill(options.home.run_folder(options.invite.run_id)).put,
     )
 
     async def reopen() -> Network:

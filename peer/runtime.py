@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import math
 from collections.abc import Callable, Coroutine
@@ -31,9 +30,11 @@ from peer.joining import (
 )
 from peer.p2p.fetch import fetch_chunk
 from peer.reporting import Reporter
+from peer.rounds.codec import Float32
 from peer.rounds.exchange import Exchange
 from peer.rounds.exchange_parts import Committed, ExchangeParts
 from peer.rounds.member import Member, MemberParts, Words
+from peer.rounds.planning import evaluator
 from peer.rounds.shard import Shard
 from peer.training import device
 from peer.training.data import ReaderOptions, TokenReader
@@ -159,7 +160,7 @@ class Peer:
         """Serve, train and make rounds, until the run ends or the person does."""
         newest = self.checkpoints.resume(self.spec.run_id, bytes.fromhex(self.spec.publication_key))
         self.words.checkpoint_round = newest
-        self._offer_checkpoint_again()
+        await self._offer_checkpoint_again()
         await self._start_training()
         await self.member.serve()  # last: from here on others may open rounds with us
         state = self.exchange.shard.state_digest.hex()
@@ -192,7 +193,7 @@ class Peer:
         replica = await asyncio.to_thread(build_replica, self.hosting, self.spec, self.joined.identity.public_key)
         await self.training.start(replica, self.exchange.shard.anchor, self.exchange.head, self._on_bad_steps)
         if self.exchange.head.round == 0:
-            self._evaluate(0)
+            await self._evaluate(0)
 
     async def _see_the_run_off(self) -> None:
         """Return when the run is over and its last checkpoint is published (or that took too long)."""
@@ -234,11 +235,10 @@ class Peer:
         if self.training is not None:
             self.training.follow(head)
         if schedule.is_checkpoint_round(self.spec, head.round, head.total_tokens):
-            anchor = self.exchange.shard.anchor.copy()
-            self.checkpoints.offer(StateCopy(head=head, state_digest=committed.state_digest, anchor=anchor))
+            await self._offer_checkpoint(committed.state_digest)
         contributors = {share.peer_key for part in record.parts for share in part.shares}
-        if self.training is not None and self._evaluates(head.round, contributors):
-            self._evaluate(head.round)
+        if self.training is not None and evaluator(head.round, contributors) == self.joined.identity.public_key:
+            await self._evaluate(head.round)
         values = self._values() | {
             "counted": committed.counted,
             "contributors": len(contributors),
@@ -249,13 +249,16 @@ class Peer:
         self.reporter.tell_soon()
         self._consider_end()
 
-    def _offer_checkpoint_again(self) -> None:
+    async def _offer_checkpoint_again(self) -> None:
         """A checkpoint that a crash kept from being made or published, where the state still is that of its round."""
-        head, shard = self.exchange.head, self.exchange.shard
+        head = self.exchange.head
         due = head.round > 0 and schedule.is_checkpoint_round(self.spec, head.round, head.total_tokens)
         if due and self.words.checkpoint_round < head.round:
-            state = StateCopy(head=head, state_digest=shard.state_digest, anchor=shard.anchor.copy())
-            self.checkpoints.offer(state)
+            await self._offer_checkpoint(self.exchange.shard.state_digest)
+
+    async def _offer_checkpoint(self, state_digest: bytes) -> None:
+        anchor = await self._anchor_on_disk()
+        self.checkpoints.offer(StateCopy(head=self.exchange.head, state_digest=state_digest, anchor=anchor))
 
     def _on_checkpoint(self, round_number: int) -> None:
         self.words.checkpoint_round = max(self.words.checkpoint_round, round_number)
@@ -269,17 +272,12 @@ class Peer:
         if schedule.is_finished(self.spec, self.exchange.head.total_tokens):
             self._finished.set()
 
-    def _evaluates(self, round_number: int, contributors: set[bytes]) -> bool:
-        """One contributor of the round, by rendezvous hash, measures the validation loss of its result."""
-        first = min(
-            contributors,
-            key=lambda key: hashlib.sha256(b"evaluate" + round_number.to_bytes(8, "big") + key).digest(),
-            default=None,
-        )
-        return first == self.joined.identity.public_key
+    async def _anchor_on_disk(self) -> Float32:
+        """The anchor as it is now; nobody changes it until this has returned."""
+        return await asyncio.to_thread(self.exchange.shard.anchor_on_disk, self.joined.folder)
 
-    def _evaluate(self, round_number: int) -> None:
-        anchor = self.exchange.shard.anchor.copy()
+    async def _evaluate(self, round_number: int) -> None:
+        anchor = await self._anchor_on_disk()
 
         async def measure() -> None:
             try:

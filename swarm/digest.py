@@ -30,6 +30,10 @@ def chunk_digests(data: memoryview, chunk_bytes: int = STATE_CHUNK_BYTES) -> lis
     return [sha256(data[start : start + chunk_bytes]) for start in range(0, len(data), chunk_bytes)]
 
 
+def num_chunks(size_bytes: int, chunk_bytes: int = STATE_CHUNK_BYTES) -> int:
+    return -(-size_bytes // chunk_bytes)
+
+
 def merkle_root(leaves: Sequence[bytes]) -> bytes:
     level = [hashlib.sha256(b"\x00" + leaf).digest() for leaf in leaves]
     if not level:

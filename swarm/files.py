@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from swarm.errors import DiskFull
 
@@ -49,3 +50,10 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Kept(Protocol):
+    """Bytes that may lie on disk: ``kept[:]`` are all of them, as they are of `bytes`, which is one of these."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, span: slice, /) -> bytes: ...

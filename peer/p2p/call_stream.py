@@ -9,17 +9,21 @@ is used for them.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from peer.p2p.transport import FRAME_BYTES
+from peer.p2p.transport import FRAME_BYTES, MAX_CALL_BYTES
 from swarm import errors
 from swarm.errors import NetworkError, ProtocolError, SwarmError
+from swarm.files import Kept
 from swarm.proto.round_pb2 import Frame
 
 # A frame's tag and the length of its data.
 _FRAME_OVERHEAD_BYTES = 16
+# A piece of a request that is no larger stays in memory.
+_SMALL_BYTES = 1 << 16
 _OK = 0
 _ERROR = 1
 _MAX_ERROR_CHARS = 512
@@ -38,12 +42,12 @@ _ERRORS = _named_errors(SwarmError)
 
 @dataclass(slots=True)
 class Traffic:
-    """Payload bytes since the start, and those that incoming calls hold in memory now."""
+    """Payload bytes since the start, and those that incoming calls hold now."""
 
     limit_bytes: int
     sent_bytes: int = 0
     received_bytes: int = 0
-    held_bytes: int = field(default=0)
+    held_bytes: int = 0
 
     def hold(self, size: int) -> None:
         """Make room for ``size`` bytes of a request. Raises `NetworkError` where the peer is full."""
@@ -55,7 +59,7 @@ class Traffic:
         self.held_bytes -= size
 
 
-async def send_request(writer: asyncio.StreamWriter, request: bytes, timeout_s: float, traffic: Traffic) -> None:
+async def send_request(writer: asyncio.StreamWriter, request: Kept, timeout_s: float, traffic: Traffic) -> None:
     writer.write(min(max(int(timeout_s * 1000), 1), _MAX_TIMEOUT_MS).to_bytes(4, "big"))
     await _send(writer, request, traffic)
 
@@ -88,38 +92,49 @@ async def receive_response(reader: asyncio.StreamReader, max_bytes: int, traffic
     raise ProtocolError(f"a response of unknown status {status}")
 
 
-async def receive_message(
-    reader: asyncio.StreamReader, max_bytes: int, traffic: Traffic, *, hold: bool = False
-) -> bytearray:
-    """All frames of a message. Raises `ProtocolError` beyond ``max_bytes``, `asyncio.IncompleteReadError` at its end.
-
-    With ``hold`` the bytes are counted in ``traffic.held_bytes``; the caller releases them (none where this raises).
-    """
+async def receive_message(reader: asyncio.StreamReader, max_bytes: int, traffic: Traffic) -> bytearray:
+    """All frames of a message. Raises `ProtocolError` beyond ``max_bytes``, `asyncio.IncompleteReadError` if cut."""
     message = bytearray()
-    try:
-        while size := int.from_bytes(await reader.readexactly(4), "big"):
-            if size > FRAME_BYTES + _FRAME_OVERHEAD_BYTES or len(message) + size > max_bytes + _FRAME_OVERHEAD_BYTES:
-                raise ProtocolError(f"a message larger than the {max_bytes} bytes that were allowed")
-            data = _parse_frame(await reader.readexactly(size))
-            if len(message) + len(data) > max_bytes:
-                raise ProtocolError(f"a message larger than the {max_bytes} bytes that were allowed")
-            if hold:
-                traffic.hold(len(data))
-            message += data
-            traffic.received_bytes += len(data)
-    except BaseException:
-        if hold:
-            traffic.release(len(message))
-        raise
+    await _receive(reader, max_bytes, traffic, message.extend)
     return message
 
 
-async def _send(writer: asyncio.StreamWriter, payload: bytes, traffic: Traffic, prefix: bytes = b"") -> None:
-    view = memoryview(payload)
+async def receive_request(
+    reader: asyncio.StreamReader, traffic: Traffic, keep: Callable[[bytes], Kept], pieces: list[Kept]
+) -> None:
+    """Append what a request is made of to ``pieces``; a frame that is not small waits where ``keep`` puts it.
+
+    The bytes are counted in ``traffic.held_bytes``; whoever owns ``pieces`` releases them, also where this raises.
+    """
+
+    def take(data: bytes) -> None:
+        piece = data if len(data) <= _SMALL_BYTES else keep(data)
+        traffic.hold(len(data))
+        pieces.append(piece)
+
+    await _receive(reader, MAX_CALL_BYTES, traffic, take)
+
+
+async def _receive(
+    reader: asyncio.StreamReader, max_bytes: int, traffic: Traffic, take: Callable[[bytes], None]
+) -> None:
+    total = 0
+    while size := int.from_bytes(await reader.readexactly(4), "big"):
+        if size > FRAME_BYTES + _FRAME_OVERHEAD_BYTES or total + size > max_bytes + _FRAME_OVERHEAD_BYTES:
+            raise ProtocolError(f"a message larger than the {max_bytes} bytes that were allowed")
+        data = _parse_frame(await reader.readexactly(size))
+        total += len(data)
+        if total > max_bytes:
+            raise ProtocolError(f"a message larger than the {max_bytes} bytes that were allowed")
+        take(data)
+        traffic.received_bytes += len(data)
+
+
+async def _send(writer: asyncio.StreamWriter, payload: Kept, traffic: Traffic, prefix: bytes = b"") -> None:
     start = 0
-    while prefix or start < len(view):
-        end = min(start + FRAME_BYTES - len(prefix), len(view))
-        frame = Frame(data=prefix + view[start:end]).SerializeToString()
+    while prefix or start < len(payload):
+        end = min(start + FRAME_BYTES - len(prefix), len(payload))
+        frame = Frame(data=prefix + payload[start:end]).SerializeToString()
         writer.write(len(frame).to_bytes(4, "big"))
         writer.write(frame)
         await writer.drain()

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from peer.p2p import call_stream
 from peer.p2p.call_stream import Traffic
-from peer.p2p.transport import MAX_CALL_BYTES, Handler
+from peer.p2p.transport import Handler
 from swarm.errors import NetworkError, NotFound, ProtocolError, SwarmError, Unreachable
+from swarm.files import Kept
 from swarm.identity import peer_id_of, public_key_of
 
 logger = logging.getLogger(__name__)
@@ -24,7 +26,7 @@ logger = logging.getLogger(__name__)
 MAX_RUNNING_CALLS = 64
 MAX_OPEN_CALLS = 512
 MAX_OPEN_CALLS_PER_PEER = 192
-# Requests that are in memory at once.
+# Requests that are held at once; what they take of memory is `keep`'s affair.
 MAX_HELD_BYTES = 1 << 30
 MAX_CALL_S = 900.0
 _FIRST_BYTES_S = 10.0
@@ -34,7 +36,8 @@ _CANCEL_S = 1.0
 class Calls:
     """The calls of one peer, in both directions."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Callable[[bytes], Kept]) -> None:
+        self._keep = keep
         self.handlers: dict[str, Handler] = {}
         self.traffic = Traffic(MAX_HELD_BYTES)
         self._running = asyncio.Semaphore(MAX_RUNNING_CALLS)
@@ -46,7 +49,7 @@ class Calls:
         self,
         peer: bytes,
         method: str,
-        request: bytes,
+        request: Kept,
         timeout_s: float,
         max_response_bytes: int,
         stream: tuple[asyncio.StreamReader, asyncio.StreamWriter],
@@ -67,11 +70,11 @@ class Calls:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
 
-    async def call_self(self, method: str, own_key: bytes, request: bytes, max_response_bytes: int) -> bytes:
+    async def call_self(self, method: str, own_key: bytes, request: Kept, max_response_bytes: int) -> bytes:
         """The same call without a network: libp2p does not dial itself."""
         if method not in self.handlers:
             raise NotFound(f"{method} is not served here")
-        response = await self._handle(method, own_key, request)
+        response = await self._handle(method, own_key, request[:])
         if len(response) > max_response_bytes:
             raise ProtocolError(f"a message larger than the {max_response_bytes} bytes that were allowed")
         return response
@@ -117,19 +120,16 @@ class Calls:
     async def _serve(
         self, method: str, caller: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        held = 0
+        pieces: list[Kept] = []
         try:
-            message = await call_stream.receive_message(reader, MAX_CALL_BYTES, self.traffic, hold=True)
-            held = len(message)
-            request = bytes(message)
-            del message
+            await call_stream.receive_request(reader, self.traffic, self._keep, pieces)
             async with self._running:
-                response = await self._handle(method, caller, request)
+                response = await self._handle(method, caller, b"".join(piece[:] for piece in pieces))
         except SwarmError as error:
             await call_stream.send_error(writer, error, self.traffic)
             return
         finally:
-            self.traffic.release(held)
+            self.traffic.release(sum(map(len, pieces)))
         await call_stream.send_response(writer, response, self.traffic)
 
     async def _handle(self, method: str, caller: bytes, request: bytes) -> bytes:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from peer.p2p.transport import MAX_CALL_BYTES, Handler, Transport
 from swarm.errors import SwarmError, Unreachable
+from swarm.files import Kept
 
 PAUSES_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 
@@ -74,7 +75,7 @@ class LastingTransport:
         return current
 
     async def call(
-        self, peer: bytes, method: str, request: bytes, *, timeout_s: float, max_response_bytes: int = MAX_CALL_BYTES
+        self, peer: bytes, method: str, request: Kept, *, timeout_s: float, max_response_bytes: int = MAX_CALL_BYTES
     ) -> bytes:
         return await self._alive().call(
             peer, method, request, timeout_s=timeout_s, max_response_bytes=max_response_bytes

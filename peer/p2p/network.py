@@ -35,6 +35,7 @@ from swarm.errors import (
     SwarmError,
     Unreachable,
 )
+from swarm.files import Kept
 from swarm.identity import Identity, peer_id_of, public_key_of
 
 # A connection that takes longer than this is none.
@@ -63,6 +64,8 @@ class NetworkConfig:
     relay_service: bool = False
     dht_server: bool = True
     startup_timeout_s: float = 20.0
+    keep: Callable[[bytes], Kept] = lambda data: data
+    """where large requests wait until they are whole"""
     debug: bool = False
 
     def __post_init__(self) -> None:
@@ -111,7 +114,7 @@ class Network:
         self._public_key = identity.public_key
         self._daemon = daemon
         self._hivemind = hivemind
-        self._calls = Calls()
+        self._calls = Calls(config.keep)
         self._dht = Dht(Directory(config.run_id, config.directory_keys), identity, config.clock)
         self._addresses: tuple[str, ...] = ()
         self._closed = False
@@ -139,7 +142,7 @@ class Network:
         return self._calls.traffic.sent_bytes, self._calls.traffic.received_bytes
 
     async def call(
-        self, peer: bytes, method: str, request: bytes, *, timeout_s: float, max_response_bytes: int = MAX_CALL_BYTES
+        self, peer: bytes, method: str, request: Kept, *, timeout_s: float, max_response_bytes: int = MAX_CALL_BYTES
     ) -> bytes:
         """See `peer.p2p.transport.Transport.call`. A `NotFound` says that the peer does not serve ``method``."""
         if len(request) > MAX_CALL_BYTES:
@@ -243,7 +246,7 @@ class Network:
 
     # Calls out
 
-    async def _call(self, peer: bytes, method: str, request: bytes, timeout_s: float, limit: int) -> bytes:
+    async def _call(self, peer: bytes, method: str, request: Kept, timeout_s: float, limit: int) -> bytes:
         stream = await self._open_stream(peer, method, timeout_s)
         return await self._calls.exchange(peer, method, request, timeout_s, limit, stream)
 

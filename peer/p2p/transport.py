@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
+from swarm.files import Kept
+
 # A request larger than this, or a response larger than the caller allows, ends the call with `ProtocolError`.
 MAX_CALL_BYTES = 256 << 20
 FRAME_BYTES = 1 << 20
@@ -30,9 +32,9 @@ class Transport(Protocol):
         ...
 
     async def call(
-        self, peer: bytes, method: str, request: bytes, *, timeout_s: float, max_response_bytes: int = MAX_CALL_BYTES
+        self, peer: bytes, method: str, request: Kept, *, timeout_s: float, max_response_bytes: int = MAX_CALL_BYTES
     ) -> bytes:
-        """Call ``method`` on ``peer``.
+        """Call ``method`` on ``peer``; a ``request`` that lies on disk is read as it leaves.
 
         Raises `Unreachable`, `DeadlineExceeded`, `ProtocolError`, or the `SwarmError` that the handler raised.
         """

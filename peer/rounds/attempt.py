@@ -13,6 +13,7 @@ from peer.rounds.paxos import Ballot
 from peer.rounds.round_actions import Reduce, RoundSettings
 from swarm.digest import sha256
 from swarm.errors import ProtocolError
+from swarm.files import Kept
 from swarm.log import MAX_MEMBERS, MAX_PARTS
 from swarm.proto.round_pb2 import Average, Contribution, OpenRound, PartResult, Share
 
@@ -44,7 +45,7 @@ class Attempt:
     open: OpenRound
     deadline: float
     """when reducers stop waiting for contributions; averages have as long again"""
-    contributions: dict[tuple[int, bytes], tuple[int, bytes]] = field(default_factory=dict)
+    contributions: dict[tuple[int, bytes], tuple[int, Kept]] = field(default_factory=dict)
     """(part, contributor) -> (weight in tokens, encoded); weight 0: nothing to add"""
     averages: dict[int, PartResult] = field(default_factory=dict)
     reduced: set[int] = field(default_factory=set)
@@ -83,7 +84,8 @@ class Attempt:
         if message.weight_tokens:
             part = self.open.parts[message.part]
             self.settings.check_part(part.first_slice, part.num_slices, message.encoded)
-        self.contributions.setdefault((message.part, sender), (message.weight_tokens, message.encoded))
+        if (message.part, sender) not in self.contributions:
+            self.contributions[message.part, sender] = (message.weight_tokens, self.settings.keep(message.encoded))
 
     def due_reductions(self, now: float) -> list[Reduce]:
         """Parts of ours that can be averaged now: everybody reachable is in, or the time is up."""

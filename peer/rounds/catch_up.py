@@ -16,8 +16,9 @@ from google.protobuf.message import DecodeError
 from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.fetch import FetchLimits, HolderBook, Wanted, fetch_many
 from peer.p2p.transport import Transport
+from peer.rounds import blocks
 from peer.rounds.ledger import Ledger
-from peer.rounds.shard import Shard, load_state
+from peer.rounds.shard import Shard, StateBuffers, load_state
 from swarm import digest
 from swarm.errors import NetworkError, NotFound, ProtocolError, SwarmError, VerificationError
 from swarm.log import LogHead, canonical, parse_record, verify_commit
@@ -84,7 +85,7 @@ async def obtain_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[Lo
             await extend_log(newcomer, holder)
         except (NetworkError, VerificationError) as error:
             log.info("a holder's log is of no use: %s", error)
-    own = newcomer.ledger.load_state(newcomer.spec, newcomer.shard)
+    own = newcomer.ledger.load_state(newcomer.spec, newcomer.shard, newcomer.num_values)
     if own is not None and not _state_is_cheaper(newcomer, own[1], newcomer.ledger.head.round - own[0].round):
         return own
     try:
@@ -106,13 +107,13 @@ async def _fetch_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[Lo
         offers[reply.round] = reply
     for number in sorted(offers, reverse=True):
         reply = offers[number]
+        expected = digest.state_digest(reply.anchor_chunks, reply.momentum_chunks)
         try:
-            anchor, momentum = await _fetch_chunks(newcomer, reply, holders)
+            buffers = await _fetch_chunks(newcomer, reply, holders)
+            shard = load_state(newcomer.spec, newcomer.shard, buffers, expected)
         except SwarmError as error:
             log.info("the state after round %d cannot be had whole: %s", number, error)
             continue
-        expected = digest.state_digest(reply.anchor_chunks, reply.momentum_chunks)
-        shard = load_state(newcomer.spec, newcomer.shard, anchor, momentum, expected)
         newcomer.ledger.save_state(number, shard)
         return newcomer.ledger.heads[number], shard
     raise NotFound("nobody offers a state that the log proves", "check that a seed peer or a volunteer is running")
@@ -131,8 +132,9 @@ async def _ask_for_offer(newcomer: Newcomer, holder: bytes) -> StateReply:
         reply = StateReply.FromString(raw)
     except DecodeError as error:
         raise ProtocolError("an offer of a state cannot be read") from error
-    num_chunks = -(-newcomer.num_values * 4 // digest.STATE_CHUNK_BYTES)
-    if len(reply.anchor_chunks) != num_chunks or len(reply.momentum_chunks) != num_chunks:
+    sizes = (4 * newcomer.num_values, blocks.size_bytes(newcomer.num_values))
+    offered = (len(reply.anchor_chunks), len(reply.momentum_chunks))
+    if offered != tuple(map(digest.num_chunks, sizes)):
         raise NotFound("no state of this shard is offered")
     if digest.state_digest(reply.anchor_chunks, reply.momentum_chunks) != proven_digest(newcomer, reply.round):
         raise VerificationError(f"the state offered for round {reply.round} is not the one that the log names")
@@ -149,17 +151,20 @@ def proven_digest(newcomer: Newcomer, round_number: int) -> bytes:
     return bytes(parse_record(commits[0].record, newcomer.ledger.heads[round_number]).state_digest)
 
 
-async def _fetch_chunks(newcomer: Newcomer, reply: StateReply, donors: Sequence[bytes]) -> tuple[bytes, bytes]:
-    total_bytes = newcomer.num_values * 4
-    buffers = (bytearray(total_bytes), bytearray(total_bytes))
-    places: dict[bytes, list[tuple[int, int]]] = {}
-    for which, chunks in enumerate((reply.anchor_chunks, reply.momentum_chunks)):
+async def _fetch_chunks(newcomer: Newcomer, reply: StateReply, donors: Sequence[bytes]) -> StateBuffers:
+    """Every chunk in its place. Raises `VerificationError` for one of another size than its place has."""
+    buffers = StateBuffers(newcomer.num_values)
+    places: dict[bytes, list[memoryview]] = {}
+    for chunks, view in zip((reply.anchor_chunks, reply.momentum_chunks), buffers.views, strict=True):
         for index, item in enumerate(chunks):
-            places.setdefault(item, []).append((which, index * digest.STATE_CHUNK_BYTES))
+            room = view[index * digest.STATE_CHUNK_BYTES :][: digest.STATE_CHUNK_BYTES]
+            places.setdefault(item, []).append(room)
 
     async def keep(item: Wanted, data: bytes) -> None:
-        for which, offset in places[item.digest]:
-            buffers[which][offset : offset + len(data)] = data
+        for room in places[item.digest]:
+            if len(room) != len(data):
+                raise VerificationError("a chunk of a state is not as large as its place")
+            room[:] = data
 
     wanted = []
     for item in places:
@@ -169,7 +174,7 @@ async def _fetch_chunks(newcomer: Newcomer, reply: StateReply, donors: Sequence[
         else:
             await keep(Wanted(item, len(data)), data)
     await fetch_many(newcomer.transport, wanted, donors, keep, FetchLimits(), newcomer.book)
-    return bytes(buffers[0][:total_bytes]), bytes(buffers[1][:total_bytes])
+    return buffers
 
 
 def _state_is_cheaper(newcomer: Newcomer, shard: Shard, missed_rounds: int) -> bool:

@@ -8,6 +8,7 @@ one way to apply a round.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable
 from typing import TypeVar
@@ -15,20 +16,21 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError
 
 from peer.p2p.fetch import fetch_chunk
-from peer.rounds.exchange_parts import Committed, ExchangeParts
+from peer.p2p.spill import Spill
+from peer.rounds.exchange_parts import Committed, EarlyMessages, ExchangeParts, round_settings
 from peer.rounds.round import RoundMachine
-from peer.rounds.round_actions import Action, Apply, Fetch, Persist, Reduce, RoundSettings, Send, TakeSnapshot, View
+from peer.rounds.round_actions import Action, Apply, Fetch, Persist, Reduce, Send, TakeSnapshot, View
 from peer.rounds.shard import ReplicaSnapshot
-from swarm import schedule
 from swarm.errors import DivergedError, NetworkError, ProtocolError, ResourceError, SwarmError, Unreachable
-from swarm.log import VOTE_CONTEXT, LogHead, next_head
-from swarm.proto.round_pb2 import Commit, RoundMessage
+from swarm.files import Kept
+from swarm.log import LogHead, next_head
+from swarm.proto.round_pb2 import Commit, Part, RoundMessage
 
 ROUND_METHOD = "round"
 PING_METHOD = "ping"
 PING_TIMEOUT_S = 5.0
-MAX_EARLY_MESSAGES = 256
 CONTROL_TIMEOUT_S = 10.0
+MAX_FETCHES = 4
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -48,8 +50,11 @@ class Exchange:
         self._snapshot: ReplicaSnapshot | None = None
         self._snapshot_lock = asyncio.Lock()
         self._state_lock = asyncio.Lock()
-        self._early: list[tuple[bytes, RoundMessage]] = []
-        self._early_bytes = 0
+        self._spill = Spill(parts.ledger.folder)
+        self._early = EarlyMessages(self._spill)
+        # One part at a time is in memory, encoded, averaged or made a message of; and as few are being fetched.
+        self._at_work = asyncio.Lock()
+        self._fetches = asyncio.Semaphore(MAX_FETCHES)
         self._ask_at = 0.0
         self._known_commits: dict[int, tuple[bytes, Commit]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -81,7 +86,7 @@ class Exchange:
         if message.round <= max(self.head.round, self.parts.ledger.head.round):
             raise ProtocolError(f"round {message.round} is committed here; this replica works towards {self.round}")
         if message.round > self.round:
-            self._keep_early(sender, message, len(request))
+            self._keep_early(sender, message, request)
             return b""
         try:
             self._do(self._machine.on_message(sender, message, self._now()))
@@ -89,16 +94,14 @@ class Exchange:
             self._fail(error)
         return b""
 
-    def _keep_early(self, sender: bytes, message: RoundMessage, size_bytes: int) -> None:
+    def _keep_early(self, sender: bytes, message: RoundMessage, request: bytes) -> None:
         """Others may have committed our round already: keep what they say of the next, within bounds, and ask them."""
         if sender not in self.live_peers and sender not in self.head.voters:
             raise ProtocolError(f"round {message.round} has not begun here, and we do not know you")
         self.behind.set()
-        room = 2 * self.shard.part_size_bytes(0, self.shard.num_slices) + (1 << 20)
-        is_next = message.round == self.round + 1
-        if is_next and len(self._early) < MAX_EARLY_MESSAGES and self._early_bytes + size_bytes <= room:
-            self._early.append((sender, message))
-            self._early_bytes += size_bytes
+        if message.round == self.round + 1:
+            room_bytes = 2 * self.shard.part_size_bytes(0, self.shard.num_slices) + (1 << 20)
+            self._early.keep(sender, request, room_bytes)
 
     def set_view(self, view: View) -> None:
         """Tell the machine who is live; only for the round that the view was made for."""
@@ -119,8 +122,7 @@ class Exchange:
         if self.parts.trainer is None:
             return
         async with self._state_lock:
-            anchor = self.shard.anchor.copy()
-            await self.parts.trainer.land(anchor, None, self.round)
+            await self.parts.trainer.land(self.shard.anchor, None, self.round)
             if self._snapshot is not None:
                 self._snapshot.was_reset = True
 
@@ -193,7 +195,8 @@ class Exchange:
         elif isinstance(action, TakeSnapshot):
             await self._take_snapshot(machine, action)
         elif isinstance(action, Reduce):
-            shares, encoded = await self._blocking(lambda: self.shard.reduce(action))
+            async with self._at_work:
+                shares, encoded = await self._blocking(lambda: self.shard.reduce(action))
             self._event(machine, lambda now: machine.on_reduced(action.ballot, action.part, shares, encoded, now))
         elif isinstance(action, Fetch):
             await self._fetch(machine, action)
@@ -202,21 +205,27 @@ class Exchange:
 
     async def _send(self, machine: RoundMachine, send: Send) -> None:
         if send.to == self.parts.identity.public_key:
-            self._event(machine, lambda now: machine.on_message(send.to, send.message, now))
+            self._event(machine, lambda now: machine.on_message(send.to, send.full(), now))
             return
-        bulk = send.message.WhichOneof("body") in ("contribution", "average")
-        timeout_s = (
-            machine.settings.reduce_timeout_s if bulk else min(CONTROL_TIMEOUT_S, machine.settings.reduce_timeout_s)
-        )
+        timeout_s, request = machine.settings.reduce_timeout_s, await self._request(send)
+        if send.encoded is None:
+            timeout_s = min(CONTROL_TIMEOUT_S, timeout_s)
         try:
             await self.parts.transport.call(
-                send.to, ROUND_METHOD, send.message.SerializeToString(), timeout_s=timeout_s, max_response_bytes=1024
+                send.to, ROUND_METHOD, request, timeout_s=timeout_s, max_response_bytes=1024
             )
         except NetworkError as error:
             log.debug("round %d: %s", machine.settings.round, error)
             self._event(machine, lambda now: machine.on_unreachable(send.to, now))
         except SwarmError as error:
             log.info("round %d: refused: %s", machine.settings.round, error)
+
+    async def _request(self, send: Send) -> Kept:
+        """A message's bytes; those of a large one on disk, as it may take long until they have left."""
+        if send.encoded is None:
+            return send.message.SerializeToString()
+        async with self._at_work:
+            return await self._blocking(lambda: self._spill.put(send.full().SerializeToString()))
 
     async def _persist(self, round_number: int, action: Persist) -> bool:
         """In the order of asking; False where the round is over and no vote counts any more."""
@@ -232,18 +241,25 @@ class Exchange:
 
     async def _take_snapshot(self, machine: RoundMachine, action: TakeSnapshot) -> None:
         """One snapshot per round: a later attempt offers the same, so that no movement can be counted twice."""
-        encoded: list[bytes] = []
+        encoded: list[Kept] = []
         try:
             async with self._snapshot_lock:
                 if self._snapshot is None and machine is self._machine and not machine.finished:
                     self._snapshot = await self._new_snapshot(machine)
             snapshot = self._snapshot
-            if snapshot is not None:
-                encoded = await self._blocking(lambda: self.shard.encode(snapshot, action.open))
+            if snapshot is not None and snapshot.tokens:
+                for part in action.open.parts:
+                    async with self._at_work:
+                        if machine.finished:  # and the snapshot is booked: too late to offer it
+                            return
+                        encoded.append(await self._blocking(functools.partial(self._encoded, snapshot, part)))
         except ResourceError as error:
             log.warning("round %d: nothing to contribute: %s", machine.settings.round, error)
         weight = self._snapshot.tokens if self._snapshot is not None and encoded else 0
         self._event(machine, lambda now: machine.on_snapshot(action.ballot, weight, encoded, now))
+
+    def _encoded(self, snapshot: ReplicaSnapshot, part: Part) -> Kept:
+        return self._spill.put(self.shard.encode(snapshot, part))
 
     async def _new_snapshot(self, machine: RoundMachine) -> ReplicaSnapshot | None:
         trainer = self.parts.trainer
@@ -258,6 +274,11 @@ class Exchange:
         return snapshot if machine is self._machine and not machine.finished else None
 
     async def _fetch(self, machine: RoundMachine, action: Fetch) -> None:
+        async with self._fetches:
+            data = await self._obtain(machine, action)
+            self._event(machine, lambda now: machine.on_fetched(action.digest, data, now))
+
+    async def _obtain(self, machine: RoundMachine, action: Fetch) -> bytes | None:
         data: bytes | None = await self._blocking(lambda: self.parts.chunks.get(action.digest))
         if data is None:
             holders = list(dict.fromkeys([*self.live_peers, *action.holders]))
@@ -271,7 +292,7 @@ class Exchange:
                 )
             except SwarmError as error:
                 log.debug("round %d: a part is not to be had yet: %s", machine.settings.round, error)
-        self._event(machine, lambda now: machine.on_fetched(action.digest, data, now))
+        return data
 
     def _event(self, machine: RoundMachine, event: Callable[[float], list[Action]]) -> None:
         """Feed an outcome back, unless its round is over. What a peer got wrong is its own affair."""
@@ -307,9 +328,8 @@ class Exchange:
 
     def _begin_round(self) -> None:
         """What others said of this round while we were in the last, and a commit of it that is known already."""
-        early, self._early, self._early_bytes = self._early, [], 0
         machine = self._machine
-        for sender, message in early:
+        for sender, message in self._early.take():
             self._event(machine, lambda now, s=sender, m=message: machine.on_message(s, m, now))  # type: ignore[misc]
         self._use_known_commit()
         self.behind.set()
@@ -332,7 +352,8 @@ class Exchange:
             self.shard.apply(action.record, action.parts)
             return counted
 
-        counted = bool(await self._blocking(apply))
+        async with self._at_work:
+            counted = bool(await self._blocking(apply))
         if counted and snapshot is not None:
             self._uncounted_from += snapshot.tokens
         movement_then = None if snapshot is None or snapshot.was_reset else snapshot.movement
@@ -361,25 +382,8 @@ class Exchange:
         return True
 
     def _new_machine(self) -> RoundMachine:
-        rounds, head = self.shard.spec.rounds, self.head
-        may_vote = head.round == self.parts.ledger.head.round  # not while replaying what is decided
-        settings = RoundSettings(
-            me=self.parts.identity.public_key,
-            head=head,
-            founders=self.parts.founders,
-            state_digest=self.shard.state_digest,
-            num_slices=self.shard.num_slices,
-            codec=self.shard.codec.name,
-            part_size_bytes=self.shard.part_size_bytes,
-            check_part=self.shard.check_part,
-            sign_vote=lambda payload: self.parts.identity.sign(VOTE_CONTEXT, head.run_id, payload),
-            max_weight_tokens=4 * schedule.tokens_of_round(rounds, head.round + 1),
-            max_members=rounds.max_members,
-            may_vote=may_vote,
-            reduce_timeout_s=rounds.reduce_timeout_s,
-            takeover_timeout_s=rounds.takeover_timeout_s,
-        )
-        return RoundMachine(settings, self.parts.ledger.load_acceptor(head.round + 1))
+        settings = round_settings(self.parts, self.head, self._spill)
+        return RoundMachine(settings, self.parts.ledger.load_acceptor(settings.round))
 
     async def _blocking(self, work: Callable[[], T]) -> T:
         return await self.parts.run_blocking(work)  # type: ignore[no-any-return]

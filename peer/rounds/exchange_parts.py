@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from peer.p2p.chunk_store import ChunkStore
+from peer.p2p.spill import Spill
 from peer.p2p.transport import Transport
 from peer.rounds.codec import Float32
 from peer.rounds.ledger import Ledger
+from peer.rounds.round_actions import RoundSettings
 from peer.rounds.shard import Shard
 from peer.training.movement import Movement
+from swarm import schedule
+from swarm.files import Kept
 from swarm.identity import Identity
-from swarm.log import LogHead
-from swarm.proto.round_pb2 import Record
+from swarm.log import VOTE_CONTEXT, LogHead
+from swarm.proto.round_pb2 import Record, RoundMessage
+
+MAX_EARLY_MESSAGES = 256
 
 
 class Trainer(Protocol):
@@ -61,3 +67,48 @@ class ExchangeParts:
     trainer: Trainer | None
     run_blocking: Callable[[Callable[[], Any]], Awaitable[Any]]
     on_commit: Callable[[Committed], Awaitable[None]]
+
+
+class EarlyMessages:
+    """What others said of the next round while we are in this one: on disk, within bounds."""
+
+    def __init__(self, spill: Spill) -> None:
+        self._spill = spill
+        self._kept: list[tuple[bytes, Kept]] = []
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(len(kept) for _, kept in self._kept)
+
+    def keep(self, sender: bytes, request: bytes, room_bytes: int) -> None:
+        """Keep a message as it came, unless there are too many or they would take more than ``room_bytes``."""
+        if len(self._kept) < MAX_EARLY_MESSAGES and self.size_bytes + len(request) <= room_bytes:
+            self._kept.append((sender, self._spill.put(request)))
+
+    def take(self) -> Iterator[tuple[bytes, RoundMessage]]:
+        """All of them, in the order in which they came; none is kept any longer."""
+        kept, self._kept = self._kept, []
+        for sender, request in kept:
+            yield sender, RoundMessage.FromString(request[:])
+
+
+def round_settings(parts: ExchangeParts, head: LogHead, spill: Spill) -> RoundSettings:
+    """What the round after ``head`` goes by, as the replica of ``parts`` sees it."""
+    shard, rounds = parts.shard, parts.shard.spec.rounds
+    return RoundSettings(
+        me=parts.identity.public_key,
+        head=head,
+        founders=parts.founders,
+        state_digest=shard.state_digest,
+        num_slices=shard.num_slices,
+        codec=shard.codec.name,
+        part_size_bytes=shard.part_size_bytes,
+        check_part=shard.check_part,
+        sign_vote=lambda payload: parts.identity.sign(VOTE_CONTEXT, head.run_id, payload),
+        max_weight_tokens=4 * schedule.tokens_of_round(rounds, head.round + 1),
+        max_members=rounds.max_members,
+        may_vote=head.round == parts.ledger.head.round,  # not while replaying what is decided
+        reduce_timeout_s=rounds.reduce_timeout_s,
+        takeover_timeout_s=rounds.takeover_timeout_s,
+        keep=spill.put,
+    )

@@ -22,10 +22,10 @@ from google.protobuf.message import DecodeError
 
 from peer.p2p.chunk_store import ChunkStore
 from peer.rounds.paxos import Acceptor
-from peer.rounds.shard import Shard, load_state, state_bytes
+from peer.rounds.shard import Shard, StateBuffers, load_state
 from swarm import digest
 from swarm.errors import DigestError, DiskFull, NotFound, ProtocolError
-from swarm.files import disk_errors, fsync_folder, write_durably
+from swarm.files import Kept, disk_errors, fsync_folder, write_durably
 from swarm.log import LogHead, verify_commit
 from swarm.proto.round_pb2 import Commit, Record, StateReply
 from swarm.run_spec import RunSpec
@@ -61,12 +61,16 @@ class Ledger:
         self._read_states()
 
     @property
+    def folder(self) -> Path:
+        return self._folder
+
+    @property
     def head(self) -> LogHead:
         return self.heads[-1]
 
     # ---- the vote -----------------------------------------------------------------------------------------------
 
-    def save_acceptor(self, round_number: int, acceptor: Acceptor, parts: Mapping[bytes, bytes]) -> None:
+    def save_acceptor(self, round_number: int, acceptor: Acceptor, parts: Mapping[bytes, Kept]) -> None:
         """Make a promise or an acceptance durable, with the bytes of every part that the record names.
 
         Raises `ProtocolError` for a round before the one voted in last: a vote is never replaced by an older one.
@@ -76,7 +80,7 @@ class Ledger:
         self._voted_round = round_number
         self._chunks.pin(self._group("vote", round_number), parts)
         for data in parts.values():
-            self._chunks.put(data)
+            self._chunks.put(data[:])
         fields = {
             "round": round_number,
             "promised": [acceptor.promised[0], acceptor.promised[1].hex()],
@@ -116,7 +120,7 @@ class Ledger:
 
     # ---- the log ------------------------------------------------------------------------------------------------
 
-    def append(self, commit: Commit, head: LogHead, parts: Mapping[bytes, bytes]) -> None:
+    def append(self, commit: Commit, head: LogHead, parts: Mapping[bytes, Kept]) -> None:
         """Make a verified commit (`swarm.log.canonical`) and its parts durable; ``head`` is the head after it."""
         body = commit.SerializeToString()
         if len(body) > MAX_COMMIT_BYTES:
@@ -131,20 +135,20 @@ class Ledger:
         self.heads.append(head)
         self._chunks.unpin(self._group("vote", head.round))
 
-    def keep_parts(self, round_number: int, parts: Mapping[bytes, bytes]) -> None:
+    def keep_parts(self, round_number: int, parts: Mapping[bytes, Kept]) -> None:
         """Keep the averages of a round; an archive whose disk limit is reached gives up its oldest rounds."""
         group = self._group("round", round_number)
         self._chunks.pin(group, parts)
         try:
             for data in parts.values():
-                self._chunks.put(data)
+                self._chunks.put(data[:])
         except DiskFull:
             if not self._options.archive:
                 raise
             given_up = self._archived_from + max(1, (round_number - self._archived_from) // 4)
             self._release_rounds(given_up)
             for data in parts.values():
-                self._chunks.put(data)
+                self._chunks.put(data[:])
 
     def commits(self, first_round: int, count: int) -> list[Commit]:
         """Commits of rounds ``first_round``, ``first_round + 1``, ... as far as they are here."""
@@ -176,8 +180,7 @@ class Ledger:
         """Write the state after a round, chunk by chunk, and forget states and parts that it makes useless."""
         anchor, momentum = shard.chunk_digests()
         self._chunks.pin(self._group("state", round_number), [*anchor, *momentum])
-        for vector in (shard.anchor, shard.momentum):
-            view = state_bytes(vector)
+        for view in shard.state_bytes():
             for start in range(0, len(view), digest.STATE_CHUNK_BYTES):
                 self._chunks.put(bytes(view[start : start + digest.STATE_CHUNK_BYTES]))
         reply = StateReply(round=round_number, anchor_chunks=anchor, momentum_chunks=momentum)
@@ -190,19 +193,30 @@ class Ledger:
         proven = [number for number in self._states if number == 0 or number < self.head.round]
         return self._states[max(proven)] if proven else StateReply()
 
-    def load_state(self, spec: RunSpec, index: int) -> tuple[LogHead, Shard] | None:
+    def load_state(self, spec: RunSpec, index: int, num_values: int) -> tuple[LogHead, Shard] | None:
         """The newest state on this disk that is whole, with the head that it belongs to."""
         for number in sorted(self._states, reverse=True):
             reply = self._states[number]
-            if not self._may_be(number, digest.state_digest(reply.anchor_chunks, reply.momentum_chunks)):
+            expected = digest.state_digest(reply.anchor_chunks, reply.momentum_chunks)
+            if number >= len(self.heads) or not self._may_be(number, expected):
                 continue
-            anchor = [self._chunks.get(item) for item in reply.anchor_chunks]
-            momentum = [self._chunks.get(item) for item in reply.momentum_chunks]
-            if number < len(self.heads) and None not in anchor and None not in momentum:
-                expected = digest.state_digest(reply.anchor_chunks, reply.momentum_chunks)
-                joined = [b"".join(item or b"" for item in chunks) for chunks in (anchor, momentum)]
-                return self.heads[number], load_state(spec, index, joined[0], joined[1], expected)
+            buffers = StateBuffers(num_values)
+            if self._read_chunks(reply, buffers):
+                return self.heads[number], load_state(spec, index, buffers, expected)
         return None
+
+    def _read_chunks(self, reply: StateReply, buffers: StateBuffers) -> bool:
+        """Fill ``buffers``; False where a chunk is not here, or they are not of this size."""
+        for chunks, view in zip((reply.anchor_chunks, reply.momentum_chunks), buffers.views, strict=True):
+            if len(chunks) != digest.num_chunks(len(view)):
+                return False
+            for index, item in enumerate(chunks):
+                room = view[index * digest.STATE_CHUNK_BYTES :][: digest.STATE_CHUNK_BYTES]
+                data = self._chunks.get(item)
+                if data is None or len(data) != len(room):
+                    return False
+                room[:] = data
+        return True
 
     def _may_be(self, number: int, state_digest: bytes) -> bool:
         """False where the log names another digest for the state after this round."""

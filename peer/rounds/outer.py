@@ -2,8 +2,10 @@
 
 Decides the arithmetic: Nesterov momentum on pseudo-gradients (arXiv 2311.08105), in elementwise fp32, every
 multiplication and addition rounded on its own. numpy runs one operation per call, so no compiler can fuse a
-multiplication with an addition, and float32 scalars keep everything in float32. Leaves schedules to `swarm.schedule`,
-slices and digests to `peer.rounds.shard`.
+multiplication with an addition, and float32 scalars keep everything in float32. Momentum lies in 8 bits between two
+rounds (`peer.rounds.blocks` has its rounding): it is read, the step is made with it in fp32, and the new momentum is
+written; no more than a tile of it is ever in fp32. Leaves schedules to `swarm.schedule`, slices and digests to
+`peer.rounds.shard`.
 
 Two rules make the state the same everywhere and keep it finite:
 - subnormal numbers are kept, as IEEE 754 has them: a thread whose processor flushes them is refused;
@@ -16,58 +18,77 @@ With a momentum factor of 0 the momentum becomes the pseudo-gradient and the ste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from peer.rounds.blocks import TILE_VALUES, Blocks, tiles
 from peer.rounds.codec import Float32
 from swarm.errors import SwarmError
 
 LARGEST_MOVEMENT = np.float32(2**30)
-# Work on pieces that stay in cache; elementwise, so the size changes no result.
-TILE_VALUES = 1 << 16
 
 
-def outer_step(
-    anchor: Float32, momentum: Float32, pseudo_gradient: Float32, learning_rate: float, momentum_factor: float
-) -> None:
-    """Move ``anchor`` and ``momentum`` in place by one committed average; all three are slices of equal length.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OuterStep:
+    """``round``: the round that is applied; both factors are rounded to float32 before they are used."""
 
-    ``momentum = mu * momentum + g`` and then ``anchor -= lr * (g + mu * momentum)``, where ``mu`` and ``lr`` are
-    rounded to float32 first. Raises `SwarmError` for unequal shapes, other types, or a thread that flushes subnormals.
+    learning_rate: float
+    momentum_factor: float
+    round: int
+
+
+def outer_step(anchor: Float32, momentum: Blocks, first: int, pseudo_gradient: Float32, step: OuterStep) -> None:
+    """Move ``anchor`` and ``momentum``, both a whole shard's, in place by one average of the values from ``first`` on.
+
+    ``momentum = mu * momentum + g`` and then ``anchor -= lr * (g + mu * momentum)``; the new momentum is quantised
+    after the anchor has moved. Raises `SwarmError` for vectors that do not fit each other, values that are not whole
+    blocks, or a thread that flushes subnormals.
     """
     check_subnormals()
-    for vector in (anchor, momentum, pseudo_gradient):
-        if vector.dtype != np.float32 or vector.ndim != 1 or vector.shape != anchor.shape:
-            raise SwarmError("the outer step takes three float32 vectors of one length")
-    lr, mu = np.float32(learning_rate), np.float32(momentum_factor)
-    scratch = np.empty((2, min(TILE_VALUES, len(anchor))), np.float32)
-    for first in range(0, len(anchor), TILE_VALUES):
-        span = slice(first, first + TILE_VALUES)
-        _step_tile(anchor[span], momentum[span], pseudo_gradient[span], (lr, mu), scratch)
+    last = first + len(pseudo_gradient)
+    vectors_fit = all(vector.dtype == np.float32 and vector.ndim == 1 for vector in (anchor, pseudo_gradient))
+    if not vectors_fit or len(anchor) != momentum.num_values or not 0 <= first <= last <= len(anchor):
+        raise SwarmError("the outer step takes a float32 anchor, as much momentum, and a float32 average within them")
+    factors = np.float32(step.learning_rate), np.float32(step.momentum_factor)
+    scratch = np.empty((3, min(TILE_VALUES, len(pseudo_gradient))), np.float32)
+    for values in tiles(slice(first, last)):
+        old, clipped, update = scratch[:, : values.stop - values.start]
+        momentum.read_tile(values, old)
+        gradient = pseudo_gradient[values.start - first : values.stop - first]
+        np.clip(gradient, -LARGEST_MOVEMENT, LARGEST_MOVEMENT, out=clipped)
+        _step_tile(anchor[values], old, clipped, factors, update)
+        momentum.write_tile(values, old, step.round, update)
 
 
-def weighted_mean(contributions: Sequence[Float32], weights: Sequence[int]) -> Float32:
+def weighted_mean(contributions: Iterable[Float32], weights: Sequence[int]) -> Float32:
     """The mean of ``contributions`` by ``weights`` (tokens), summed in the order given: the order of the members.
 
-    Each is multiplied by float32(weight / total). Raises `SwarmError` for no contributions, unequal lengths, or
-    weights that are not positive.
+    Each is multiplied by float32(weight / total), and asked for when its turn comes: a generator need not have two at
+    once. Raises `SwarmError` for no contributions, unequal lengths, or weights that are not positive.
     """
-    if not contributions or len(contributions) != len(weights) or min(weights) < 1:
+    if not weights or min(weights) < 1:
         raise SwarmError("an average needs contributions, each with a positive weight")
-    if any(vector.shape != contributions[0].shape for vector in contributions):
-        raise SwarmError("an average needs contributions of one length")
-    total = sum(weights)
-    mean = np.zeros(contributions[0].shape, np.float32)
-    scratch = np.empty(min(TILE_VALUES, len(mean)), np.float32)
+    total, num_added = sum(weights), 0
+    mean = np.zeros(0, np.float32)
+    scratch = np.empty(TILE_VALUES, np.float32)
     # Near the largest float32 a sum may overflow: the encoder refuses the result, as it does any infinity.
     with np.errstate(over="ignore"):
-        for first in range(0, len(mean), TILE_VALUES):
-            span = slice(first, first + TILE_VALUES)
-            tile = scratch[: len(mean[span])]
-            for vector, weight in zip(contributions, weights, strict=True):
-                np.multiply(vector[span], np.float32(weight / total), out=tile)
-                np.add(mean[span], tile, out=mean[span])
+        for vector in contributions:
+            if num_added == 0:
+                mean = np.zeros(vector.shape, np.float32)
+            if num_added == len(weights) or vector.shape != mean.shape:
+                raise SwarmError("an average needs contributions of one length, each with a weight")
+            factor = np.float32(weights[num_added] / total)
+            for values in tiles(slice(0, len(mean))):
+                tile = scratch[: values.stop - values.start]
+                np.multiply(vector[values], factor, out=tile)
+                np.add(mean[values], tile, out=mean[values])
+            num_added += 1
+            del vector  # or it would live until the next is made
+    if num_added != len(weights):
+        raise SwarmError("an average needs contributions, each with a positive weight")
     return mean
 
 
@@ -84,11 +105,9 @@ def check_subnormals() -> None:
 
 
 def _step_tile(
-    anchor: Float32, momentum: Float32, gradient: Float32, factors: tuple[np.float32, np.float32], scratch: Float32
+    anchor: Float32, momentum: Float32, clipped: Float32, factors: tuple[np.float32, np.float32], update: Float32
 ) -> None:
     lr, mu = factors
-    clipped, update = scratch[0, : len(anchor)], scratch[1, : len(anchor)]
-    np.clip(gradient, -LARGEST_MOVEMENT, LARGEST_MOVEMENT, out=clipped)
     np.multiply(momentum, mu, out=momentum)
     np.add(momentum, clipped, out=momentum)
     np.multiply(momentum, mu, out=update)

@@ -1,4 +1,4 @@
-"""Plans of a round: who leads, who takes part, who averages what, who decides next.
+"""Plans of a round: who leads, who takes part, who averages what, who decides next, who measures the result.
 
 Pure functions over numbers and keys; the round machine (`peer.rounds.round`) calls them, tests tabulate them.
 """
@@ -18,8 +18,8 @@ SLICE_VALUES = 16384
 # Fewer live replicas than this: founders decide alone.
 SMALL_SWARM = 5
 MAX_UPLINK_RATIO = 4
-# 64 MiB of fp32, well within one call in any codec.
-MAX_PART_SLICES = 1024
+# 8 MiB of fp32, of which a replica has a part at once. A large shard has larger ones, as their number is bounded.
+MAX_PART_SLICES = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,3 +103,12 @@ def choose_voters(
         ranked = [key for key in ranked if key in founders] or ranked
     size = len(ranked) if len(ranked) % 2 else len(ranked) - 1
     return sorted(ranked[: max(1, size)])
+
+
+def evaluator(round_number: int, contributors: Iterable[bytes]) -> bytes | None:
+    """The contributor that measures the validation loss of a round's result, by rendezvous hash."""
+
+    def weight(key: bytes) -> bytes:
+        return hashlib.sha256(b"evaluate" + round_number.to_bytes(8, "big") + key).digest()
+
+    return min(contributors, key=weight, default=None)

@@ -11,12 +11,15 @@ and its bytes are on their disks, and a majority's votes are the commit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from peer.rounds.attempt import Attempt, check_open
 from peer.rounds.leader import Leader, round_message
 from peer.rounds.paxos import NO_BALLOT, Acceptor, Ballot, ballot_of, to_message
 from peer.rounds.round_actions import Action, Apply, Fetch, Outbox, Persist, RoundSettings, Send, TakeSnapshot, View
 from swarm.digest import sha256
 from swarm.errors import DivergedError, ProtocolError, SwarmError
+from swarm.files import Kept
 from swarm.log import canonical, parse_record, tokens_by_peer, verify_commit
 from swarm.proto.round_pb2 import (
     Accept,
@@ -47,8 +50,8 @@ class RoundMachine:
         self.attempt: Attempt | None = None
         self.finished = False
         self._leader = Leader(settings, self.acceptor.promised)
-        self._early: list[tuple[bytes, RoundMessage]] = []
-        self._parts: dict[bytes, bytes] = {}
+        self._early: list[tuple[bytes, Kept]] = []
+        self._parts: dict[bytes, Kept] = {}
         self._fetching: dict[bytes, float] = {}
         """digest -> when to ask again; 0 while it is asked for"""
         self._wanted: set[bytes] = set()
@@ -70,7 +73,7 @@ class RoundMachine:
         self._handle(sender, message, now, out)
         return self._run(now, out)
 
-    def on_snapshot(self, ballot: Ballot, weight_tokens: int, encoded: list[bytes], now: float) -> list[Action]:
+    def on_snapshot(self, ballot: Ballot, weight_tokens: int, encoded: Sequence[Kept], now: float) -> list[Action]:
         """Our own contribution is encoded: ``encoded[i]`` is part i; weight 0 and no bytes: nothing to add."""
         out = Outbox(self.settings.me)
         if self.attempt is not None and self.attempt.ballot == ballot:
@@ -78,26 +81,27 @@ class RoundMachine:
                 contribution = Contribution(
                     part=part,
                     weight_tokens=weight_tokens,
-                    encoded=encoded[part] if weight_tokens else b"",
                     state_digest=self.settings.state_digest,
                 )
-                out.send(self.attempt.reducer_of(part), self._message(ballot, contribution=contribution))
+                message = self._message(ballot, contribution=contribution)
+                out.send(self.attempt.reducer_of(part), message, encoded[part] if weight_tokens else None)
         return self._run(now, out)
 
     def on_reduced(self, ballot: Ballot, part: int, shares: list[Share], encoded: bytes, now: float) -> list[Action]:
         """A part of ours is averaged and encoded, once; no shares: nothing usable arrived."""
         out = Outbox(self.settings.me)
         if self.attempt is not None and self.attempt.ballot == ballot:
-            message = self._message(ballot, average=Average(part=part, shares=shares, encoded=encoded))
+            message = self._message(ballot, average=Average(part=part, shares=shares))
+            kept = self.settings.keep(encoded) if shares else None
             for member in self.attempt.members:
-                out.send(member, message)
+                out.send(member, message, kept)
         return self._run(now, out)
 
     def on_fetched(self, digest: bytes, data: bytes | None, now: float) -> list[Action]:
         """The answer to a `Fetch`; ``data`` is verified by whoever fetched it. None is tried again later."""
         if data is not None:
             self._fetching.pop(digest, None)
-            self._parts[digest] = data
+            self._parts[digest] = self.settings.keep(data)
         else:
             self._fetching[digest] = now + self.settings.resend_s
         return self._run(now)
@@ -214,7 +218,7 @@ class RoundMachine:
         self._persist(accepted, parts, ballot[1], self._message(ballot, vote=signed), out)
 
     def _persist(
-        self, acceptor: Acceptor, parts: dict[bytes, bytes], to: bytes, answer: RoundMessage, out: Outbox
+        self, acceptor: Acceptor, parts: dict[bytes, Kept], to: bytes, answer: RoundMessage, out: Outbox
     ) -> None:
         """The answer leaves only when the state is on disk, also when it is an answer to ourselves."""
         self.acceptor = acceptor
@@ -261,7 +265,8 @@ class RoundMachine:
         if self.settings.me in self.attempt.contributors:
             out.actions.append(TakeSnapshot(ballot, message))
         early, self._early = self._early, []
-        for early_sender, early_message in early:
+        for early_sender, kept in early:
+            early_message = RoundMessage.FromString(kept[:])
             try:
                 self._on_bytes(early_sender, ballot_of(early_message.ballot), early_message)
             except SwarmError:
@@ -279,15 +284,15 @@ class RoundMachine:
             self.attempt.on_average(sender, message.average)
             kept = self.attempt.averages[message.average.part].digest
             if kept and kept not in self._parts and sha256(message.average.encoded) == kept:
-                self._parts[kept] = message.average.encoded
+                self._parts[kept] = self.settings.keep(message.average.encoded)
 
     def _keep_early(self, sender: bytes, ballot: Ballot, message: RoundMessage) -> None:
         """Bytes may overtake the opening of their attempt; keep what known peers send, within bounds."""
         known = sender in self.settings.head.voters or any(sender == c.key for c in self.view.candidates)
         room = 2 * self.settings.part_size_bytes(0, self.settings.num_slices)
-        size = sum(kept.ByteSize() for _, kept in self._early) + message.ByteSize()
+        size = sum(len(kept) for _, kept in self._early) + message.ByteSize()
         if known and ballot >= self._leader.seen and len(self._early) < MAX_EARLY and size <= room + (1 << 16):
-            self._early.append((sender, message))
+            self._early.append((sender, self.settings.keep(message.SerializeToString())))
 
     def _reduce_what_is_due(self, now: float, out: Outbox) -> None:
         if self.attempt is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from peer.rounds.paxos import Acceptor, Ballot
 from peer.rounds.planning import Candidate
+from swarm.files import Kept
 from swarm.log import LogHead
 from swarm.proto.common_pb2 import Signed
 from swarm.proto.round_pb2 import Commit, OpenRound, Record, RoundMessage, Share
@@ -33,6 +34,8 @@ class RoundSettings:
     reduce_timeout_s: float
     takeover_timeout_s: float
     resend_s: float = 1.0
+    keep: Callable[[bytes], Kept] = lambda data: data
+    """where encoded parts wait: in memory, unless somebody has a better place"""
 
     @property
     def round(self) -> int:
@@ -54,8 +57,20 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Send:
+    """``encoded``: what a contribution or an average carries; it is not in ``message`` until it leaves."""
+
     to: bytes
     message: RoundMessage
+    encoded: Kept | None = None
+
+    def full(self) -> RoundMessage:
+        """The message with all that it carries."""
+        if self.encoded is None:
+            return self.message
+        message = RoundMessage()
+        message.CopyFrom(self.message)
+        (message.contribution if message.HasField("contribution") else message.average).encoded = self.encoded[:]
+        return message
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +81,7 @@ class Persist:
     """
 
     acceptor: Acceptor
-    parts: Mapping[bytes, bytes]
+    parts: Mapping[bytes, Kept]
     then: tuple[Send, ...]
 
 
@@ -86,7 +101,7 @@ class Reduce:
     part: int
     first_slice: int
     num_slices: int
-    contributions: tuple[tuple[Share, bytes], ...]
+    contributions: tuple[tuple[Share, Kept], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +119,7 @@ class Apply:
 
     commit: Commit
     record: Record
-    parts: Mapping[bytes, bytes]
+    parts: Mapping[bytes, Kept]
 
 
 Action = Send | Persist | TakeSnapshot | Reduce | Fetch | Apply
@@ -112,14 +127,17 @@ Action = Send | Persist | TakeSnapshot | Reduce | Fetch | Apply
 
 @dataclass(slots=True)
 class Outbox:
-    """Actions in the order in which they were decided; messages to oneself come back as events instead."""
+    """Actions in the order in which they were decided; messages to oneself come back as events instead.
+
+    But for those that carry something: a replica's own parts are as many bytes as others'.
+    """
 
     me: bytes
     actions: list[Action] = field(default_factory=list)
     to_self: list[RoundMessage] = field(default_factory=list)
 
-    def send(self, to: bytes, message: RoundMessage) -> None:
-        if to == self.me:
+    def send(self, to: bytes, message: RoundMessage, encoded: Kept | None = None) -> None:
+        if to == self.me and encoded is None:
             self.to_self.append(message)
         else:
-            self.actions.append(Send(to, message))
+            self.actions.append(Send(to, message, encoded))

@@ -3,25 +3,34 @@
 Decides what a commit does to them; all arithmetic is `peer.rounds.outer`'s and the codec's. Pure numpy on the host, no
 I/O; the callers keep it off the event loop.
 
-Error feedback is exact (docs/protocol.md): what a commit counted leaves only its encoding error behind, what it did
-not count stays owed in full.
+Error feedback (docs/protocol.md): what a commit counted leaves only its encoding error behind, what it did not count
+stays owed. What is owed lies in 8 bits (`peer.rounds.blocks`): each time it is booked, each value is within one code of
+its block, and right on average over rounds, so that nothing is lost for good by a replica that is left out of many.
+
+Momentum and debt take a byte a value, and no step has more than a part of the shard in fp32: on the host there is no
+second copy of anything (`swarm.memory_plan`).
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from peer.rounds import blocks
+from peer.rounds.blocks import Blocks, tiles
 from peer.rounds.codec import CODECS, Codec, Float32
-from peer.rounds.outer import TILE_VALUES, outer_step, weighted_mean
+from peer.rounds.outer import OuterStep, outer_step, weighted_mean
 from peer.rounds.planning import SLICE_VALUES, num_slices, part_values
 from peer.rounds.round_actions import Reduce
 from peer.training.movement import Movement
 from swarm import digest, schedule
-from swarm.errors import DigestError, ProtocolError, SwarmError
-from swarm.proto.round_pb2 import OpenRound, Part, PartResult, Record, Share
+from swarm.errors import DigestError, SwarmError
+from swarm.files import Kept, disk_errors
+from swarm.proto.round_pb2 import Part, PartResult, Record, Share
 from swarm.run_spec import RunSpec
 
 
@@ -38,14 +47,15 @@ class ReplicaSnapshot:
 
 
 class Shard:
-    """One shard's state of round ``round``. ``anchor``, ``momentum``, ``feedback``: float32 [num_values]."""
+    """One shard's state after a round. ``anchor``: float32 [num_values]; ``momentum``: as many values."""
 
-    def __init__(self, spec: RunSpec, index: int, anchor: Float32, momentum: Float32 | None = None) -> None:
+    def __init__(self, spec: RunSpec, index: int, anchor: Float32, momentum: Blocks | None = None) -> None:
         self.spec = spec
         self.index = index
         self.anchor = anchor
-        self.momentum = momentum if momentum is not None else np.zeros_like(anchor)
-        self.feedback: Float32 = np.zeros_like(anchor)
+        self.momentum = momentum if momentum is not None else Blocks(len(anchor))
+        self.feedback: Blocks | None = None
+        """what is owed; None until something is: a seed peer never owes"""
         self.codec: Codec = CODECS[spec.rounds.wire_codec]
         if SLICE_VALUES % self.codec.block_values:
             raise SwarmError(f"the blocks of codec {self.codec.name} do not divide a slice")
@@ -69,8 +79,13 @@ class Shard:
         self.codec.check(encoded, values.stop - values.start)
 
     def chunk_digests(self) -> tuple[list[bytes], list[bytes]]:
-        """SHA-256 of every chunk of the anchor's and of the momentum's own bytes (little-endian fp32)."""
-        return digest.chunk_digests(state_bytes(self.anchor)), digest.chunk_digests(state_bytes(self.momentum))
+        """SHA-256 of every chunk of the anchor's own bytes (little-endian fp32) and of the momentum's."""
+        anchor, momentum = self.state_bytes()
+        return digest.chunk_digests(anchor), digest.chunk_digests(momentum)
+
+    def state_bytes(self) -> tuple[memoryview, memoryview]:
+        """Anchor and momentum as they are hashed and sent, without a copy."""
+        return state_bytes(self.anchor), self.momentum.data.data
 
     def compute_digest(self) -> bytes:
         """The state digest, from memory."""
@@ -80,19 +95,14 @@ class Shard:
         """A replica's ``movement`` since the anchor; None where it, with what is owed from before, is not finite."""
         if len(movement) != self.num_values:
             raise SwarmError("a movement of another length than the shard's")
-        tiles = (slice(first, first + TILE_VALUES) for first in range(0, self.num_values, TILE_VALUES))
-        if not all(np.isfinite(self._offered(movement, tile)).all() for tile in tiles):
-            return None
+        for tile in tiles(slice(0, self.num_values)):
+            if not np.isfinite(self._offered(movement, tile)).all():
+                return None
         return ReplicaSnapshot(movement=movement, tokens=tokens)
 
-    def encode(self, snapshot: ReplicaSnapshot, opened: OpenRound) -> list[bytes]:
-        """The snapshot in the wire codec, part by part; nothing where no tokens were trained.
-
-        A pure function: `settle` encodes again to know what was sent.
-        """
-        if snapshot.tokens == 0:
-            return []
-        return [self.codec.encode(self._offered(snapshot.movement, self._values(part))) for part in opened.parts]
+    def encode(self, snapshot: ReplicaSnapshot, part: Part) -> bytes:
+        """One part of the snapshot in the wire codec. A pure function: `settle` encodes again to know what was sent."""
+        return self.codec.encode(self._offered(snapshot.movement, self._values(part)))
 
     def reduce(self, work: Reduce) -> tuple[list[Share], bytes]:
         """Average what decodes, by tokens and in member order, and encode the average once.
@@ -101,61 +111,87 @@ class Shard:
         """
         values = part_values(work.first_slice, work.num_slices, self.num_values)
         count = values.stop - values.start
-        shares, decoded = [], []
-        for share, encoded in work.contributions:
-            try:
-                vector = self.codec.decode(encoded, count)
-            except SwarmError:
-                continue
-            shares.append(share)
-            decoded.append(vector)
-        if not shares:
+        useful = [(share, encoded) for share, encoded in work.contributions if self._decodes(encoded, count)]
+        if not useful:
             return [], b""
+        shares = [share for share, _ in useful]
+        decoded = (self.codec.decode(encoded[:], count) for _, encoded in useful)
         try:
             return shares, self.codec.encode(weighted_mean(decoded, [share.weight_tokens for share in shares]))
         except SwarmError:
             return [], b""
 
-    def apply(self, record: Record, parts: Mapping[bytes, bytes]) -> None:
+    def apply(self, record: Record, parts: Mapping[bytes, Kept]) -> None:
         """Advance anchor and momentum by a committed round; the slices of absent parts stay as they are."""
-        learning_rate = self.spec.outer.learning_rate
-        momentum_factor = schedule.outer_momentum(self.spec.outer, record.round)
+        step = OuterStep(
+            learning_rate=self.spec.outer.learning_rate,
+            momentum_factor=schedule.outer_momentum(self.spec.outer, record.round),
+            round=record.round,
+        )
         for part in record.parts:
             gradient = self._decode(part, parts)
             if gradient is not None:
-                values = self._values(part)
-                outer_step(self.anchor[values], self.momentum[values], gradient, learning_rate, momentum_factor)
+                outer_step(self.anchor, self.momentum, self._values(part).start, gradient, step)
         self.state_digest = self.compute_digest()
 
-    def settle(self, record: Record, parts: Mapping[bytes, bytes], snapshot: ReplicaSnapshot, me: bytes) -> bool:
+    def settle(self, record: Record, parts: Mapping[bytes, Kept], snapshot: ReplicaSnapshot, me: bytes) -> bool:
         """Book what the commit counted of our offer; True where it counted any of it."""
         counted = False
         for part in record.parts:
             values = self._values(part)
             owed = self._offered(snapshot.movement, values)
             included = any(share.peer_key == me for share in part.shares)
-            if included and self._decode(part, parts) is not None:
+            if included and self._is_present(part, parts):
                 counted = True
-                owed = owed - self.codec.decode(self.codec.encode(owed), len(owed))
-            self.feedback[values] = owed
+                owed -= self.codec.decode(self.codec.encode(owed), len(owed))
+            if self.feedback is None:
+                self.feedback = Blocks(self.num_values)
+            self.feedback.write(values, owed, record.round)
         return counted
+
+    def owed(self, values: slice) -> Float32:
+        """What no commit has counted yet of what was offered. ``values`` is made of whole blocks."""
+        if self.feedback is None:
+            return np.zeros(values.stop - values.start, np.float32)
+        return self.feedback.read(values)
+
+    def anchor_on_disk(self, folder: Path) -> Float32:
+        """A copy of the anchor for those who read it for long: a file in ``folder`` that nobody else can open.
+
+        Mapped, so its pages are the system's to take back; it is gone when the array is. Raises `DiskFull`.
+        """
+        with disk_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
+            file.write(state_bytes(self.anchor))
+            file.flush()
+            return np.memmap(file, "<f4", mode="c", shape=self.anchor.shape).view(np.ndarray)
 
     def _offered(self, movement: Movement, values: slice) -> Float32:
         """Pseudo-gradient plus error feedback: made again whenever it is needed, as it would take 4 bytes a value."""
-        return np.subtract(self.feedback[values], movement[values])
+        offered = self.owed(values)
+        for tile in tiles(values):
+            offered[tile.start - values.start : tile.stop - values.start] -= movement[tile]
+        return offered
 
     def _values(self, part: Part | PartResult) -> slice:
         return part_values(part.first_slice, part.num_slices, self.num_values)
 
-    def _decode(self, part: PartResult, parts: Mapping[bytes, bytes]) -> Float32 | None:
+    def _decode(self, part: PartResult, parts: Mapping[bytes, Kept]) -> Float32 | None:
         """A part's average; None where it is absent. Bytes that do not decode are absent too, alike for everybody."""
-        if not part.digest:
+        if not self._is_present(part, parts):
             return None
         values = self._values(part)
+        return self.codec.decode(parts[part.digest][:], values.stop - values.start)
+
+    def _is_present(self, part: PartResult, parts: Mapping[bytes, Kept]) -> bool:
+        values = self._values(part)
+        return bool(part.digest) and self._decodes(parts[part.digest], values.stop - values.start)
+
+    def _decodes(self, encoded: Kept, count: int) -> bool:
         try:
-            return self.codec.decode(parts[part.digest], values.stop - values.start)
-        except ProtocolError:
-            return None
+            self.codec.check(encoded[:], count)
+        except SwarmError:
+            return False
+        return True
 
 
 def state_bytes(vector: Float32) -> memoryview:
@@ -163,11 +199,28 @@ def state_bytes(vector: Float32) -> memoryview:
     return np.ascontiguousarray(vector, dtype="<f4").data.cast("B")
 
 
-def load_state(spec: RunSpec, index: int, anchor: bytes, momentum: bytes, expected_digest: bytes) -> Shard:
-    """A shard from a state's bytes, once they have the expected state digest."""
-    if len(anchor) != len(momentum) or len(anchor) % 4:
-        raise DigestError("a state whose anchor and momentum differ in size")
-    shard = Shard(spec, index, np.frombuffer(anchor, "<f4").copy(), np.frombuffer(momentum, "<f4").copy())
+class StateBuffers:
+    """Room for the bytes of a state of ``num_values`` values, in the place where the shard then keeps them."""
+
+    def __init__(self, num_values: int) -> None:
+        self.anchor = np.empty(num_values, "<f4")
+        self.momentum = np.empty(blocks.size_bytes(num_values), np.uint8)
+
+    @property
+    def views(self) -> tuple[memoryview, memoryview]:
+        """Anchor and momentum, to be filled."""
+        return state_bytes(self.anchor), self.momentum.data
+
+
+def load_state(spec: RunSpec, index: int, buffers: StateBuffers, expected_digest: bytes) -> Shard:
+    """A shard from a state's bytes, once they have the expected state digest.
+
+    Raises `DigestError` where they have not, and `ProtocolError` for momentum that no encoder writes: a majority of
+    voters that signed such a state does not make it one.
+    """
+    momentum = Blocks(len(buffers.anchor), buffers.momentum)
+    shard = Shard(spec, index, buffers.anchor.astype(np.float32, copy=False), momentum)
     if shard.state_digest != expected_digest:
         raise DigestError(f"the state does not have the digest {expected_digest.hex()[:16]}")
+    momentum.check()
     return shard

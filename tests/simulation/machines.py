@@ -16,6 +16,7 @@ from peer.rounds.round import RoundMachine
 from peer.rounds.round_actions import Action, Apply, Fetch, Persist, Reduce, RoundSettings, Send, TakeSnapshot, View
 from swarm.digest import sha256
 from swarm.errors import SwarmError
+from swarm.files import Kept
 from swarm.identity import Identity
 from swarm.log import VOTE_CONTEXT, LogHead, verify_commit
 from swarm.proto.round_pb2 import Record, RoundMessage
@@ -48,7 +49,7 @@ class Machine:
     identity: Identity
     trains: bool
     durable: Acceptor = field(default_factory=Acceptor)
-    stored: dict[bytes, bytes] = field(default_factory=dict)
+    stored: dict[bytes, Kept] = field(default_factory=dict)
     machine: RoundMachine | None = None
     applied: Apply | None = None
     writes: list[Persist] = field(default_factory=list)
@@ -221,15 +222,17 @@ class Machines:
 
     def _send(self, sender: Machine, send: Send) -> None:
         target = next(peer for peer in self.peers if peer.key == send.to)
-        arrival = lambda: self._machine(target).on_message(sender.key, send.message, self.now)  # noqa: E731
-        self.waiting.append(Waiting(target, target.life, arrival, sender.key, send.message.WhichOneof("body") or ""))
+        arrival = lambda: self._machine(target).on_message(sender.key, send.full(), self.now)  # noqa: E731
+        # What a replica hands to itself crosses no network.
+        by = None if target is sender else sender.key
+        self.waiting.append(Waiting(target, target.life, arrival, by, send.message.WhichOneof("body") or ""))
 
     def _find(self, action: Fetch) -> bytes | None:
         for peer in self.peers:
             if action.digest in peer.stored:
-                return peer.stored[action.digest]
+                return peer.stored[action.digest][:]
             if peer.machine is not None and action.digest in peer.machine._parts:
-                return peer.machine._parts[action.digest]
+                return peer.machine._parts[action.digest][:]
         return None
 
     def _later(self, peer: Machine, event: Event) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from peer.p2p.transport import MAX_CALL_BYTES, Handler
 from swarm.errors import DeadlineExceeded, NetworkError, NotFound, ProtocolError, SwarmError, Unreachable
+from swarm.files import Kept
 from swarm.identity import Identity, peer_id_of
 
 Filter = Callable[[bytes, bytes, str, bytes], None]
@@ -49,12 +50,12 @@ class MemoryTransport:
         return (f"/memory/p2p/{peer_id_of(self._key)}",)
 
     async def call(
-        self, peer: bytes, method: str, request: bytes, *, timeout_s: float, max_response_bytes: int = MAX_CALL_BYTES
+        self, peer: bytes, method: str, request: Kept, *, timeout_s: float, max_response_bytes: int = MAX_CALL_BYTES
     ) -> bytes:
         if len(request) > MAX_CALL_BYTES:
             raise ProtocolError("the request is too large")
         try:
-            response = await asyncio.wait_for(self._deliver(peer, method, request), timeout_s)
+            response = await asyncio.wait_for(self._deliver(peer, method, request[:]), timeout_s)
         except (TimeoutError, asyncio.TimeoutError) as error:
             raise DeadlineExceeded(f"no answer within {timeout_s} s") from error
         if len(response) > max_response_bytes:

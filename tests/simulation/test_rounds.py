@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from swarm.files import Kept
 from tests.simulation.swarm_in_memory import PHASES, SimulatedSwarm
 from tests.simulation.virtual_time import run
 
@@ -170,11 +171,11 @@ def test_a_hostile_contribution_is_left_out_and_harms_nobody(tmp_path: Path, hos
         bad = swarm.peers["v2"]
         machine_send = bad.transport.call
 
-        async def call(peer: bytes, method: str, request: bytes, **options: object) -> bytes:
+        async def call(peer: bytes, method: str, request: Kept, **options: object) -> bytes:
             from swarm.proto.round_pb2 import RoundMessage
 
             if method == "round":
-                message = RoundMessage.FromString(request)
+                message = RoundMessage.FromString(request[:])
                 if message.WhichOneof("body") == "contribution":
                     encoded = message.contribution.encoded
                     if hostile == "nan":

@@ -12,6 +12,7 @@ from peer.p2p import call_stream
 from peer.p2p.call_stream import Traffic
 from peer.p2p.transport import FRAME_BYTES
 from swarm.errors import AlreadyRunning, NetworkError, ProtocolError, SwarmError
+from swarm.files import Kept
 from swarm.proto.round_pb2 import Frame
 
 T = TypeVar("T")
@@ -136,11 +137,23 @@ def test_a_stream_that_ends_early_is_noticed(raw: bytes) -> None:
         received(raw, lambda reader: call_stream.receive_response(reader, 100, traffic()))
 
 
-def test_requests_that_together_fill_the_memory_are_refused_and_release_it() -> None:
+def test_requests_that_are_too_much_together_are_refused() -> None:
+    pieces: list[Kept] = []
     full = traffic(FRAME_BYTES + 10)
     raw = framed(bytes(FRAME_BYTES)) * 2 + END
     with pytest.raises(NetworkError, match="busy"):
-        received(raw, lambda reader: call_stream.receive_message(reader, 1 << 30, full, hold=True))
-    assert full.held_bytes == 0
-    message = received(framed(b"x" * 10) + END, lambda r: call_stream.receive_message(r, 100, full, hold=True))
-    assert (len(message), full.held_bytes) == (10, 10)
+        received(raw, lambda reader: call_stream.receive_request(reader, full, lambda data: data, pieces))
+    assert full.held_bytes == sum(map(len, pieces)) == FRAME_BYTES, "the owner of the pieces releases them"
+
+
+def test_large_pieces_of_a_request_wait_where_they_are_told_to_and_small_ones_in_memory() -> None:
+    pieces: list[Kept] = []
+    elsewhere: dict[int, bytes] = {}
+
+    def keep(data: bytes) -> bytes:
+        elsewhere[len(data)] = data
+        return data
+
+    raw = framed(bytes(FRAME_BYTES)) + framed(b"x" * 10) + END
+    received(raw, lambda reader: call_stream.receive_request(reader, traffic(1 << 30), keep, pieces))
+    assert [len(piece) for piece in pieces] == [FRAME_BYTES, 10] and list(elsewhere) == [FRAME_BYTES]

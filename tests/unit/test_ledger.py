@@ -160,12 +160,12 @@ def test_a_state_is_found_again_and_one_with_a_damaged_chunk_is_passed_over(tmp_
     fill(ledger, 4)
     later = make_shard(seed=9)
     ledger.save_state(4, later)
-    found = open_ledger(tmp_path).load_state(SPEC, 0)
+    found = open_ledger(tmp_path).load_state(SPEC, 0, SHARD.num_values)
     assert found is not None and found[0].round == 4 and found[1].state_digest == later.state_digest
     chunk = later.chunk_digests()[0][0].hex()
     path = tmp_path / "chunks" / chunk[:2] / chunk
     path.write_bytes(b"\0" + path.read_bytes()[1:])
-    found = open_ledger(tmp_path).load_state(SPEC, 0)
+    found = open_ledger(tmp_path).load_state(SPEC, 0, SHARD.num_values)
     assert found is not None and found[0].round == 0, "the older state is whole"
 
 

@@ -7,13 +7,12 @@ import math
 import resource
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from peer.rounds.shard import Shard
 from peer.training import int8_matrix, int8_modules, model, quantized
 from peer.training.fp32_replica import Replica
 from peer.training.inner_optimizer import MOMENT_BLOCK
@@ -24,7 +23,6 @@ from swarm.errors import ResourceError, SwarmError
 from swarm.families import FAMILIES
 from swarm.fitting import GIB, Room, choose, fits, largest_span
 from swarm.memory_plan import ModelNumbers, Working, plan
-from swarm.proto.round_pb2 import OpenRound, Part
 from swarm.run_spec import Inner
 from swarm.sharding import from_sizes, spans, split, whole
 from tests.unit.live_bytes import LiveBytes, bytes_of
@@ -159,36 +157,6 @@ def test_the_plan_knows_how_the_8_bit_replica_works() -> None:
         assert values == int8_matrix.UPDATE_VALUES.get(device, int8_matrix.UPDATE_VALUES_ELSEWHERE)
     for device, values in memory_plan.LOGIT_VALUES.items():
         assert values == int8_modules.LOGIT_VALUES.get(device, int8_modules.LOGIT_VALUES_ELSEWHERE)
-
-
-@pytest.mark.parametrize("weights", ["int8", "fp32"])
-def test_the_host_holds_what_the_plan_says(weights: Literal["int8", "fp32"]) -> None:
-    """A shard's state, and a replica's debt to it while a round is decided."""
-    config = small_config("llama", **WIDE["llama"])
-    spec = small_spec("llama", **WIDE["llama"])
-    inner = Inner(weights=weights)
-    planned = plan(numbers_of("llama"), whole(NUM_LAYERS), Working(weights=weights))
-    built = model.build_model(config, 0)
-    kind = Int8Replica if weights == "int8" else Replica
-    replica: Any = kind(built, model.layout_of(built), inner, torch.device("cpu"))
-    shard = Shard(spec, 0, model.initial_anchor(config, 0))
-    replica.land(shard.anchor, replica.movement())
-    movement = replica.movement()
-    opened = OpenRound(parts=[Part(first_slice=0, num_slices=shard.num_slices)])
-    snapshot = shard.offer(movement, 1)
-    assert snapshot is not None
-    real = {
-        "anchor": shard.anchor.nbytes,
-        "momentum": shard.momentum.nbytes,
-        "feedback": shard.feedback.nbytes,
-        "start": start_bytes(replica),
-        "snapshot": movement.now.size_bytes if weights == "int8" else movement.nbytes,
-        "carried": movement.carried.size_bytes if weights == "int8" else 0,
-        "contribution on the wire": sum(map(len, shard.encode(snapshot, opened))),
-    }
-    assert planned.host.keys() == real.keys()
-    for name, size in real.items():
-        assert abs(planned.host[name] - size) <= TOLERANCE * size, (name, planned.host[name], size)
 
 
 def test_int8_matrices_take_what_the_plan_says() -> None:
