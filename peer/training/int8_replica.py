@@ -31,7 +31,7 @@ from peer.rounds.codec import Float32
 from peer.training.device import computes_in_bf16
 from peer.training.fp32_replica import views_of
 from peer.training.inner_optimizer import build_optimizer
-from peer.training.int8_matrix import TILE_VALUES, InnerStep, Int8Matrix
+from peer.training.int8_matrix import InnerStep, Int8Matrix
 from peer.training.int8_model import materialise_vectors, replace_matrices
 from peer.training.int8_modules import Int8Embedding, Int8Linear, cross_entropy
 from peer.training.layout import Layout
@@ -40,6 +40,9 @@ from peer.training.movement import BLOCK_VALUES, Movement, PackedEntry, PackedWe
 from peer.training.quantized import num_blocks, quantise_
 from swarm.errors import DataError, ResourceError, SwarmError
 from swarm.run_spec import Inner
+
+# Values that are on their way between anchor and replica at once, in several fp32 vectors.
+LANDING_VALUES = 1 << 17
 
 
 class Int8Replica:
@@ -109,43 +112,60 @@ class Int8Replica:
         return self._pack()[:]
 
     def movement(self) -> Movement:
-        """What was learned since the anchor, 1 byte a value; it stays as it is while training goes on."""
+        """What was learned since the anchor, 1 byte a value; it stays as it is until the replica lands."""
         return ReplicaMovement(now=self._pack(), start=self._start, carried=self._carried)
 
     def land(self, new_anchor: Float32, snapshot: Movement) -> None:
         """Weights = quantised (``new_anchor`` + what was learned since ``snapshot``), which is carried into the next.
 
         What is carried is itself rounded to 8 bits first, stochastically, and then used for both: so what the replica
-        does from here and what its movement says agree to the bit.
+        does from here and what its movement says agree to the bit. Tile by tile, where start and carried movement
+        lie already: ``snapshot`` shares them, and is of no use afterwards.
         """
         if len(new_anchor) != len(snapshot) or len(new_anchor) != self._layout.num_values:
             raise SwarmError("an anchor or a snapshot of another length than the layout")
-        now, carried = self.movement(), []
-        anchors = views_of(self._layout, new_anchor)
-        for entry, member, anchor in zip(self._layout.entries, self._members, anchors, strict=True):
-            values = slice(entry.offset, entry.offset + entry.size)
-            is_matrix = isinstance(member, Int8Matrix)
-            packed = self._packed_difference(now, snapshot, values, in_8_bits=is_matrix)
-            carried.append(packed)
-            for first, last in _row_tiles(member):
-                span = slice(first * anchor[0].numel(), last * anchor[0].numel())
-                moved = torch.from_numpy(packed.values(span.start, span.stop))
-                self._write(member, first, moved.add_(anchor.view(-1)[span]))
-        self._start, self._carried = self._pack(), PackedWeights(self._layout, tuple(carried))
-
-    def _packed_difference(self, now: Movement, then: Movement, values: slice, *, in_8_bits: bool) -> PackedEntry:
-        size = values.stop - values.start
-        if not in_8_bits:
-            return PackedEntry(now[values] - then[values], None)
-        codes, scales = torch.empty(size, dtype=torch.int8), torch.empty(num_blocks(size))
         seed = torch.randint(2**62, (), generator=self._generator, device=self._device)
         host = torch.Generator().manual_seed(int(seed))
-        for first in range(0, size, TILE_VALUES):
-            span = slice(first, min(first + TILE_VALUES, size))
-            flat = slice(values.start + span.start, values.start + span.stop)
-            moved = torch.from_numpy(now[flat] - then[flat])
-            quantise_(moved, codes[span], scales[first // BLOCK_VALUES : num_blocks(span.stop)], host)
-        return PackedEntry(codes.numpy(), scales.numpy())
+        carried = self._carried or self._zeros()
+        anchors = views_of(self._layout, new_anchor)
+        for index, (entry, member) in enumerate(zip(self._layout.entries, self._members, strict=True)):
+            columns = anchors[index][0].numel()
+            for first, last in _row_tiles(member):
+                span = slice(first * columns, last * columns)
+                flat = slice(entry.offset + span.start, entry.offset + span.stop)
+                learned = self._moved(index, span)
+                learned -= snapshot[flat]
+                packed = _packed(learned, host if isinstance(member, Int8Matrix) else None)
+                moved = torch.from_numpy(packed.values(0, len(packed.codes)))
+                self._write(member, first, moved.add_(anchors[index].view(-1)[span]))
+                carried.entries[index].write(span.start, packed)
+                self._start.entries[index].write(span.start, self._piece(member, span))
+        self._carried = carried
+
+    def _moved(self, index: int, span: slice) -> Float32:
+        """The movement of a piece of one parameter."""
+        piece = self._piece(self._members[index], span)
+        moved = piece.values(0, len(piece.codes))
+        moved -= self._start.entries[index].values(span.start, span.stop)
+        if self._carried is not None:
+            moved += self._carried.entries[index].values(span.start, span.stop)
+        return moved
+
+    def _piece(self, member: Int8Matrix | nn.Parameter, span: slice) -> PackedEntry:
+        """A copy on the host of values of ``member``; ``span`` begins with a block."""
+        if isinstance(member, Int8Matrix):
+            blocks = slice(span.start // BLOCK_VALUES, num_blocks(span.stop))
+            kept = [tensor.to("cpu", copy=True).numpy() for tensor in (member.codes[span], member.scales[blocks])]
+            return PackedEntry(kept[0], kept[1])
+        return PackedEntry(member.detach().reshape(-1)[span].to("cpu", copy=True).numpy(), None)
+
+    def _zeros(self) -> PackedWeights:
+        """No movement, in room of its own."""
+        entries = (
+            PackedEntry(np.zeros_like(e.codes), None if e.scales is None else np.zeros_like(e.scales))
+            for e in self._start.entries
+        )
+        return PackedWeights(self._layout, tuple(entries))
 
     def _put(self, values: list[torch.Tensor]) -> None:
         for member, value in zip(self._members, values, strict=True):
@@ -161,14 +181,8 @@ class Int8Replica:
             member.detach().copy_(values.view(member.shape))
 
     def _pack(self) -> PackedWeights:
-        entries = []
-        for member in self._members:
-            if isinstance(member, Int8Matrix):
-                kept = [tensor.to("cpu", copy=True).numpy() for tensor in (member.codes, member.scales)]
-                entries.append(PackedEntry(kept[0], kept[1]))
-            else:
-                entries.append(PackedEntry(member.detach().to("cpu", copy=True).numpy().reshape(-1), None))
-        return PackedWeights(self._layout, tuple(entries))
+        members = zip(self._layout.entries, self._members, strict=True)
+        return PackedWeights(self._layout, tuple(self._piece(member, slice(0, e.size)) for e, member in members))
 
     def _begin_from_here(self) -> None:
         self._start = self._pack()
@@ -360,5 +374,14 @@ class Int8Replica:
         return torch.from_numpy(np.array(tokens)).to(self._device)
 
 
+def _packed(values: Float32, generator: torch.Generator | None) -> PackedEntry:
+    """``values`` (destroyed) in 8 bits, rounded stochastically; as they are without ``generator``."""
+    if generator is None:
+        return PackedEntry(values, None)
+    codes, scales = torch.empty(len(values), dtype=torch.int8), torch.empty(num_blocks(len(values)))
+    quantise_(torch.from_numpy(values), codes, scales, generator)
+    return PackedEntry(codes.numpy(), scales.numpy())
+
+
 def _row_tiles(member: Int8Matrix | nn.Parameter) -> list[tuple[int, int]]:
-    return list(member.tiles(TILE_VALUES)) if isinstance(member, Int8Matrix) else [(0, member.shape[0])]
+    return list(member.tiles(LANDING_VALUES)) if isinstance(member, Int8Matrix) else [(0, member.shape[0])]

@@ -45,6 +45,12 @@ class PackedEntry:
         start = first - low * BLOCK_VALUES
         return np.multiply(self.codes[first:last], scales[start : start + last - first], dtype=np.float32)
 
+    def write(self, first: int, other: PackedEntry) -> None:
+        """Put ``other``, a piece of the same kind, where the values from ``first`` on are; whole blocks."""
+        self.codes[first : first + len(other.codes)] = other.codes
+        if self.scales is not None and other.scales is not None:
+            self.scales[first // BLOCK_VALUES :][: len(other.scales)] = other.scales
+
     @property
     def size_bytes(self) -> int:
         return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
@@ -76,7 +82,7 @@ class PackedWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaMovement:
-    """``now - start + carried``. All three are never changed, so holding one costs no copy."""
+    """``now - start + carried``. Holding one costs no copy but that of ``now``: it is good until the replica lands."""
 
     now: PackedWeights
     start: PackedWeights
