@@ -6,6 +6,11 @@ what counts and how much of it there is at once; that `peer.training.int8_replic
 
 On the device some memory is held all the time, the rest only in a phase of an inner step; the peak is what is held plus
 the largest phase. A phase counts what autograd keeps, not the scratch of single kernels.
+
+On the host everything is counted as if it came together, at the end of a round. Encoded parts, large messages, and the
+anchors that a checkpoint or an evaluation reads wait in files: pages of files are the system's to take back, and are
+not counted. A reset of the replica in the middle of a round (training diverged) has a second ``start`` until the round
+ends.
 """
 
 from __future__ import annotations
@@ -34,6 +39,14 @@ UPDATE_VALUES = {"cpu": 1 << 17, "cuda": 1 << 20, "mps": 1 << 20}
 UPDATE_BYTES = 20
 # Logits that an 8-bit replica has at once (peer.training.int8_modules).
 LOGIT_VALUES = {"cpu": 1 << 24, "cuda": 1 << 26, "mps": 1 << 26}
+
+# A part of a shard: 128 slices, or what is left to each of about half of the 64 parts of a large one
+# (peer.rounds.planning). A replica works on one at a time: fp32 twice, and its encoded bytes twice.
+PART_VALUES = 1 << 21
+PARTS_OF_A_LARGE_SHARD = 31
+WORK_BYTES_PER_VALUE = 10
+# Parts that are being fetched at once (peer.rounds.exchange).
+FETCHED_PARTS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,16 +256,22 @@ def _host(shapes: Iterable[Shape], working: Working) -> dict[str, int]:
         packed = FP32_BYTES * values
     else:
         packed = sum(matrices) + FP32_BYTES * (sum(map(_blocks, matrices)) + small)
+    part = min(values, max(PART_VALUES, values // PARTS_OF_A_LARGE_SHARD))
     return {
         "anchor": FP32_BYTES * values,
-        "momentum": FP32_BYTES * values,
-        "feedback": FP32_BYTES * values,
+        "momentum": _in_8_bits(values),
+        "feedback": _in_8_bits(values),
         "start": packed,
         "snapshot": packed,
         # An fp32 replica moves its anchor along instead.
         "carried": packed if working.weights == "int8" else 0,
-        "contribution on the wire": values + FP32_BYTES * _blocks(values),
+        "a part at work": WORK_BYTES_PER_VALUE * part,
+        "parts being fetched": min(FETCHED_PARTS * _in_8_bits(part), _in_8_bits(values)),
     }
+
+
+def _in_8_bits(num_values: int) -> int:
+    return num_values + FP32_BYTES * _blocks(num_values)
 
 
 def _matrices_and_vectors(shapes: Iterable[Shape]) -> tuple[list[int], list[int]]:
