@@ -12,10 +12,7 @@ Last line: one JSON object; ``encode_gb_per_s`` and ``decode_gb_per_s`` by codec
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -27,10 +24,12 @@ import torch
 from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from report import print_result
 
 from peer.rounds.codec import CODECS
 
-ROOT = Path(__file__).parents[2]
 RIVAL = "bitsandbytes"
 RIVAL_BLOCK_VALUES = 4096
 
@@ -81,19 +80,6 @@ def relative_error(name: str, values: np.ndarray) -> float:
     return float(np.linalg.norm(codec.decode(codec.encode(values), len(values)) - values) / np.linalg.norm(values))
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def commit_id() -> str:
-    asked = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return asked.stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer values and repeats, under 60 s")
@@ -117,21 +103,16 @@ def main() -> None:
         f"{way}_gb_per_s": {name: round(rate, 2) for (name, timed), rate in rates.items() if timed == way}
         for way in ("encode", "decode", "check")
     }
-    print(
-        json.dumps(
-            {
-                "benchmark": "codec",
-                "quick": arguments.quick,
-                "commit": commit_id(),
-                "machine": f"{processor()}, one core, numpy {np.__version__}",
-                "values": num_values,
-                "repeats": repeats,
-                "bits_per_value": {name: round(value, 4) for name, value in bits.items()},
-                **figures,
-                "topk_encode_values_per_s": round(rates["topk", "encode"] * 1e9 / 4),
-                "relative_error": errors,
-            }
-        )
+    print_result(
+        "codec",
+        {
+            **figures,
+            "topk_encode_values_per_s": round(rates["topk", "encode"] * 1e9 / 4),
+            "bits_per_value": {name: round(value, 4) for name, value in bits.items()},
+            "relative_error": errors,
+        },
+        quick=arguments.quick,
+        settings={"values": num_values, "repeats": repeats, "numpy": np.__version__},
     )
 
 
