@@ -1,6 +1,6 @@
 """What 8 bits and local training cost in quality: validation loss after equal tokens on real text.
 
-    .venv/bin/python scripts/bench/quality.py --results FOLDER [--seeds 0 1 2] [--large-seeds 0] [--json FILE]
+    .venv/bin/python scripts/bench/quality.py --results FOLDER [--seeds 0 1 2] [--large-seeds 0]
     .venv/bin/python scripts/bench/quality.py --quick
 
 Three arms begin with the same weights and read the same bytes (see `quality_arms`):
@@ -37,9 +37,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from quality_arms import ARMS, num_parameters, train
-from quality_setting import LARGE, QUICK, SMALL, Setting, read_text, spec_of
-
-from peer.training.device import describe
+from quality_setting import FINAL_SEQUENCES, LARGE, QUICK, REPLICAS, SMALL, VOCAB, Setting, read_text
+from report import commit_id, print_result
 
 # name -> (of which arm the loss, against which)
 GAPS = {
@@ -56,18 +55,18 @@ def make(folder: Path, size: str, setting: Setting, seed: int, arm: str) -> None
     text = read_text()
     same = {"setting": dataclasses.asdict(setting), "text_sha256": text.digest}
     if path.exists():
-        if (found := json.loads(path.read_text())) and {key: found[key] for key in same} != same:
+        found = json.loads(path.read_text())
+        if {key: found[key] for key in same} != same:
             raise SystemExit(f"{path} is of another setting or text; choose another folder")
         return
-    started = time.process_time()
+    started, commit = time.process_time(), commit_id()
     curve = []
     for tokens, loss in train(ARMS[arm], setting, text, seed):
         curve.append([tokens, round(loss, 5)])
         print(f"  {size} seed {seed} {arm:5} {tokens:9,} tokens {loss:.4f}", flush=True)
-    codec = spec_of(setting, in_8_bits=True, is_synchronous=False).rounds.wire_codec if arm == "int8" else None
     result = {
-        **{"size": size, "seed": seed, "arm": arm, "loss": curve[-1][1], "curve": curve, "wire_codec": codec},
-        **{"cpu_s": round(time.process_time() - started), **same},
+        **{"size": size, "seed": seed, "arm": arm, "loss": curve[-1][1], "curve": curve},
+        **{"cpu_s": round(time.process_time() - started), "commit": commit, **same},
     }
     beside = path.with_suffix(f".{os.getpid()}")
     beside.write_text(json.dumps(result))
@@ -107,7 +106,7 @@ def summarise(found: dict[int, dict[str, Result]]) -> dict[str, Any]:
         figures[name] = None if mean is None else round(mean, 3)
         figures[f"{name}_standard_error"] = None if error is None else round(error, 3)
         figures[f"{name}_by_seed"] = [round(value, 3) for value in values]
-    for key in ("loss", "curve", "cpu_s"):
+    for key in ("loss", "curve", "cpu_s", "commit"):
         figures[key] = {seed: {arm: result[key] for arm, result in arms.items()} for seed, arms in found.items()}
     return figures
 
@@ -133,7 +132,6 @@ def main() -> None:
     parser.add_argument("--large-seeds", type=int, nargs="*", default=[0], help="seeds of the larger model")
     parser.add_argument("--arms", choices=ARMS, nargs="*", default=list(ARMS))
     parser.add_argument("--set", dest="changes", nargs="*", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line there too")
     options = parser.parse_args()
     if not options.quick and options.results is None:
         parser.error("name a folder with --results")
@@ -149,11 +147,9 @@ def main() -> None:
             for seed in seeds:
                 for arm in options.arms:
                     make(folder, size, settings[size], seed, arm)
-        report = tell(folder, settings)
-    line = json.dumps({"benchmark": "quality", "quick": options.quick, **report})
-    if options.json:
-        options.json.write_text(line + "\n")
-    print(line)
+        figures = tell(folder, settings)
+    everywhere = {"replicas": REPLICAS, "vocabulary": VOCAB, "final_sequences": FINAL_SEQUENCES}
+    print_result("quality", figures, quick=options.quick, settings=everywhere)
 
 
 def tell(folder: Path, settings: dict[str, Setting]) -> dict[str, Any]:
@@ -170,7 +166,7 @@ def tell(folder: Path, settings: dict[str, Setting]) -> dict[str, Any]:
             by_size[size] = {"parameters": num_parameters(setting), "setting": dataclasses.asdict(setting), **figures}
     first = next(iter(by_size.values()), {})
     headline = {key: value for key, value in first.items() if key.startswith("gap_")}
-    return {**headline, "machine": describe(torch.device("cpu")), "plateaus": plateaus, "sizes": by_size}
+    return {**headline, "plateaus": plateaus, "sizes": by_size}
 
 
 if __name__ == "__main__":

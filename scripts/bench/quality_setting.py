@@ -56,6 +56,7 @@ class Setting:
     first_tokens_per_round: int = 4_096
     tokens_per_round: int = 40_960
     growth_rounds: int = 20
+    wire_codec: str = "int8"
 
     @property
     def tokens_per_step(self) -> int:
@@ -121,6 +122,7 @@ def spec_of(setting: Setting, *, in_8_bits: bool, is_synchronous: bool) -> RunSp
             first_tokens_per_round=setting.first_tokens_per_round,
             tokens_per_round=setting.tokens_per_round,
             growth_rounds=setting.growth_rounds,
+            wire_codec=setting.wire_codec,
         ),
     )
 

@@ -69,7 +69,9 @@ def test_a_batch_depends_on_seed_replica_and_step_alone() -> None:
 
 def test_gaps_are_in_percent_with_the_standard_error_of_their_mean() -> None:
     """Two seeds, 1 % and 3 % apart: 2 % with an error of 1; a missing arm is no gap."""
-    arms = {name: {"loss": loss, "curve": [], "cpu_s": 1} for name, loss in (("int8", 2.02), ("fp32", 2.0))}
+    arms = {
+        name: {"loss": loss, "curve": [], "cpu_s": 1, "commit": ""} for name, loss in (("int8", 2.02), ("fp32", 2.0))
+    }
     other = {**arms, "int8": {**arms["int8"], "loss": 2.06}}
     figures = quality.summarise({0: arms, 1: other})
     assert figures["gap_int8_percent"] == pytest.approx(2)
