@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from quality_arms import ARMS, num_parameters, train
-from quality_setting import FINAL_SEQUENCES, LARGE, QUICK, REPLICAS, SMALL, VOCAB, Setting, read_text
+from quality_setting import LARGE, QUICK, REPLICAS, SMALL, VOCAB, Setting, read_text
 from report import commit_id, print_result
 
 # name -> (of which arm the loss, against which)
@@ -148,7 +148,7 @@ def main() -> None:
                 for arm in options.arms:
                     make(folder, size, settings[size], seed, arm)
         figures = tell(folder, settings)
-    everywhere = {"replicas": REPLICAS, "vocabulary": VOCAB, "final_sequences": FINAL_SEQUENCES}
+    everywhere = {"replicas": REPLICAS, "vocabulary": VOCAB}
     print_result("quality", figures, quick=options.quick, settings=everywhere)
 
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from quality_setting import (
-    CURVE_SEQUENCES,
-    FINAL_SEQUENCES,
     REPLICAS,
     VOCAB,
     Setting,
@@ -36,6 +34,8 @@ from swarm.proto.round_pb2 import Member, OpenRound, PartResult, Record, Share
 from swarm.run_spec import RunSpec
 
 NUM_CURVE_POINTS = 8
+# A point of the curve but the last is judged on so many fewer sequences.
+CURVE_SHARE = 8
 KEYS = [bytes([index]) * 32 for index in range(REPLICAS)]
 CPU = torch.device("cpu")
 
@@ -52,6 +52,7 @@ def _check_plain(data: bytes | memoryview, num_values: int) -> None:
 PLAIN = Codec(
     name="fp32",
     block_values=1,
+    sparse=False,
     encode=lambda values: values.astype("<f4").tobytes(),
     decode=lambda data, num_values: np.frombuffer(data, "<f4", num_values).astype(np.float32),
     check=_check_plain,
@@ -89,7 +90,7 @@ def train(arm: Arm, setting: Setting, text: Text, seed: int) -> Iterator[Point]:
     for tokens, weights in run(spec, setting, text, seed):
         is_last = tokens >= setting.num_steps * setting.tokens_per_step
         if is_last or tokens >= due:
-            num_sequences = FINAL_SEQUENCES if is_last else CURVE_SEQUENCES
+            num_sequences = setting.validation_sequences // (1 if is_last else CURVE_SHARE)
             yield tokens, judge.evaluate(weights, text.validation_batches(setting, num_sequences))
         while due <= tokens:
             due += spacing

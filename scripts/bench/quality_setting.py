@@ -27,7 +27,6 @@ SEPARATOR = b"\0"
 # Every tenth file is for validation alone.
 VALIDATION_EVERY = 10
 NOT_TEXT = ("site-packages", "dist-packages", "lib-dynload", "__pycache__", "test*", "idle_test", "lib2to3")
-CURVE_SEQUENCES, FINAL_SEQUENCES = 128, 1024
 EVALUATION_BATCH = 32
 
 Tokens = npt.NDArray[np.int64]
@@ -56,7 +55,8 @@ class Setting:
     first_tokens_per_round: int = 4_096
     tokens_per_round: int = 40_960
     growth_rounds: int = 20
-    wire_codec: str = "int8"
+    wire_codec: str = "int4"
+    validation_sequences: int = 1024
 
     @property
     def tokens_per_step(self) -> int:

@@ -14,7 +14,7 @@ import quality
 from quality_arms import ARMS, PLAIN, Swarm, train
 from quality_setting import QUICK, REPLICAS, Setting, Text, spec_of
 
-SHORT = QUICK.changed(["total_tokens=8192", "tokens_per_round=4096"])
+SHORT = QUICK.changed(["total_tokens=8192", "tokens_per_round=4096", "validation_sequences=32"])
 RANDOM = np.random.default_rng(0)
 TEXT = Text(training=RANDOM.integers(0, 256, 20_000), validation=RANDOM.integers(0, 256, 20_000), num_files=2)
 
@@ -79,8 +79,11 @@ def test_gaps_are_in_percent_with_the_standard_error_of_their_mean() -> None:
     assert figures["gap_local_percent"] is None and figures["gap_local_percent_by_seed"] == []
 
 
-def test_an_arm_of_another_setting_is_neither_reused_nor_overwritten(tmp_path: Path) -> None:
+def test_an_arm_of_another_setting_is_neither_reused_nor_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A folder of finished arms belongs to one setting."""
+    monkeypatch.setattr(quality, "read_text", lambda: TEXT)
     (tmp_path / "quick-0-sync.json").write_text('{"setting": {}, "text_sha256": ""}')
     with pytest.raises(SystemExit, match="another setting"):
         quality.make(tmp_path, "quick", SHORT, 0, "sync")
