@@ -20,10 +20,10 @@ from quality_setting import (
     spec_of,
 )
 
-from peer.rounds.codec import Codec, Float32
-from peer.rounds.planning import num_slices, split_parts
+from peer.rounds.codec import Float32
+from peer.rounds.planning import split_parts
 from peer.rounds.round_actions import Reduce
-from peer.rounds.shard import Shard
+from peer.rounds.shard import ReplicaSnapshot, Shard
 from peer.training.fp32_replica import Replica
 from peer.training.int8_replica import Int8Replica
 from peer.training.layout import Layout
@@ -42,23 +42,6 @@ CPU = torch.device("cpu")
 AnyReplica = Replica | Int8Replica
 Point = tuple[int, float]
 """tokens trained by all replicas, validation loss in nats per byte"""
-
-
-def _check_plain(data: bytes | memoryview, num_values: int) -> None:
-    if len(data) != 4 * num_values:
-        raise ValueError("not as many fp32 values as they should be")
-
-
-PLAIN = Codec(
-    name="fp32",
-    block_values=1,
-    sparse=False,
-    encode=lambda values: values.astype("<f4").tobytes(),
-    decode=lambda data, num_values: np.frombuffer(data, "<f4", num_values).astype(np.float32),
-    check=_check_plain,
-    encoded_size=lambda num_values: 4 * num_values,
-)
-"""The wire of the fp32 twin: the values themselves. No run can choose it, so it is no codec of a peer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +92,7 @@ def synchronous(spec: RunSpec, setting: Setting, text: Text, seed: int) -> Itera
 
 def local(spec: RunSpec, setting: Setting, text: Text, seed: int) -> Iterator[tuple[int, Float32]]:
     """(tokens so far, anchor) after every round; as in a run, the learning rate follows committed tokens."""
-    swarm = Swarm(spec, seed)
+    swarm = (Swarm if spec.inner.weights == "int8" else PlainSwarm)(spec, seed)
     step = 0
     while step < setting.num_steps:
         tokens = step * setting.tokens_per_step
@@ -121,38 +104,35 @@ def local(spec: RunSpec, setting: Setting, text: Text, seed: int) -> Iterator[tu
                 replica.step(text.batch(setting, seed, index, now), rate)
         step = until
         swarm.commit((until * setting.tokens_per_step - tokens) // REPLICAS)
-        yield until * setting.tokens_per_step, swarm.shards[0].anchor
+        yield until * setting.tokens_per_step, swarm.anchor
 
 
 class Swarm:
-    """Replicas and the shard that each of them holds."""
+    """Replicas in 8 bits and the shard that each of them holds."""
 
     def __init__(self, spec: RunSpec, seed: int) -> None:
         self.round = 0
         self.replicas = [_replica(spec, seed, index) for index in range(REPLICAS)]
-        anchor = Replica(*_model(spec, seed), spec.inner, CPU).read()
-        self.shards = [Shard(spec, 0, anchor.copy()) for _ in KEYS]
-        if spec.inner.weights == "fp32":
-            for shard in self.shards:
-                shard.codec = PLAIN
+        self.shards = [Shard(spec, 0, _initial(spec, seed)) for _ in KEYS]
         members = [Member(peer_key=key, contributes=True) for key in KEYS]
-        self.opened = OpenRound(members=members, parts=split_parts(members, {}, num_slices(len(anchor))))
+        self.opened = OpenRound(members=members, parts=split_parts(members, {}, self.shards[0].num_slices))
+
+    @property
+    def anchor(self) -> Float32:
+        return self.shards[0].anchor
 
     def commit(self, tokens_each: int) -> None:
         """One round as a peer makes it: offer, encode, reduce, settle, apply, land."""
         self.round += 1
-        snapshots = []
-        for shard, replica in zip(self.shards, self.replicas, strict=True):
-            snapshot = shard.offer(replica.movement(), tokens_each)
-            if snapshot is None:
-                raise FloatingPointError(f"round {self.round}: a replica is not finite")
-            snapshots.append(snapshot)
-        encoded = [shard.encode(snapshot, self.opened) for shard, snapshot in zip(self.shards, snapshots, strict=True)]
+        snapshots = [
+            _finite(shard.offer(replica.movement(), tokens_each))
+            for shard, replica in zip(self.shards, self.replicas, strict=True)
+        ]
         record, parts = Record(round=self.round), {}
         for index, part in enumerate(self.opened.parts):
             contributions = [
-                (Share(peer_key=key, weight_tokens=tokens_each), by_part[index])
-                for key, by_part in zip(KEYS, encoded, strict=True)
+                (Share(peer_key=key, weight_tokens=tokens_each), shard.encode(snapshot, part))
+                for key, shard, snapshot in zip(KEYS, self.shards, snapshots, strict=True)
             ]
             work = Reduce(
                 ballot=(1, KEYS[0]),
@@ -172,6 +152,38 @@ class Swarm:
             replica.land(shard.anchor, snapshot.movement)
         if len({shard.state_digest for shard in self.shards}) > 1:
             raise ArithmeticError(f"round {self.round}: replicas hold unequal states")
+
+
+class PlainSwarm:
+    """The twin without a single 8-bit number: fp32 replicas, movement, momentum and anchor, averaged in plain numpy."""
+
+    def __init__(self, spec: RunSpec, seed: int) -> None:
+        self.round = 0
+        self.outer = spec.outer
+        self.replicas = [_replica(spec, seed, index) for index in range(REPLICAS)]
+        self.anchor = _initial(spec, seed)
+        self.momentum = np.zeros_like(self.anchor)
+
+    def commit(self, tokens_each: int) -> None:
+        """The same outer step on the plain mean; all replicas trained ``tokens_each``, so all weigh alike."""
+        self.round += 1
+        movements = [replica.movement() for replica in self.replicas]
+        gradient = -np.mean([movement[:] for movement in movements], axis=0, dtype=np.float32)
+        factor = np.float32(schedule.outer_momentum(self.outer, self.round))
+        self.momentum = factor * self.momentum + gradient
+        self.anchor = self.anchor - np.float32(self.outer.learning_rate) * (gradient + factor * self.momentum)
+        for replica, movement in zip(self.replicas, movements, strict=True):
+            replica.land(self.anchor, movement)
+
+
+def _finite(snapshot: ReplicaSnapshot | None) -> ReplicaSnapshot:
+    if snapshot is None:
+        raise FloatingPointError("a replica is not finite")
+    return snapshot
+
+
+def _initial(spec: RunSpec, seed: int) -> Float32:
+    return Replica(*_model(spec, seed), spec.inner, CPU).read()
 
 
 def num_parameters(setting: Setting) -> int:

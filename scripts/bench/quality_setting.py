@@ -47,14 +47,14 @@ class Setting:
     learning_rate: float = 4e-3
     sync_learning_rate: float = 4e-3
     min_learning_rate_fraction: float = 0.1
-    warmup_tokens: int = 61_440
-    beta2: float = 0.95
-    outer_learning_rate: float = 0.8
-    outer_momentum: float = 0.8
-    momentum_warmup_rounds: int = 15
-    first_tokens_per_round: int = 4_096
+    warmup_tokens: int = 98_304
+    beta2: float = 0.99
+    outer_learning_rate: float = 1.0
+    outer_momentum: float = 0.5
+    momentum_warmup_rounds: int = 60
+    first_tokens_per_round: int = 2_048
     tokens_per_round: int = 40_960
-    growth_rounds: int = 20
+    growth_rounds: int = 100
     wire_codec: str = "int4"
     validation_sequences: int = 1024
 

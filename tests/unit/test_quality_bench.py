@@ -11,8 +11,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 
 import quality
-from quality_arms import ARMS, PLAIN, Swarm, train
+from quality_arms import ARMS, PlainSwarm, Swarm, train
 from quality_setting import QUICK, REPLICAS, Setting, Text, spec_of
+
+from peer.rounds.blocks import Blocks
+from peer.rounds.outer import OuterStep, outer_step
 
 SHORT = QUICK.changed(["total_tokens=8192", "tokens_per_round=4096", "validation_sequences=32"])
 RANDOM = np.random.default_rng(0)
@@ -25,16 +28,30 @@ def spec(setting: Setting, *, in_8_bits: bool) -> object:
 
 def test_with_plain_averaging_a_round_of_the_fp32_twin_ends_at_the_mean_of_its_replicas() -> None:
     """Momentum 0 and an outer learning rate of 1 leave nothing but the mean, to fp32 rounding."""
-    swarm = Swarm(spec(SHORT.changed(["outer_momentum=0", "outer_learning_rate=1"]), in_8_bits=False), seed=1)
-    assert {shard.codec.name for shard in swarm.shards} == {PLAIN.name}
+    swarm = PlainSwarm(spec(SHORT.changed(["outer_momentum=0", "outer_learning_rate=1"]), in_8_bits=False), seed=1)
     for index, replica in enumerate(swarm.replicas):
         replica.step(TEXT.batch(SHORT, 1, index, 0), 1e-2)
     weights = [replica.read() for replica in swarm.replicas]
     assert np.abs(weights[0] - weights[1]).max() > 1e-3
     swarm.commit(tokens_each=512)
-    np.testing.assert_allclose(swarm.shards[0].anchor, np.mean(weights, axis=0), atol=1e-6)
-    np.testing.assert_allclose(swarm.replicas[2].read(), swarm.shards[2].anchor, atol=1e-7)
-    assert not any(shard.feedback.any() for shard in swarm.shards)
+    np.testing.assert_allclose(swarm.anchor, np.mean(weights, axis=0), atol=1e-6)
+    np.testing.assert_allclose(swarm.replicas[2].read(), swarm.anchor, atol=1e-7)
+
+
+def test_the_fp32_twin_makes_the_outer_step_of_a_run() -> None:
+    """Two rounds with momentum end where the engine's own outer step ends, but for its 8-bit momentum."""
+    setting = SHORT.changed(["outer_momentum=0.5", "momentum_warmup_rounds=0"])
+    swarm = PlainSwarm(spec(setting, in_8_bits=False), seed=1)
+    anchor, momentum = swarm.anchor.copy(), Blocks(len(swarm.anchor))
+    step = OuterStep(learning_rate=1.0, momentum_factor=0.5, round=1)
+    for round_number in (0, 1):
+        for index, replica in enumerate(swarm.replicas):
+            replica.step(TEXT.batch(setting, 1, index, round_number), 1e-2)
+        gradient = -np.mean([replica.movement()[:] for replica in swarm.replicas], axis=0, dtype=np.float32)
+        outer_step(anchor, momentum, 0, gradient, step)
+        swarm.commit(tokens_each=512)
+    moved = np.linalg.norm(gradient)
+    assert np.linalg.norm(swarm.anchor - anchor) < 0.01 * moved
 
 
 def test_8_bit_replicas_travel_in_the_codec_of_the_run() -> None:
@@ -45,7 +62,7 @@ def test_8_bit_replicas_travel_in_the_codec_of_the_run() -> None:
     for index, replica in enumerate(swarm.replicas):
         replica.step(TEXT.batch(SHORT, 1, index, 0), 1e-2)
     swarm.commit(tokens_each=512)
-    assert all(shard.feedback.any() for shard in swarm.shards)
+    assert all(shard.owed(slice(0, 4096)).any() for shard in swarm.shards)
 
 
 def test_all_arms_begin_alike_and_end_after_the_same_tokens() -> None:
@@ -53,8 +70,9 @@ def test_all_arms_begin_alike_and_end_after_the_same_tokens() -> None:
     ends = {name: list(train(arm, SHORT, TEXT, 3))[-1] for name, arm in ARMS.items()}
     assert {tokens for tokens, _ in ends.values()} == {SHORT.total_tokens}
     assert all(0 < loss < 7 for _, loss in ends.values())
-    anchors = [Swarm(spec(SHORT, in_8_bits=in_8_bits), 3).shards[0].anchor for in_8_bits in (True, False)]
-    np.testing.assert_array_equal(*anchors)
+    np.testing.assert_array_equal(
+        Swarm(spec(SHORT, in_8_bits=True), 3).anchor, PlainSwarm(spec(SHORT, in_8_bits=False), 3).anchor
+    )
 
 
 def test_a_batch_depends_on_seed_replica_and_step_alone() -> None:
