@@ -47,7 +47,7 @@ class Setting:
     learning_rate: float = 4e-3
     sync_learning_rate: float = 4e-3
     min_learning_rate_fraction: float = 0.1
-    warmup_tokens: int = 98_304
+    warmup_tokens: int = 300_000
     beta2: float = 0.99
     outer_learning_rate: float = 1.0
     outer_momentum: float = 0.5
