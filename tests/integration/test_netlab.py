@@ -1,0 +1,41 @@
+"""The network laboratory of the benchmarks: its links are as slow and as far as they say, and nothing of it stays."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from scripts.netlab import tcp
+from scripts.netlab.lab import NAMESPACES, PREFIX, Lab, Link, remove_leftovers, why_not
+
+pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(why_not()), reason=str(why_not()))]
+
+
+def test_a_link_has_its_rate_and_its_delay_and_leaves_nothing() -> None:
+    """TCP reaches most of 100 Mbit/s over a path of 50 ms each way, its bytes are counted, and the namespaces go."""
+    link = Link(up_bps=100e6, down_bps=100e6, delay_s=0.025)
+    with Lab([link] * 2) as lab:
+        line = tcp.measure(lab.inside(0), lab.inside(1), lab.address(1), 1.0)
+        sent, _ = lab.wire_bytes(0)
+        _, received = lab.wire_bytes(1)
+        names = {lab.namespace(0), lab.namespace(1)}
+        assert names <= {path.name for path in NAMESPACES.iterdir()}
+    assert 50e6 < line["bits_per_s"] < 100e6
+    assert 0.1 <= line["round_trip_s"] < 0.2
+    assert sent >= received > 50e6 / 8
+    assert not names & {path.name for path in NAMESPACES.iterdir()}
+
+
+def test_what_a_killed_owner_left_is_removed() -> None:
+    """Namespaces of an owner that is gone are deleted, with what runs in them; those of the living stay."""
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    name = f"{PREFIX}-{gone.pid}-abcdef-0"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    left = subprocess.Popen(["ip", "netns", "exec", name, "sleep", "60"])
+    with Lab([Link()]) as lab:
+        assert left.wait(10) != 0
+        assert name not in {path.name for path in NAMESPACES.iterdir()}
+        remove_leftovers()
+        assert lab.namespace(0) in {path.name for path in NAMESPACES.iterdir()}
