@@ -1,0 +1,93 @@
+"""What every peer of an averaging benchmark does, whichever side it is on: its place, its vector, its commands.
+
+A peer is a process in a namespace that answers commands with plain dictionaries over a pipe; times are of the
+machine's monotonic clock, which all processes share. Leaves what a command does to the sides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+CLONE_NEWNET = 0x40000000
+PR_SET_PDEATHSIG = 1
+PATTERN_VALUES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a peer runs: its number among ``peers``, its namespace and address, the interface that counts."""
+
+    index: int
+    peers: int
+    namespace: str
+    address: str
+    device: str
+    folder: Path
+    timeout_s: float
+    upload_bps: int = 10**9
+
+
+def vector(peer: int, num_values: int) -> np.ndarray:
+    """What ``peer`` brings: normal values, the same after every 2**20."""
+    pattern = np.random.default_rng(peer).standard_normal(PATTERN_VALUES).astype(np.float32) * np.float32(1e-3)
+    return np.resize(pattern, num_values)
+
+
+def error_of(average: np.ndarray, peers: int) -> float:
+    """The distance of ``average`` from the true one, over its norm; 1 or more where nothing was averaged."""
+    seen = average[:PATTERN_VALUES]
+    true = np.mean([vector(peer, len(seen)) for peer in range(peers)], axis=0)
+    return float(np.linalg.norm(seen - true) / np.linalg.norm(true))
+
+
+def settle_in(place: Place) -> None:
+    """Enter the namespace, end with the benchmark, use one thread."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    descriptor = os.open(f"/run/netns/{place.namespace}", os.O_RDONLY)
+    if libc.setns(descriptor, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "the namespace cannot be entered")
+    os.close(descriptor)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    shutil.rmtree(place.folder, ignore_errors=True)
+    place.folder.mkdir(parents=True)
+
+
+def usage(place: Place) -> dict[str, Any]:
+    """CPU seconds of this process and everything below it, bytes sent at the interface."""
+    cpu_s = 0.0
+    me = psutil.Process()
+    for process in [me, *me.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            cpu_s += times.user + times.system
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        name, _, counts = line.partition(":")
+        if name.strip() == place.device:
+            return {"cpu_s": cpu_s, "sent_bytes": int(counts.split()[8])}
+    raise RuntimeError(f"no interface {place.device}")
+
+
+def serve(pipe: Connection, place: Place, commands: dict[str, Callable[..., dict[str, Any]]]) -> None:
+    """Answer commands until `stop`; an error is an answer too."""
+    while (message := pipe.recv())[0] != "stop":
+        name, *arguments = message
+        try:
+            pipe.send(usage(place) if name == "usage" else commands[name](*arguments))
+        except Exception as error:
+            pipe.send({"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc(limit=-3)})
