@@ -20,6 +20,10 @@ SMALL_SWARM = 5
 MAX_UPLINK_RATIO = 4
 # 8 MiB of fp32, of which a replica has a part at once. A large shard has larger ones, as their number is bounded.
 MAX_PART_SLICES = 128
+# A reducer's share travels as so many parts side by side, each on a stream of its own: a stream's window, 256 KiB at
+# first, opens too slowly for a long path. A part in the densest codec that fits the first window is small enough.
+PARTS_PER_REDUCER = 4
+SMALL_PART_SLICES = 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +69,8 @@ def split_parts(members: Sequence[Member], upload_bps: dict[bytes, int], slices:
     """Split ``slices`` among the contributing members in proportion to their uplinks (largest remainder).
 
     A reducer sends its average to everybody, so its share of the work is its share of the bandwidth; but uplinks are
-    hearsay: nobody counts for more than `MAX_UPLINK_RATIO` times the median. No part is larger than one call carries.
+    hearsay: nobody counts for more than `MAX_UPLINK_RATIO` times the median. Large shares are cut into several parts;
+    none is larger than one call carries.
     """
     reducers = [index for index, member in enumerate(members) if member.contributes][:MAX_PARTS]
     claimed = [max(1, upload_bps.get(members[index].peer_key, 1)) for index in reducers]
@@ -76,11 +81,13 @@ def split_parts(members: Sequence[Member], upload_bps: dict[bytes, int], slices:
     by_remainder = sorted(range(len(reducers)), key=lambda i: (counts[i] - exact[i], i))
     for i in by_remainder[: slices - sum(counts)]:
         counts[i] += 1
-    largest = max(MAX_PART_SLICES, -(-slices // max(1, MAX_PARTS - len(reducers))))
+    wanted = max(SMALL_PART_SLICES, -(-slices // (PARTS_PER_REDUCER * len(reducers))))
+    largest = max(min(wanted, MAX_PART_SLICES), -(-slices // max(1, MAX_PARTS - len(reducers))))
     parts, first = [], 0
     for index, count in zip(reducers, counts, strict=True):
-        for done in range(0, count, largest):
-            size = min(largest, count - done)
+        pieces = -(-count // largest)
+        for piece in range(pieces):
+            size = count // pieces + (piece < count % pieces)
             parts.append(Part(first_slice=first, num_slices=size, reducer=index))
             first += size
     return parts

@@ -80,6 +80,14 @@ def test_large_models_have_several_parts_per_reducer_and_never_too_many() -> Non
     assert len(split_parts(members, {}, 10**6)) <= 64
 
 
+def test_a_large_share_is_several_parts_and_a_small_one_stays_whole() -> None:
+    """A share travels on several streams, unless its parts would be too small to be worth a call each."""
+    members = [Member(peer_key=key, contributes=True) for key in KEYS[:4]]
+    assert [part.num_slices for part in split_parts(members, {}, 4 * 15)] == [15] * 4
+    assert [part.num_slices for part in split_parts(members, {}, 4 * 40)] == [14, 13, 13] * 4
+    assert [part.num_slices for part in split_parts(members, {}, 4 * 400)] == [100] * 16
+
+
 def test_members_that_only_receive_average_nothing() -> None:
     members = [Member(peer_key=KEYS[0], contributes=False), Member(peer_key=KEYS[1], contributes=True)]
     assert {part.reducer for part in split_parts(members, {}, 7)} == {1}
