@@ -29,6 +29,7 @@ from swarm.proto.common_pb2 import Signed
 from swarm.proto.round_pb2 import LogReply, LogRequest, StateRequest, Status
 
 CONNECT_TIMEOUT_S = 5.0
+SECOND_DIAL_S = 1.0
 MAX_DIALS = 16
 LEAST_PAUSE_S = 0.2
 
@@ -126,7 +127,9 @@ class Member:
         self._beside("connect", self._connect_to_new)
         target = schedule.tokens_of_round(exchange.shard.spec.rounds, exchange.round)
         if not schedule.is_finished(exchange.shard.spec, exchange.head.total_tokens):
-            exchange.set_view(make_view(self.statuses, self.status(), self.parts.identity.public_key, target))
+            # Connections come before the round: who cannot be reached yet would only be waited for.
+            reached = {peer: status for peer, status in self.statuses.items() if peer in self._connected}
+            exchange.set_view(make_view(reached, self.status(), self.parts.identity.public_key, target))
         self._beside("catch up", self._catch_up)
 
     async def _tell_and_look_for_ever(self) -> None:
@@ -149,16 +152,20 @@ class Member:
             self._jobs[name] = asyncio.create_task(job())
 
     async def _connect_to_new(self) -> None:
-        new = {peer: s for peer, s in self.statuses.items() if peer not in self._connected and s.addresses}
+        """Of two peers the lower key dials first: dials that cross may both fail, and libp2p then waits for seconds."""
+        new = {peer: s for peer, s in self.statuses.items() if peer not in self._connected}
         self._connected &= set(self.statuses)
 
         dials = asyncio.Semaphore(MAX_DIALS)
 
         async def connect(peer: bytes, addresses: tuple[str, ...]) -> None:
+            if peer < self.parts.identity.public_key:
+                await asyncio.sleep(SECOND_DIAL_S)  # time to be dialled; the lower key may not know us, or not reach us
             try:
                 async with dials:
                     await self.parts.transport.connect(peer, addresses, timeout_s=CONNECT_TIMEOUT_S)
                 self._connected.add(peer)
+                self.parts.exchange.behind.set()
             except SwarmError as error:
                 log.debug("no connection yet: %s", error)
 

@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from swarm.errors import Unreachable
 from swarm.files import Kept
+from swarm.identity import Identity
+from tests.simulation.memory_transport import MemoryTransport
 from tests.simulation.swarm_in_memory import PHASES, SimulatedSwarm
 from tests.simulation.virtual_time import run
 
@@ -44,6 +47,32 @@ def test_a_round_moves_the_anchor_by_the_weighted_average(tmp_path: Path) -> Non
         moved = swarm.peers["seed"].exchange.shard.anchor - before
         # the replicas of one round drift by noise of a known size; an average that averaged nothing would not move
         assert 0.0005 < float(np.abs(moved).mean()) < 0.05
+
+    run(scenario())
+
+
+def test_connections_come_before_the_round_and_the_lower_key_dials_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is not connected to the leader is in no round, and of two peers only the lower key dials at once."""
+    connect, dials, cut_off = MemoryTransport.connect, [], b"v2".ljust(32, b".")
+
+    async def watched(self: MemoryTransport, peer: bytes, addresses: tuple[str, ...], *, timeout_s: float) -> None:
+        dials.append((asyncio.get_running_loop().time(), self.public_key, peer))
+        if Identity(cut_off).public_key in (self.public_key, peer):
+            raise Unreachable("no way")
+        await connect(self, peer, addresses, timeout_s=timeout_s)
+
+    monkeypatch.setattr(MemoryTransport, "connect", watched)
+
+    async def scenario() -> None:
+        swarm = await start(tmp_path)
+        await swarm.until_round(3, ["seed", "v0", "v1"])
+        records = [commit.record for commit in swarm.peers["seed"].commits]
+        contributors = {share.peer_key for record in records for part in record.parts for share in part.shares}
+        assert contributors == {swarm.peers[name].key for name in ("v0", "v1")}
+        first = {frozenset(dial[1:]): dial[1:] for dial in sorted(dials, reverse=True)}
+        assert len(first) == 6 and all(source < target for source, target in first.values())
 
     run(scenario())
 
