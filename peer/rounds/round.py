@@ -99,10 +99,10 @@ class RoundMachine:
 
     def on_fetched(self, digest: bytes, data: bytes | None, now: float) -> list[Action]:
         """The answer to a `Fetch`; ``data`` is verified by whoever fetched it. None is tried again later."""
-        if data is not None:
-            self._fetching.pop(digest, None)
+        self._fetching.pop(digest, None)
+        if digest in self._wanted and data is not None:
             self._parts[digest] = self.settings.keep(data)
-        else:
+        elif digest in self._wanted:
             self._fetching[digest] = now + self.settings.resend_s
         return self._run(now)
 
@@ -194,6 +194,7 @@ class RoundMachine:
         record = parse_record(message.record, self.settings.head)
         self._check_record(record)
         self._leader.saw(ballot, now)
+        self._fetching = {key: at for key, at in self._fetching.items() if not at}  # what is under way ends by itself
         self._to_accept = (ballot, message.record, (sender, *message.holders[:64]))
 
     def _accept_when_complete(self, now: float, out: Outbox) -> None:
@@ -262,6 +263,9 @@ class RoundMachine:
             return
         self._leader.saw(ballot, now)
         self.attempt = Attempt(self.settings, ballot, message, deadline=now + self.settings.reduce_timeout_s / 2)
+        # Averages of the attempt before would pile up; a record that names them tells who has them on disk.
+        decided = self._decided[1].parts if self._decided is not None else ()
+        self._parts = {part.digest: self._parts[part.digest] for part in decided if part.digest in self._parts}
         if self.settings.me in self.attempt.contributors:
             out.actions.append(TakeSnapshot(ballot, message))
         early, self._early = self._early, []
