@@ -250,7 +250,8 @@ class Exchange:
             if snapshot is not None and snapshot.tokens:
                 for part in action.open.parts:
                     async with self._at_work:
-                        if machine.finished:  # and the snapshot is booked: too late to offer it
+                        # The snapshot is booked, or a leader opens faster than we can encode: only the newest counts.
+                        if machine.finished or not machine.is_newest(action.ballot):
                             return
                         encoded.append(await self._blocking(functools.partial(self._encoded, snapshot, part)))
         except ResourceError as error:

@@ -112,6 +112,10 @@ class RoundMachine:
             self.attempt.unreachable.add(peer)
         return self._run(now)
 
+    def is_newest(self, ballot: Ballot) -> bool:
+        """Whether ``ballot`` is that of the current attempt."""
+        return self.attempt is not None and self.attempt.ballot == ballot
+
     def awaited(self) -> set[bytes]:
         """Peers that the current attempt waits for: whether they still live is worth asking."""
         return self.attempt.awaited() if self.attempt is not None and self._decided is None else set()
