@@ -32,12 +32,12 @@ def open_ledger(folder: Path, *, archive: bool = False) -> Ledger:
     return Ledger(folder / "shard-0", genesis_head(GENESIS, 0), chunks, LedgerOptions(archive=archive))
 
 
-def commit_after(head: LogHead, data: bytes) -> tuple[Commit, LogHead]:
+def commit_after(head: LogHead, data: bytes, state_digest: bytes = SHARD.state_digest) -> tuple[Commit, LogHead]:
     record = Record(
         shard=0,
         round=head.round + 1,
         log_digest=head.log_digest,
-        state_digest=SHARD.state_digest,
+        state_digest=state_digest,
         parts=[
             PartResult(
                 num_slices=1,
@@ -132,6 +132,61 @@ def test_an_archive_that_reached_its_disk_limit_gives_up_its_oldest_rounds(tmp_p
         ledger.append(commit, head, {digest.sha256(data): data})
     assert ledger.head.round == 20
     assert chunks.has(digest.sha256(bytes([19]) * 1000)) and not chunks.has(digest.sha256(bytes([0]) * 1000))
+
+
+SMALL_DISK_BYTES = 10_000
+
+
+def small_ledger(folder: Path) -> tuple[Ledger, ChunkStore]:
+    chunks = ChunkStore(folder / "chunks", SMALL_DISK_BYTES)
+    return Ledger(folder / "shard-0", genesis_head(GENESIS, 0), chunks, LedgerOptions()), chunks
+
+
+def crowd(chunks: ChunkStore, first: int) -> None:
+    """Twice as many bytes as the disk limit allows."""
+    for number in range(first, first + 20):
+        chunks.put(bytes([number]) * 1000)
+
+
+def accepted(ledger: Ledger, data: bytes) -> Acceptor:
+    """An acceptance of the next round that names ``data``, made durable."""
+    commit, _ = commit_after(ledger.head, data)
+    acceptor = Acceptor(promised=(1, b"l" * 32), accepted=(1, b"l" * 32), record=commit.record)
+    ledger.save_acceptor(ledger.head.round + 1, acceptor, {digest.sha256(data): data})
+    return acceptor
+
+
+def test_bytes_that_an_acceptance_needs_are_not_evicted_before_or_after_a_restart(tmp_path: Path) -> None:
+    """A later leader that adopts the record finds them here, however much else was stored meanwhile."""
+    data = b"average" * 100
+    ledger, chunks = small_ledger(tmp_path)
+    accepted(ledger, data)
+    crowd(chunks, 0)
+    assert chunks.get(digest.sha256(data)) == data
+    ledger, chunks = small_ledger(tmp_path)
+    crowd(chunks, 100)
+    assert chunks.get(digest.sha256(data)) == data
+    assert ledger.load_acceptor(1).record
+
+
+def test_a_later_promise_leaves_the_bytes_of_an_earlier_acceptance_pinned(tmp_path: Path) -> None:
+    data = b"average" * 100
+    ledger, chunks = small_ledger(tmp_path)
+    promise = accepted(ledger, data).promise((9, b"m" * 32))
+    assert promise is not None
+    ledger.save_acceptor(1, promise, {})
+    crowd(chunks, 0)
+    assert chunks.get(digest.sha256(data)) == data
+
+
+def test_bytes_of_an_acceptance_that_lost_make_room_once_its_round_is_decided(tmp_path: Path) -> None:
+    data, other = b"average" * 100, b"another" * 100
+    ledger, chunks = small_ledger(tmp_path)
+    accepted(ledger, data)
+    commit, head = commit_after(ledger.head, other)
+    ledger.append(commit, head, {digest.sha256(other): other})
+    crowd(chunks, 0)
+    assert not chunks.has(digest.sha256(data)) and chunks.has(digest.sha256(other))
 
 
 def test_a_damaged_vote_is_an_error_and_never_a_fresh_vote(tmp_path: Path) -> None:

@@ -257,6 +257,22 @@ def test_bytes_that_are_no_record_are_refused(name: str, raw: bytes, match: str)
         log.verify_commit(HEAD, Commit(record=raw, votes=[_vote(voter, raw) for voter in VOTERS]))
 
 
+def test_every_dress_of_a_proof_is_reduced_to_the_same_bytes() -> None:
+    """Votes in another order or twice, votes of a lost ballot, holders and unknown fields are no part of the proof."""
+    plain = _commit(_record())
+    reordered = Commit(record=plain.record, votes=list(plain.votes)[::-1])
+    repeated = Commit(record=plain.record, votes=[*plain.votes, plain.votes[0]])
+    lost = [_vote(voter, plain.record, number=7, leader=PEER_B) for voter in VOTERS[3:5]]
+    mixed = Commit(record=plain.record, votes=[lost[0], *plain.votes, lost[1]])
+    dressed = Commit(record=plain.record, votes=plain.votes, holders=[b"h" * 32] * 64)
+    dressed.MergeFromString(b"\xba\x06\x04junk")
+    dressed.votes[0].MergeFromString(b"\xba\x06\x04junk")
+    kept = log.canonical(plain)
+    assert log.verify_commit(HEAD, kept)[1] == log.verify_commit(HEAD, plain)[1]
+    for commit in (reordered, repeated, mixed, dressed, kept):
+        assert log.canonical(commit).SerializeToString() == kept.SerializeToString()
+
+
 def test_one_flipped_byte_in_a_signed_record_is_noticed() -> None:
     """No byte of a record can change under the votes."""
     good = _commit(_record(), VOTERS)

@@ -1,0 +1,222 @@
+"""Feeding a replica: training waits for its token shard, fetches that fail are tried again, and no reading is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peer.training import feeding
+from peer.training.data import ReaderOptions, TokenReader
+from peer.training.feeding import Training
+from peer.training.trainer import Limits
+from swarm import assignment
+from swarm.errors import DiskFull, NotFound, Unreachable
+from swarm.log import LogHead
+from tests.unit.small_models import LENGTH, small_spec
+from tests.unit.test_data_reader import LARGE, Data
+from tests.unit.test_trainer import FakeReplica, Result
+
+SPEC = small_spec("llama")
+ME = b"m" * 32
+ANCHOR = np.zeros(3, np.float32)
+WITHIN_S = 20.0
+SEQUENCES = 400
+"""of each token shard: fifty batches"""
+
+
+def head_after(round_number: int) -> LogHead:
+    return LogHead(
+        run_id=b"r" * 20, shard=0, round=round_number, log_digest=b"l" * 32, voters=(ME,), total_tokens=round_number
+    )
+
+
+class Recording(FakeReplica):
+    """Remembers what it was given to train on, and how it was put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[np.ndarray] = []
+        self.resets = 0
+
+    def step(self, tokens: np.ndarray, learning_rate: float) -> Result:
+        self.batches.append(tokens)
+        time.sleep(0.001)
+        return super().step(tokens, learning_rate)
+
+    def reset(self, anchor: np.ndarray) -> None:
+        self.resets += 1
+        super().reset(anchor)
+
+
+class Source:
+    """Token shards that come as ``answers`` say, one per fetch; when these are used up, as they should."""
+
+    def __init__(self, folder: Path, answers: list[Exception | bytes]) -> None:
+        self.data = Data([SEQUENCES * LENGTH + 1] * 6, [LENGTH + 1])
+        self.answers = answers
+        self.asked: list[bytes] = []
+        self.open = asyncio.Event()
+        self.open.set()
+        options = ReaderOptions(sequence_length=LENGTH, cache=folder / "tokens", max_cache_bytes=LARGE)
+        self.reader = TokenReader(self.data.manifest, options, self.fetch)
+
+    async def fetch(self, digest: bytes, size: int) -> bytes:
+        self.asked.append(digest)
+        await self.open.wait()
+        if self.answers:
+            answer = self.answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        return await self.data.fetch(digest, size)
+
+    def batch(self, round_number: int, step: int) -> np.ndarray:
+        """What a step of a round must read."""
+        sequences = self.reader.sequences_per_shard()
+        batch = SPEC.inner.microbatch_sequences
+        chosen = assignment.reading(SPEC.seed, ME, round_number, step, sequences, batch)
+        tokens = self.data.tokens[self.data.manifest.train[chosen.token_shard].file]
+        return np.stack([tokens[i * LENGTH : i * LENGTH + LENGTH + 1] for i in chosen.sequences])
+
+
+async def until(condition: Callable[[], Any], what: str) -> None:
+    for _ in range(int(WITHIN_S / 0.01)):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"not within {WITHIN_S:.0f} s: {what}")
+
+
+def with_training(source: Source, test: Callable[[Training, Recording], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        training, replica = Training(SPEC, ME, source.reader, Limits()), Recording()
+        await training.start(replica, ANCHOR, head_after(0), lambda count: None)
+        try:
+            await test(training, replica)
+        finally:
+            await training.stop(WITHIN_S)
+
+    asyncio.run(main())
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeding, "RETRY_S", 0.05)
+
+
+FAILURES: dict[str, list[Exception | bytes]] = {
+    "nobody has it": [NotFound("nobody has it")] * 3,
+    "nobody is there": [Unreachable("away")] * 3,
+    "other bytes": [b"\0" * 2 * (SEQUENCES * LENGTH + 1)] * 3,
+    "a mixture": [NotFound("nobody has it"), b"short", Unreachable("away")],
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_training_waits_while_a_token_shard_cannot_be_had_and_then_reads_from_its_beginning(
+    case: str, tmp_path: Path
+) -> None:
+    source = Source(tmp_path, list(FAILURES[case]))
+
+    async def test(training: Training, replica: Recording) -> None:
+        await until(lambda: len(source.asked) >= 2, "it was asked for again")
+        assert not replica.batches or not source.answers
+        await until(lambda: len(replica.batches) >= 3, "steps")
+        for step in range(3):
+            np.testing.assert_array_equal(replica.batches[step], source.batch(1, step))
+        assert not training.failed.is_set()
+
+    with_training(source, test)
+
+
+def test_no_step_is_made_before_the_token_shard_of_its_round_is_here(tmp_path: Path) -> None:
+    source = Source(tmp_path, [NotFound("not yet")] * 5)
+
+    async def test(training: Training, replica: Recording) -> None:
+        await until(lambda: len(source.asked) == 5, "five fetches failed")
+        assert replica.batches == [] and training.tokens == 0
+        await until(lambda: bool(replica.batches), "a step")
+
+    with_training(source, test)
+
+
+def another_round(source: Source) -> int:
+    """A round whose token shard is neither the first's nor the one that is fetched along with it."""
+    counts = source.reader.sequences_per_shard()
+    shards = [assignment.token_shard_of(SPEC.seed, ME, number, counts) for number in range(1, 100)]
+    return next(number for number in range(3, 99) if shards[number - 1] not in shards[:2])
+
+
+def position(source: Source, round_number: int, batch: np.ndarray) -> int | None:
+    """Which reading of the round's token shard a batch is; None where it is none."""
+    return next((step for step in range(50) if np.array_equal(source.batch(round_number, step), batch)), None)
+
+
+def test_a_new_round_whose_token_shard_fails_for_a_while_begins_with_its_first_readings(tmp_path: Path) -> None:
+    """Training waits, or ends the step that is under way, and then reads on in order."""
+    source = Source(tmp_path, [])
+    later = another_round(source)
+
+    async def test(training: Training, replica: Recording) -> None:
+        await until(lambda: len(replica.batches) > 3, "steps of round 1")
+        source.answers = [NotFound("not yet")] * 3
+        training.follow(head_after(later - 1))
+        await until(lambda: not source.answers, "the fetch was tried again")
+        await until(lambda: position(source, later, replica.batches[-1]) is not None, "a step of the later round")
+        await until(lambda: len([b for b in replica.batches if position(source, later, b) is not None]) > 2, "more")
+        read = [place for batch in replica.batches if (place := position(source, later, batch)) is not None]
+        assert read[:3] in ([0, 1, 2], [1, 2, 3]), "the step under way when the round began has a number, too"
+
+    with_training(source, test)
+
+
+@pytest.mark.parametrize("answers", [[], [NotFound("not yet")] * 4])
+def test_the_round_that_began_during_a_slow_fetch_gets_its_token_shard(
+    answers: list[Exception | bytes], tmp_path: Path
+) -> None:
+    source = Source(tmp_path, list(answers))
+    source.open.clear()
+    later = another_round(source)
+
+    async def test(training: Training, replica: Recording) -> None:
+        await until(lambda: bool(source.asked), "the first fetch is under way")
+        training.follow(head_after(later - 1))
+        source.open.set()
+        await until(lambda: bool(replica.batches), "a step")
+        assert position(source, later, replica.batches[0]) in (0, 1)
+
+    with_training(source, test)
+
+
+def test_a_full_disk_ends_training_by_name(tmp_path: Path) -> None:
+    source = Source(tmp_path, [DiskFull("no space left")])
+
+    async def test(training: Training, replica: Recording) -> None:
+        await asyncio.wait_for(training.failed.wait(), WITHIN_S)
+        assert isinstance(training.failure, DiskFull) and replica.batches == []
+
+    with_training(source, test)
+
+
+def test_landing_without_a_snapshot_puts_the_replica_onto_the_anchor(tmp_path: Path) -> None:
+    """As after repeated bad steps: nothing of what it did before is left."""
+    source = Source(tmp_path, [])
+    anchor = np.full(3, 7, np.float32)
+
+    async def test(training: Training, replica: Recording) -> None:
+        await until(lambda: len(replica.batches) >= 2, "steps")
+        training.trainer.pause()
+        movement, tokens = await training.snapshot()
+        assert tokens == training.tokens > 0 and movement[:].max() >= 2
+        await training.land(anchor, None, 2)
+        assert replica.resets == 1
+        np.testing.assert_array_equal(replica.weights, anchor)
+        assert (await training.snapshot())[0][:].max() == 0
+
+    with_training(source, test)
