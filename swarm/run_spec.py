@@ -37,6 +37,9 @@ MAX_SPEC_BYTES = 256 * 1024
 MAX_CONFIG_KEYS = 256
 MAX_CONFIG_DEPTH = 4
 MAX_PROBLEMS_TOLD = 5
+# As in `peer.rounds.codec`, densest first.
+CODECS = ("int8", "int4", "int2", "topk")
+SPARSE_CODECS = ("topk",)
 
 Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -129,6 +132,10 @@ class Rounds(Section):
     wire_codec: Literal["int8", "int4", "int2"] = Field(
         "int8", description="how averages travel, block-wise: int8 (8.1 bits a value), int4 (4.3) or int2 (2.3)"
     )
+    contribution_codecs: tuple[Literal["int8", "int4", "int2", "topk"], ...] | None = Field(
+        None,
+        description="how contributions may travel, densest first; slow uplinks thinner (int8, int4, int2, topk)",
+    )
     reduce_timeout_s: float = Field(
         30.0, gt=0, le=3600, description="seconds that a reducer waits for contributions of a round"
     )
@@ -143,6 +150,20 @@ class Rounds(Section):
         if self.first_tokens_per_round is not None and self.first_tokens_per_round > self.tokens_per_round:
             raise ValueError("first_tokens_per_round must not exceed tokens_per_round")
         return self
+
+    @model_validator(mode="after")
+    def _ladder(self) -> Rounds:
+        places = [CODECS.index(codec) for codec in self.ladder]
+        if not places or places != sorted(set(places)):
+            raise ValueError(f"contribution_codecs must be some of {', '.join(CODECS)}, in this order")
+        return self
+
+    @property
+    def ladder(self) -> tuple[str, ...]:
+        """The codecs in which contributions may come, densest first."""
+        if self.contribution_codecs is not None:
+            return self.contribution_codecs
+        return tuple(c for c in CODECS[CODECS.index(self.wire_codec) :] if c not in SPARSE_CODECS)
 
 
 class Checkpoints(Section):
@@ -180,6 +201,16 @@ class Rules(Section):
     rounds: Rounds = Rounds()
     checkpoints: Checkpoints = Checkpoints()
     admission: Admission = Admission()
+
+    @model_validator(mode="after")
+    def _momentum(self) -> Rules:
+        sparse = [codec for codec in self.rounds.ladder if codec in SPARSE_CODECS]
+        if sparse and self.outer.momentum:
+            raise ValueError(
+                f"outer.momentum must be 0 where rounds.contribution_codecs has {sparse[0]}: what a sparse contribution"
+                " leaves owed comes rounds later, and momentum would repeat it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shards(self) -> Rules:

@@ -45,8 +45,8 @@ class Attempt:
     open: OpenRound
     deadline: float
     """when reducers stop waiting for contributions; averages have as long again"""
-    contributions: dict[tuple[int, bytes], tuple[int, Kept]] = field(default_factory=dict)
-    """(part, contributor) -> (weight in tokens, encoded); weight 0: nothing to add"""
+    contributions: dict[tuple[int, bytes], tuple[int, str, Kept]] = field(default_factory=dict)
+    """(part, contributor) -> (weight in tokens, codec, encoded); weight 0: nothing to add"""
     averages: dict[int, PartResult] = field(default_factory=dict)
     reduced: set[int] = field(default_factory=set)
     unreachable: set[bytes] = field(default_factory=set)
@@ -78,14 +78,14 @@ class Attempt:
             raise ProtocolError("a contribution that starts from another state")
         if message.weight_tokens > self.settings.max_weight_tokens:
             raise ProtocolError(f"a weight of {message.weight_tokens} tokens is more than the round allows")
-        expected = self.part_size_bytes(message.part) if message.weight_tokens else 0
-        if len(message.encoded) != expected:
-            raise ProtocolError(f"a contribution of {len(message.encoded)} bytes instead of {expected}")
         if message.weight_tokens:
             part = self.open.parts[message.part]
-            self.settings.check_part(part.first_slice, part.num_slices, message.encoded)
+            self.settings.check_contribution(part.first_slice, part.num_slices, message.codec, message.encoded)
+        elif message.encoded:
+            raise ProtocolError(f"a contribution of {len(message.encoded)} bytes without a weight")
         if (message.part, sender) not in self.contributions:
-            self.contributions[message.part, sender] = (message.weight_tokens, self.settings.keep(message.encoded))
+            kept = self.settings.keep(message.encoded)
+            self.contributions[message.part, sender] = (message.weight_tokens, message.codec, kept)
 
     def due_reductions(self, now: float) -> list[Reduce]:
         """Parts of ours that can be averaged now: everybody reachable is in, or the time is up."""
@@ -105,9 +105,9 @@ class Attempt:
     def _reduce(self, part: int) -> Reduce:
         contributions = []
         for key in self.contributors:
-            weight, encoded = self.contributions.pop((part, key), (0, b""))
+            weight, codec, encoded = self.contributions.pop((part, key), (0, "", b""))
             if weight:
-                contributions.append((Share(peer_key=key, weight_tokens=weight), encoded))
+                contributions.append((Share(peer_key=key, weight_tokens=weight), codec, encoded))
         return Reduce(
             self.ballot,
             part,

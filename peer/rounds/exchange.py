@@ -17,14 +17,14 @@ from google.protobuf.message import DecodeError
 
 from peer.p2p.fetch import fetch_chunk
 from peer.p2p.spill import Spill
-from peer.rounds.exchange_parts import Committed, EarlyMessages, ExchangeParts, round_settings
+from peer.rounds.exchange_parts import Committed, EarlyMessages, ExchangeParts, choose_codec, round_settings
 from peer.rounds.round import RoundMachine
 from peer.rounds.round_actions import Action, Apply, Fetch, Persist, Reduce, Send, TakeSnapshot, View
 from peer.rounds.shard import ReplicaSnapshot
 from swarm.errors import DivergedError, NetworkError, ProtocolError, ResourceError, SwarmError, Unreachable
 from swarm.files import Kept
 from swarm.log import LogHead, next_head
-from swarm.proto.round_pb2 import Commit, Part, RoundMessage
+from swarm.proto.round_pb2 import Commit, OpenRound, Part, RoundMessage
 
 ROUND_METHOD = "round"
 PING_METHOD = "ping"
@@ -56,6 +56,7 @@ class Exchange:
         self._at_work = asyncio.Lock()
         self._fetches = asyncio.Semaphore(MAX_FETCHES)
         self._ask_at = 0.0
+        self._round_began_at: float | None = None
         self._known_commits: dict[int, tuple[bytes, Commit]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -100,8 +101,7 @@ class Exchange:
             raise ProtocolError(f"round {message.round} has not begun here, and we do not know you")
         self.behind.set()
         if message.round == self.round + 1:
-            room_bytes = 2 * self.shard.part_size_bytes(0, self.shard.num_slices) + (1 << 20)
-            self._early.keep(sender, request, room_bytes)
+            self._early.keep(sender, request, self.shard.round_bytes + (1 << 20))
 
     def set_view(self, view: View) -> None:
         """Tell the machine who is live; only for the round that the view was made for."""
@@ -241,11 +241,11 @@ class Exchange:
 
     async def _take_snapshot(self, machine: RoundMachine, action: TakeSnapshot) -> None:
         """One snapshot per round: a later attempt offers the same, so that no movement can be counted twice."""
-        encoded: list[Kept] = []
+        snapshot, encoded = None, list[Kept]()
         try:
             async with self._snapshot_lock:
                 if self._snapshot is None and machine is self._machine and not machine.finished:
-                    self._snapshot = await self._new_snapshot(machine)
+                    self._snapshot = await self._new_snapshot(machine, action.open)
             snapshot = self._snapshot
             if snapshot is not None and snapshot.tokens:
                 for part in action.open.parts:
@@ -256,19 +256,21 @@ class Exchange:
                         encoded.append(await self._blocking(functools.partial(self._encoded, snapshot, part)))
         except ResourceError as error:
             log.warning("round %d: nothing to contribute: %s", machine.settings.round, error)
-        weight = self._snapshot.tokens if self._snapshot is not None and encoded else 0
-        self._event(machine, lambda now: machine.on_snapshot(action.ballot, weight, encoded, now))
+        weight, codec = (snapshot.tokens, snapshot.codec) if snapshot is not None and encoded else (0, "")
+        self._event(machine, lambda now: machine.on_snapshot(action.ballot, weight, codec, encoded, now))
 
     def _encoded(self, snapshot: ReplicaSnapshot, part: Part) -> Kept:
         return self._spill.put(self.shard.encode(snapshot, part))
 
-    async def _new_snapshot(self, machine: RoundMachine) -> ReplicaSnapshot | None:
+    async def _new_snapshot(self, machine: RoundMachine, opened: OpenRound) -> ReplicaSnapshot | None:
         trainer = self.parts.trainer
         if trainer is None:
             return None
+        round_s = None if self._round_began_at is None else self._now() - self._round_began_at
+        codec = choose_codec(self.shard, machine, len(opened.members), round_s)
         movement, tokens = await trainer.snapshot()
         uncounted = min(tokens - self._uncounted_from, machine.settings.max_weight_tokens)
-        snapshot = await self._blocking(lambda: self.shard.offer(movement, uncounted))
+        snapshot = await self._blocking(lambda: self.shard.offer(movement, uncounted, codec))
         if snapshot is None:
             log.warning("round %d: the replica is not finite; nothing to contribute", machine.settings.round)
         # A commit may have landed meanwhile: then this snapshot is of a round that is over.
@@ -319,7 +321,7 @@ class Exchange:
         else:
             await self._blocking(lambda: self.parts.ledger.keep_parts(head.round, action.parts))
         counted = await self._land(action)
-        self.head, self._snapshot = head, None
+        self.head, self._snapshot, self._round_began_at = head, None, self._now()
         self._machine = self._new_machine()
         self._begin_round()
         committed = Committed(record=action.record, head=head, state_digest=self.shard.state_digest, counted=counted)

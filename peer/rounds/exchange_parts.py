@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,7 +11,9 @@ from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.spill import Spill
 from peer.p2p.transport import Transport
 from peer.rounds.codec import Float32
+from peer.rounds.ladder import Uplink, choose_rung
 from peer.rounds.ledger import Ledger
+from peer.rounds.round import RoundMachine
 from peer.rounds.round_actions import RoundSettings
 from peer.rounds.shard import Shard
 from peer.training.movement import Movement
@@ -21,6 +24,8 @@ from swarm.log import VOTE_CONTEXT, LogHead
 from swarm.proto.round_pb2 import Record, RoundMessage
 
 MAX_EARLY_MESSAGES = 256
+
+log = logging.getLogger(__name__)
 
 
 class Trainer(Protocol):
@@ -103,6 +108,8 @@ def round_settings(parts: ExchangeParts, head: LogHead, spill: Spill) -> RoundSe
         num_slices=shard.num_slices,
         codec=shard.codec.name,
         part_size_bytes=shard.part_size_bytes,
+        round_bytes=shard.round_bytes,
+        check_contribution=shard.check_contribution,
         check_part=shard.check_part,
         sign_vote=lambda payload: parts.identity.sign(VOTE_CONTEXT, head.run_id, payload),
         max_weight_tokens=4 * schedule.tokens_of_round(rounds, head.round + 1),
@@ -112,3 +119,21 @@ def round_settings(parts: ExchangeParts, head: LogHead, spill: Spill) -> RoundSe
         takeover_timeout_s=rounds.takeover_timeout_s,
         keep=spill.put,
     )
+
+
+def choose_codec(shard: Shard, machine: RoundMachine, num_members: int, round_s: float | None) -> str:
+    """The rung in which this member contributes to the round of ``machine``, by the uplink that it announces.
+
+    ``round_s``: seconds since the round began; None where that was not seen.
+    """
+    offered = {candidate.key: candidate.upload_bps for candidate in machine.view.candidates}
+    uplink = Uplink(
+        upload_bps=offered.get(machine.settings.me),
+        num_values=shard.num_values,
+        num_members=num_members,
+        round_s=round_s,
+        timeout_s=machine.settings.reduce_timeout_s / 2,
+    )
+    codec, why = choose_rung(shard.spec.rounds.ladder, uplink)
+    log.debug("round %d: %s", machine.settings.round, why)
+    return codec

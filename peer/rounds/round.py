@@ -73,7 +73,9 @@ class RoundMachine:
         self._handle(sender, message, now, out)
         return self._run(now, out)
 
-    def on_snapshot(self, ballot: Ballot, weight_tokens: int, encoded: Sequence[Kept], now: float) -> list[Action]:
+    def on_snapshot(
+        self, ballot: Ballot, weight_tokens: int, codec: str, encoded: Sequence[Kept], now: float
+    ) -> list[Action]:
         """Our own contribution is encoded: ``encoded[i]`` is part i; weight 0 and no bytes: nothing to add."""
         out = Outbox(self.settings.me)
         if self.attempt is not None and self.attempt.ballot == ballot:
@@ -82,6 +84,7 @@ class RoundMachine:
                     part=part,
                     weight_tokens=weight_tokens,
                     state_digest=self.settings.state_digest,
+                    codec=codec if weight_tokens else "",
                 )
                 message = self._message(ballot, contribution=contribution)
                 out.send(self.attempt.reducer_of(part), message, encoded[part] if weight_tokens else None)
@@ -297,9 +300,9 @@ class RoundMachine:
     def _keep_early(self, sender: bytes, ballot: Ballot, message: RoundMessage) -> None:
         """Bytes may overtake the opening of their attempt; keep what known peers send, within bounds."""
         known = sender in self.settings.head.voters or any(sender == c.key for c in self.view.candidates)
-        room = 2 * self.settings.part_size_bytes(0, self.settings.num_slices)
+        room = self.settings.round_bytes + (1 << 16)
         size = sum(len(kept) for _, kept in self._early) + message.ByteSize()
-        if known and ballot >= self._leader.seen and len(self._early) < MAX_EARLY and size <= room + (1 << 16):
+        if known and ballot >= self._leader.seen and len(self._early) < MAX_EARLY and size <= room:
             self._early.append((sender, self.settings.keep(message.SerializeToString())))
 
     def _reduce_what_is_due(self, now: float, out: Outbox) -> None:

@@ -25,6 +25,10 @@ class RoundSettings:
     codec: str
     part_size_bytes: Callable[[int, int], int]
     """(first_slice, num_slices) -> encoded bytes"""
+    round_bytes: int
+    """what a round brings to one replica at most: contributions to its parts, and averages"""
+    check_contribution: Callable[[int, int, str, bytes], None]
+    """(first_slice, num_slices, codec, encoded): raises `ProtocolError` unless it is one of this run"""
     check_part: Callable[[int, int, bytes], None]
     """(first_slice, num_slices, encoded): raises `ProtocolError` unless it decodes to finite numbers"""
     sign_vote: Callable[[bytes], Signed]
@@ -101,7 +105,8 @@ class Reduce:
     part: int
     first_slice: int
     num_slices: int
-    contributions: tuple[tuple[Share, Kept], ...]
+    contributions: tuple[tuple[Share, str, Kept], ...]
+    """(whose, codec, encoded)"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,11 +24,11 @@ from peer.rounds import blocks
 from peer.rounds.blocks import Blocks, tiles
 from peer.rounds.codec import CODECS, Codec, Float32
 from peer.rounds.outer import OuterStep, outer_step, weighted_mean
-from peer.rounds.planning import SLICE_VALUES, num_slices, part_values
+from peer.rounds.planning import num_slices, part_values
 from peer.rounds.round_actions import Reduce
 from peer.training.movement import Movement
 from swarm import digest, schedule
-from swarm.errors import DigestError, SwarmError
+from swarm.errors import DigestError, ProtocolError, SwarmError
 from swarm.files import Kept, disk_errors
 from swarm.proto.round_pb2 import Part, PartResult, Record, Share
 from swarm.run_spec import RunSpec
@@ -42,6 +42,8 @@ class ReplicaSnapshot:
     """what is offered: the replica's movement since the anchor"""
     tokens: int
     """tokens trained since the last snapshot that a commit counted"""
+    codec: str
+    """rung in which every attempt of the round sends it"""
     was_reset: bool = False
     """the replica was put back onto the anchor since: what it does now is not measured from this snapshot"""
 
@@ -57,8 +59,7 @@ class Shard:
         self.feedback: Blocks | None = None
         """what is owed; None until something is: a seed peer never owes"""
         self.codec: Codec = CODECS[spec.rounds.wire_codec]
-        if SLICE_VALUES % self.codec.block_values:
-            raise SwarmError(f"the blocks of codec {self.codec.name} do not divide a slice")
+        """of averages"""
         self.state_digest = self.compute_digest()
 
     @property
@@ -72,6 +73,24 @@ class Shard:
     def part_size_bytes(self, first_slice: int, count: int) -> int:
         values = part_values(first_slice, count, self.num_values)
         return self.codec.encoded_size(max(0, values.stop - values.start))
+
+    @property
+    def round_bytes(self) -> int:
+        """What a round brings to one replica at most: contributions to its parts, and averages."""
+        contributions = max(CODECS[name].encoded_size(self.num_values) for name in self.spec.rounds.ladder)
+        return contributions + self.codec.encoded_size(self.num_values)
+
+    def check_contribution(self, first_slice: int, count: int, codec: str, encoded: bytes) -> None:
+        """Raise `ProtocolError` unless ``codec`` is a rung, and ``encoded`` decodes to values of these slices."""
+        if codec not in self.spec.rounds.ladder:
+            ladder = ", ".join(self.spec.rounds.ladder)
+            raise ProtocolError(f"a contribution in the codec {codec[:16]!r}; this run takes {ladder}")
+        values = part_values(first_slice, count, self.num_values)
+        num_values = values.stop - values.start
+        expected = CODECS[codec].encoded_size(num_values)
+        if len(encoded) != expected:
+            raise ProtocolError(f"a contribution of {len(encoded)} bytes instead of {expected}")
+        CODECS[codec].check(encoded, num_values)
 
     def check_part(self, first_slice: int, count: int, encoded: bytes) -> None:
         """Raise `ProtocolError` unless ``encoded`` decodes to finite values of these slices."""
@@ -91,18 +110,21 @@ class Shard:
         """The state digest, from memory."""
         return digest.state_digest(*self.chunk_digests())
 
-    def offer(self, movement: Movement, tokens: int) -> ReplicaSnapshot | None:
-        """A replica's ``movement`` since the anchor; None where it, with what is owed from before, is not finite."""
+    def offer(self, movement: Movement, tokens: int, codec: str | None = None) -> ReplicaSnapshot | None:
+        """A replica's ``movement`` since the anchor; None where it, with what is owed from before, is not finite.
+
+        ``codec``: the rung in which it is sent; the densest where nothing is said.
+        """
         if len(movement) != self.num_values:
             raise SwarmError("a movement of another length than the shard's")
         for tile in tiles(slice(0, self.num_values)):
             if not np.isfinite(self._offered(movement, tile)).all():
                 return None
-        return ReplicaSnapshot(movement=movement, tokens=tokens)
+        return ReplicaSnapshot(movement=movement, tokens=tokens, codec=codec or self.spec.rounds.ladder[0])
 
     def encode(self, snapshot: ReplicaSnapshot, part: Part) -> bytes:
-        """One part of the snapshot in the wire codec. A pure function: `settle` encodes again to know what was sent."""
-        return self.codec.encode(self._offered(snapshot.movement, self._values(part)))
+        """One part of the snapshot in its codec. A pure function: `settle` encodes again to know what was sent."""
+        return CODECS[snapshot.codec].encode(self._offered(snapshot.movement, self._values(part)))
 
     def reduce(self, work: Reduce) -> tuple[list[Share], bytes]:
         """Average what decodes, by tokens and in member order, and encode the average once.
@@ -111,11 +133,11 @@ class Shard:
         """
         values = part_values(work.first_slice, work.num_slices, self.num_values)
         count = values.stop - values.start
-        useful = [(share, encoded) for share, encoded in work.contributions if self._decodes(encoded, count)]
+        useful = [item for item in work.contributions if _decodes(CODECS[item[1]], item[2], count)]
         if not useful:
             return [], b""
-        shares = [share for share, _ in useful]
-        decoded = (self.codec.decode(encoded[:], count) for _, encoded in useful)
+        shares = [share for share, _, _ in useful]
+        decoded = (CODECS[codec].decode(encoded[:], count) for _, codec, encoded in useful)
         try:
             return shares, self.codec.encode(weighted_mean(decoded, [share.weight_tokens for share in shares]))
         except SwarmError:
@@ -136,14 +158,14 @@ class Shard:
 
     def settle(self, record: Record, parts: Mapping[bytes, Kept], snapshot: ReplicaSnapshot, me: bytes) -> bool:
         """Book what the commit counted of our offer; True where it counted any of it."""
-        counted = False
+        counted, codec = False, CODECS[snapshot.codec]
         for part in record.parts:
             values = self._values(part)
             owed = self._offered(snapshot.movement, values)
             included = any(share.peer_key == me for share in part.shares)
             if included and self._is_present(part, parts):
                 counted = True
-                owed -= self.codec.decode(self.codec.encode(owed), len(owed))
+                owed -= codec.decode(codec.encode(owed), len(owed))
             if self.feedback is None:
                 self.feedback = Blocks(self.num_values)
             self.feedback.write(values, owed, record.round)
@@ -184,14 +206,15 @@ class Shard:
 
     def _is_present(self, part: PartResult, parts: Mapping[bytes, Kept]) -> bool:
         values = self._values(part)
-        return bool(part.digest) and self._decodes(parts[part.digest], values.stop - values.start)
+        return bool(part.digest) and _decodes(self.codec, parts[part.digest], values.stop - values.start)
 
-    def _decodes(self, encoded: Kept, count: int) -> bool:
-        try:
-            self.codec.check(encoded[:], count)
-        except SwarmError:
-            return False
-        return True
+
+def _decodes(codec: Codec, encoded: Kept, count: int) -> bool:
+    try:
+        codec.check(encoded[:], count)
+    except SwarmError:
+        return False
+    return True
 
 
 def state_bytes(vector: Float32) -> memoryview:

@@ -82,16 +82,18 @@ class OpenRound(_message.Message):
     def __init__(self, log_digest: _Optional[bytes] = ..., state_digest: _Optional[bytes] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ...) -> None: ...
 
 class Contribution(_message.Message):
-    __slots__ = ("part", "weight_tokens", "encoded", "state_digest")
+    __slots__ = ("part", "weight_tokens", "encoded", "state_digest", "codec")
     PART_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ENCODED_FIELD_NUMBER: _ClassVar[int]
     STATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     part: int
     weight_tokens: int
     encoded: bytes
     state_digest: bytes
-    def __init__(self, part: _Optional[int] = ..., weight_tokens: _Optional[int] = ..., encoded: _Optional[bytes] = ..., state_digest: _Optional[bytes] = ...) -> None: ...
+    codec: str
+    def __init__(self, part: _Optional[int] = ..., weight_tokens: _Optional[int] = ..., encoded: _Optional[bytes] = ..., state_digest: _Optional[bytes] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class Share(_message.Message):
     __slots__ = ("peer_key", "weight_tokens")

@@ -92,6 +92,8 @@ class Machines:
             num_slices=NUM_SLICES,
             codec="int8",
             part_size_bytes=lambda first, count: count * BYTES_PER_SLICE,
+            round_bytes=2 * NUM_SLICES * BYTES_PER_SLICE,
+            check_contribution=lambda first, count, codec, encoded: None,
             check_part=lambda first, count, encoded: None,
             sign_vote=lambda payload: peer.identity.sign(VOTE_CONTEXT, RUN_ID, payload),
             max_weight_tokens=1000,
@@ -185,11 +187,11 @@ class Machines:
             self._later(peer, lambda: self._write(peer))
         elif isinstance(action, TakeSnapshot):
             encoded = [bytes([self.rng.randrange(256)]) * (p.num_slices * BYTES_PER_SLICE) for p in action.open.parts]
-            self._later(peer, lambda: machine.on_snapshot(action.ballot, TRAINED_TOKENS, encoded, self.now))
+            self._later(peer, lambda: machine.on_snapshot(action.ballot, TRAINED_TOKENS, "int8", encoded, self.now))
         elif isinstance(action, Reduce):
-            joined = b"".join(data for _, data in action.contributions)
+            joined = b"".join(data for _, _, data in action.contributions)
             average = sha256(joined)[:1] * (action.num_slices * BYTES_PER_SLICE)
-            shares = [share for share, _ in action.contributions]
+            shares = [share for share, _, _ in action.contributions]
             data = average if shares else b""
             self._later(peer, lambda: machine.on_reduced(action.ballot, action.part, shares, data, self.now))
         elif isinstance(action, Fetch):

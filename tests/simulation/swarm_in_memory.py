@@ -37,7 +37,9 @@ from tests.simulation.memory_transport import MemoryNetwork, MemoryTransport
 PHASES = ("prepare", "promise", "open", "contribution", "average", "accept", "vote", "commit")
 
 
-def make_spec(organizer: Identity, publication: Identity, **rounds: Any) -> RunSpec:
+def make_spec(
+    organizer: Identity, publication: Identity, outer: dict[str, Any] | None = None, **rounds: Any
+) -> RunSpec:
     settings = {
         "tokens_per_round": 3000,
         "reduce_timeout_s": 8.0,
@@ -53,6 +55,7 @@ def make_spec(organizer: Identity, publication: Identity, **rounds: Any) -> RunS
         publication_key=publication.public_key.hex(),
         model={"family": "llama", "config": {}},
         data={"manifest_digest": "0" * 64, "tokenizer_digest": "0" * 64},
+        outer=outer or {},
         rounds=settings,
     )
 
@@ -141,8 +144,8 @@ class SimulatedSwarm:
     async def start_seed(self) -> SimulatedPeer:
         return await self._start("seed", self.seed_identity, trains=False)
 
-    async def start_volunteer(self, name: str) -> SimulatedPeer:
-        return await self._start(name, Identity(name.encode().ljust(32, b".")), trains=True)
+    async def start_volunteer(self, name: str, upload_bps: int = 10**7) -> SimulatedPeer:
+        return await self._start(name, Identity(name.encode().ljust(32, b".")), trains=True, upload_bps=upload_bps)
 
     async def restart(self, name: str) -> SimulatedPeer:
         return await self._start(name, self.peers[name].identity, trains=name != "seed")
@@ -206,7 +209,7 @@ class SimulatedSwarm:
         for round_number, digests in self.history.items():
             assert len(digests) == 1, f"round {round_number}: {len(digests)} different states"
 
-    async def _start(self, name: str, identity: Identity, *, trains: bool) -> SimulatedPeer:
+    async def _start(self, name: str, identity: Identity, *, trains: bool, upload_bps: int = 10**7) -> SimulatedPeer:
         folder = self.folder / name
         transport = self.network.join(identity)
         chunks = ChunkStore(folder / "chunks", 1 << 30, read_in_thread=False)
@@ -242,7 +245,7 @@ class SimulatedSwarm:
                 ledger=ledger,
                 chunks=chunks,
                 rules=self.rules,
-                words=Words(trains=trains, upload_bps=10**7, admission=self._admission(identity)),
+                words=Words(trains=trains, upload_bps=upload_bps, admission=self._admission(identity)),
                 clock=lambda: asyncio.get_running_loop().time(),
             )
         )

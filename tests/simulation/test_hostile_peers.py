@@ -15,6 +15,7 @@ import pytest
 from peer.p2p.chunk_store import CHUNK_METHOD
 from peer.p2p.transport import Handler
 from peer.rounds.catch_up import LOG_METHOD, STATE_METHOD
+from peer.rounds.codec import CODECS
 from peer.rounds.planning import part_values
 from swarm.digest import sha256
 from swarm.errors import ProtocolError
@@ -95,6 +96,19 @@ def _not_a_number(message: RoundMessage) -> None:
     message.contribution.encoded = b"\xff" * len(message.contribution.encoded)
 
 
+def _on_no_rung(message: RoundMessage) -> None:
+    message.contribution.codec = "topk"
+    message.contribution.encoded = CODECS["topk"].encode(np.ones(50_000, np.float32))
+
+
+def _of_no_codec(message: RoundMessage) -> None:
+    message.contribution.codec = "int8" * 1000
+
+
+def _of_another_rung(message: RoundMessage) -> None:
+    message.contribution.codec = "int4"
+
+
 def _heavy(message: RoundMessage) -> None:
     message.contribution.weight_tokens = 10**12
 
@@ -132,6 +146,9 @@ BAD_CONTRIBUTIONS: dict[str, tuple[Change, str]] = {
     "wrong shape, shorter": (_shorter, "bytes instead of"),
     "oversized": (_oversized, "bytes instead of"),
     "not a number": (_not_a_number, "no encoder writes"),
+    "a rung that is not on the ladder": (_on_no_rung, "this run takes int8, int4, int2"),
+    "a codec that does not exist": (_of_no_codec, "in the codec 'int8int8int8int8'; this run takes"),
+    "the size of another rung": (_of_another_rung, "bytes instead of"),
     "a weight out of bounds": (_heavy, "more than the round allows"),
     "of another state": (_of_another_state, "another state"),
     "to a part of somebody else": (_to_another_part, "do not average"),
@@ -281,7 +298,7 @@ def test_a_flood_for_the_next_round_takes_bounded_memory(tmp_path: Path) -> None
             await victim.exchange.handle_round(bad.key, message.SerializeToString())
         kept = victim.exchange._early.size_bytes
         shard = victim.exchange.shard
-        assert 0 < kept <= 2 * shard.part_size_bytes(0, shard.num_slices) + (1 << 20)
+        assert 0 < kept <= shard.round_bytes + (1 << 20)
         await swarm.until_round(victim.round + 2, ["seed", "v0", "v1", "v2"])
         swarm.assert_equal_states()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from swarm.errors import Unreachable
 from swarm.files import Kept
 from swarm.identity import Identity
+from swarm.proto.round_pb2 import RoundMessage
 from tests.simulation.memory_transport import MemoryTransport
 from tests.simulation.swarm_in_memory import PHASES, SimulatedSwarm
 from tests.simulation.virtual_time import run
@@ -243,5 +245,45 @@ def test_a_volunteer_that_dies_after_its_contributions_arrived_is_not_waited_for
         await swarm.until_round(3, ["seed", "v1", "v2"])
         assert asyncio.get_running_loop().time() - died_at < 4.0, "the reduce timeout is 8 s"
         swarm.assert_equal_states()
+
+    run(scenario())
+
+
+def test_members_on_different_rungs_stay_equal_and_lose_nothing(tmp_path: Path) -> None:
+    """Each takes the rung that its uplink carries in time; one average decodes alike for all of them."""
+
+    async def scenario() -> None:
+        swarm = SimulatedSwarm(
+            tmp_path,
+            tokens_per_round=12_000,
+            wire_codec="int4",
+            contribution_codecs=["int8", "int4", "int2", "topk"],
+            outer={"momentum": 0.0},
+        )
+        sent: dict[bytes, list[str]] = defaultdict(list)
+
+        def note(sender: bytes, to: bytes, method: str, request: bytes) -> None:
+            message = RoundMessage.FromString(request) if method == "round" else RoundMessage()
+            if message.contribution.weight_tokens and message.round > 2:  # the rounds before were not seen to begin
+                sent[sender].append(message.contribution.codec)
+
+        swarm.network.before_delivery.append(note)
+        await swarm.start_seed()
+        for name, upload_bps in (("fast", 10_000_000), ("slow", 350_000), ("slowest", 40_000)):
+            await swarm.start_volunteer(name, upload_bps)
+        names = ["seed", "fast", "slow", "slowest"]
+        await swarm.until_round(8, names)
+        swarm.assert_equal_states()
+        assert {swarm.name_of(key): set(codecs) for key, codecs in sent.items()} == {
+            "fast": {"int8"},
+            "slow": {"int4"},
+            "slowest": {"topk"},
+        }
+        for committed in swarm.peers["seed"].commits[2:]:
+            counted = {share.peer_key for part in committed.record.parts for share in part.shares}
+            assert counted == {swarm.peers[name].key for name in names[1:]}, "every rung is in the average"
+        debts = {name: swarm.peers[name].exchange.shard for name in names[1:]}
+        owed = {name: float(np.linalg.norm(shard.owed(slice(0, shard.num_values)))) for name, shard in debts.items()}
+        assert owed["fast"] < owed["slow"] < owed["slowest"], "the thinner the rung, the more is owed"
 
     run(scenario())

@@ -66,7 +66,7 @@ def offered(shard: Shard, snapshot: ReplicaSnapshot, spill: Spill) -> tuple[Reco
     record, parts = Record(round=1), {}
     for part in split_parts([Member(peer_key=key, contributes=True) for key in MEMBERS], {}, shard.num_slices):
         encoded = spill.put(shard.encode(snapshot, part))
-        contributions = tuple((Share(peer_key=key, weight_tokens=10), encoded) for key in MEMBERS)
+        contributions = tuple((Share(peer_key=key, weight_tokens=10), snapshot.codec, encoded) for key in MEMBERS)
         work = Reduce((1, MEMBERS[0]), 0, part.first_slice, part.num_slices, contributions)
         shares, average = shard.reduce(work)
         result = PartResult(first_slice=part.first_slice, num_slices=part.num_slices, shares=shares)

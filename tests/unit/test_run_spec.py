@@ -171,6 +171,7 @@ def test_a_payload_that_is_no_spec_is_refused(name: str, payload: bytes, match: 
         ({"admission": {"mode": "token"}}, "mode 'token' needs token_sha256"),
         ({"admission": {"mode": "allow"}}, "mode 'allow' needs a list"),
         ({"rounds": {"wire_codec": "fp32"}}, "rounds.wire_codec: Input should be 'int8', 'int4' or 'int2', not 'fp32'"),
+        ({"rounds": {"contribution_codecs": ["int4", "topk"]}}, "outer.momentum must be 0 where"),
         ({"model": {"family": "opt"}}, "model.family: unknown model family 'opt'; known families: gpt_neo"),
         ({"model": {"family": "llama", "config": {"f": {"a": 1}}}}, "model.config: 'f' must hold a finite number"),
         ({"model": {"family": "llama", "config": {"f": [[[[[1]]]]]}}}, "model.config: 'f' must hold a finite number"),

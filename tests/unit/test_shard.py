@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from peer.rounds.blocks import BLOCK_VALUES
+from peer.rounds.codec import CODECS
 from peer.rounds.planning import SLICE_VALUES
 from peer.rounds.round_actions import Reduce
 from peer.rounds.shard import ReplicaSnapshot, Shard, StateBuffers, load_state
@@ -20,6 +22,9 @@ from tests.simulation.swarm_in_memory import make_spec
 ME, OTHER = b"m" * 32, b"o" * 32
 NUM_VALUES = 3 * SLICE_VALUES + 100
 SPEC = make_spec(Identity(b"1" * 32), Identity(b"2" * 32))
+SPARSE_SPEC = make_spec(
+    Identity(b"1" * 32), Identity(b"2" * 32), {"momentum": 0.0}, contribution_codecs=["int8", "topk"]
+)
 
 
 def make_shard(seed: int = 0) -> Shard:
@@ -160,9 +165,9 @@ def test_the_average_is_by_tokens_and_leaves_out_what_does_not_decode() -> None:
     count = 2 * SLICE_VALUES
     ones, fours = np.ones(count, np.float32), np.full(count, 4, np.float32)
     contributions = (
-        (Share(peer_key=ME, weight_tokens=20), shard.codec.encode(ones)),
-        (Share(peer_key=OTHER, weight_tokens=10), shard.codec.encode(fours)),
-        (Share(peer_key=b"h" * 32, weight_tokens=10), b"\xff" * shard.part_size_bytes(0, 2)),
+        (Share(peer_key=ME, weight_tokens=20), "int8", CODECS["int8"].encode(ones)),
+        (Share(peer_key=OTHER, weight_tokens=10), "int4", CODECS["int4"].encode(fours)),
+        (Share(peer_key=b"h" * 32, weight_tokens=10), "int8", b"\xff" * shard.part_size_bytes(0, 2)),
     )
     shares, encoded = shard.reduce(Reduce((1, ME), 0, 0, 2, contributions))
     assert [share.peer_key for share in shares] == [ME, OTHER]
@@ -227,3 +232,41 @@ def test_a_state_with_momentum_that_no_encoder_writes_is_refused_although_its_di
     shard.momentum.codes[5] = -128
     with pytest.raises(ProtocolError, match="no encoder writes"):
         load_state(SPEC, 0, buffers_of(shard), shard.compute_digest())
+
+
+def test_what_a_thin_rung_leaves_out_stays_owed() -> None:
+    """The debt is what the codec that was sent lost, not what the codec of averages would have."""
+    shard = Shard(SPARSE_SPEC, 0, np.zeros(NUM_VALUES, np.float32))
+    snapshot = shard.offer(moved(shard, 1), 10, "topk")
+    assert snapshot is not None
+    sent = {first: data for first, data in by_part(shard, snapshot).items() if first == 2}
+    average = CODECS["int8"].encode(CODECS["topk"].decode(sent[2], NUM_VALUES - 2 * SLICE_VALUES))
+    record, parts = committed(shard, {2: average}, {2: [ME]})
+    assert shard.settle(record, parts, snapshot, ME)
+    tail = slice(2 * SLICE_VALUES, NUM_VALUES)
+    left = -snapshot.movement[tail] - CODECS["topk"].decode(sent[2], NUM_VALUES - 2 * SLICE_VALUES)
+    assert within_a_code(shard.owed(tail), left)
+    assert np.linalg.norm(left) > 0.8 * np.linalg.norm(snapshot.movement[tail])
+    assert shard.offer(moved(shard, 1), 10).codec == "int8", "the densest where nothing is said"  # type: ignore[union-attr]
+
+
+def ones(codec: str = "int4") -> bytes:
+    return CODECS[codec].encode(np.ones(2 * SLICE_VALUES, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("case", "codec", "encoded", "told"),
+    [
+        ("a rung of other runs", "topk", ones("topk"), "takes int8, int4, int2"),
+        ("no codec", "", ones(), "in the codec ''"),
+        ("a name without end", "x" * 10**6, ones(), "in the codec 'xxxxxxxxxxxxxxxx';"),
+        ("the size of another rung", "int8", ones(), "bytes instead of"),
+        ("bytes that no encoder writes", "int4", b"\xff" * len(ones()), "no encoder writes"),
+    ],
+)
+def test_a_contribution_on_no_rung_is_refused_by_name(case: str, codec: str, encoded: bytes, told: str) -> None:
+    """A reducer decodes what the run spec's ladder names, and nothing else."""
+    shard = make_shard()
+    shard.check_contribution(0, 2, "int4", ones())
+    with pytest.raises(ProtocolError, match=re.escape(told)):
+        shard.check_contribution(0, 2, codec, encoded)
