@@ -7,10 +7,10 @@ what counts and how much of it there is at once; that `peer.training.int8_replic
 On the device some memory is held all the time, the rest only in a phase of an inner step; the peak is what is held plus
 the largest phase. A phase counts what autograd keeps, not the scratch of single kernels.
 
-On the host everything is counted as if it came together, at the end of a round. Encoded parts, large messages, and the
-anchors that a checkpoint or an evaluation reads wait in files: pages of files are the system's to take back, and are
-not counted. A reset of the replica in the middle of a round (training diverged) has a second ``start`` until the round
-ends.
+On the host everything is counted as if it came together, at the end of a round. Encoded parts, what averages lost,
+large messages, and the anchors that a checkpoint or an evaluation reads wait in files: pages of files are the system's
+to take back, and are not counted. A reset of the replica in the middle of a round (training diverged) has a second
+``start`` until the round ends.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ PARTS_OF_A_LARGE_SHARD = 31
 WORK_BYTES_PER_VALUE = 10
 # Parts that are being fetched at once (peer.rounds.exchange).
 FETCHED_PARTS = 4
+# What averages lost is on disk slice by slice (peer.rounds.reducer_debt): in memory is where, of the last round that
+# was committed and of the next.
+SLICE_VALUES = 1 << 14
+DEBT_BYTES_PER_SLICE = 2 * 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,6 +269,8 @@ def _host(shapes: Iterable[Shape], working: Working) -> dict[str, int]:
         "snapshot": packed,
         # An fp32 replica moves its anchor along instead.
         "carried": packed if working.weights == "int8" else 0,
+        # Of the slices that this peer averages: of all where it is alone.
+        "debt of averages": DEBT_BYTES_PER_SLICE * -(-values // SLICE_VALUES),
         "a part at work": WORK_BYTES_PER_VALUE * part,
         "parts being fetched": min(FETCHED_PARTS * _in_8_bits(part), _in_8_bits(values)),
     }

@@ -51,6 +51,7 @@ class Exchange:
         self._snapshot_lock = asyncio.Lock()
         self._state_lock = asyncio.Lock()
         self._spill = Spill(parts.ledger.folder)
+        self.shard.reducer_debt.keep = self._spill.put
         self._early = EarlyMessages(self._spill)
         # One part at a time is in memory, encoded, averaged or made a message of; and as few are being fetched.
         self._at_work = asyncio.Lock()

@@ -6,6 +6,7 @@ I/O; the callers keep it off the event loop.
 Error feedback (docs/protocol.md): what a commit counted leaves only its encoding error behind, what it did not count
 stays owed. What is owed lies in 8 bits (`peer.rounds.blocks`): each time it is booked, each value is within one code of
 its block, and right on average over rounds, so that nothing is lost for good by a replica that is left out of many.
+What an average loses by its encoding, its reducer owes (`peer.rounds.reducer_debt`).
 
 Momentum and debt take a byte a value, and no step has more than a part of the shard in fp32: on the host there is no
 second copy of anything (`swarm.memory_plan`).
@@ -25,6 +26,7 @@ from peer.rounds.blocks import Blocks, tiles
 from peer.rounds.codec import CODECS, Codec, Float32
 from peer.rounds.outer import OuterStep, outer_step, weighted_mean
 from peer.rounds.planning import num_slices, part_values
+from peer.rounds.reducer_debt import ReducerDebt
 from peer.rounds.round_actions import Reduce
 from peer.training.movement import Movement
 from swarm import digest, schedule
@@ -58,6 +60,7 @@ class Shard:
         self.momentum = momentum if momentum is not None else Blocks(len(anchor))
         self.feedback: Blocks | None = None
         """what is owed; None until something is: a seed peer never owes"""
+        self.reducer_debt = ReducerDebt()
         self.codec: Codec = CODECS[spec.rounds.wire_codec]
         """of averages"""
         self.state_digest = self.compute_digest()
@@ -129,7 +132,8 @@ class Shard:
     def reduce(self, work: Reduce) -> tuple[list[Share], bytes]:
         """Average what decodes, by tokens and in member order, and encode the average once.
 
-        A contribution that does not decode to finite values is left out.
+        A contribution that does not decode to finite values is left out. What earlier averages of these slices lost by
+        their encoding is added.
         """
         values = part_values(work.first_slice, work.num_slices, self.num_values)
         count = values.stop - values.start
@@ -139,9 +143,14 @@ class Shard:
         shares = [share for share, _, _ in useful]
         decoded = (CODECS[codec].decode(encoded[:], count) for _, codec, encoded in useful)
         try:
-            return shares, self.codec.encode(weighted_mean(decoded, [share.weight_tokens for share in shares]))
+            mean = weighted_mean(decoded, [share.weight_tokens for share in shares])
+            self.reducer_debt.add_to(mean, work.first_slice)
+            average = self.codec.encode(mean)
         except SwarmError:
             return [], b""
+        mean -= self.codec.decode(average, count)
+        self.reducer_debt.note(work.ballot, work.first_slice, digest.sha256(average), lost=mean)
+        return shares, average
 
     def apply(self, record: Record, parts: Mapping[bytes, Kept]) -> None:
         """Advance anchor and momentum by a committed round; the slices of absent parts stay as they are."""
@@ -154,6 +163,7 @@ class Shard:
             gradient = self._decode(part, parts)
             if gradient is not None:
                 outer_step(self.anchor, self.momentum, self._values(part).start, gradient, step)
+        self.reducer_debt.settle(record)
         self.state_digest = self.compute_digest()
 
     def settle(self, record: Record, parts: Mapping[bytes, Kept], snapshot: ReplicaSnapshot, me: bytes) -> bool:

@@ -285,5 +285,6 @@ def test_members_on_different_rungs_stay_equal_and_lose_nothing(tmp_path: Path) 
         debts = {name: swarm.peers[name].exchange.shard for name in names[1:]}
         owed = {name: float(np.linalg.norm(shard.owed(slice(0, shard.num_values)))) for name, shard in debts.items()}
         assert owed["fast"] < owed["slow"] < owed["slowest"], "the thinner the rung, the more is owed"
+        assert any(shard.reducer_debt.size_bytes for shard in debts.values()), "reducers owe what averages lost"
 
     run(scenario())

@@ -13,7 +13,9 @@ import torch
 
 from peer.p2p.spill import Spill
 from peer.rounds import exchange, planning
+from peer.rounds.paxos import to_message
 from peer.rounds.planning import split_parts
+from peer.rounds.reducer_debt import ReducerDebt
 from peer.rounds.round_actions import Reduce
 from peer.rounds.shard import ReplicaSnapshot, Shard
 from peer.training import model
@@ -63,11 +65,12 @@ class Meter:
 
 def offered(shard: Shard, snapshot: ReplicaSnapshot, spill: Spill) -> tuple[Record, dict[bytes, Kept]]:
     """What becomes of a snapshot that three members offer alike: encoded, averaged and kept part by part."""
-    record, parts = Record(round=1), {}
+    ballot = (1, MEMBERS[0])
+    record, parts = Record(round=1, opened_by=to_message(ballot)), {}
     for part in split_parts([Member(peer_key=key, contributes=True) for key in MEMBERS], {}, shard.num_slices):
         encoded = spill.put(shard.encode(snapshot, part))
         contributions = tuple((Share(peer_key=key, weight_tokens=10), snapshot.codec, encoded) for key in MEMBERS)
-        work = Reduce((1, MEMBERS[0]), 0, part.first_slice, part.num_slices, contributions)
+        work = Reduce(ballot, 0, part.first_slice, part.num_slices, contributions)
         shares, average = shard.reduce(work)
         result = PartResult(first_slice=part.first_slice, num_slices=part.num_slices, shares=shares)
         result.digest = digest.sha256(average)
@@ -80,6 +83,7 @@ def live_a_round(replica: Any, anchor: Callable[[], np.ndarray], meter: Meter, f
     """Two rounds: in the second there is debt, momentum, and movement carried over the first."""
     spill = Spill(folder)
     shard: Shard = meter.measure("begin", lambda: Shard(SPEC, 0, anchor()))
+    shard.reducer_debt.keep = spill.put
     for _ in range(2):
         movement = meter.measure("snapshot", replica.movement)
         snapshot = meter.measure("offer", lambda m=movement: shard.offer(m, 10))
@@ -121,6 +125,26 @@ def test_a_whole_round_of_an_8_bit_replica_takes_what_the_plan_says(tmp_path: Pa
     assert max(meter.peaks.values()) + planned.host["start"] <= planned.host_bytes
     assert shard.momentum.nbytes == planned.host["momentum"]
     assert shard.feedback is not None and shard.feedback.nbytes == planned.host["feedback"]
+    assert shard.reducer_debt.size_bytes > planned.num_values, "all that averages lost is owed, on disk"
+
+
+def test_where_the_debt_of_averages_lies_takes_what_the_plan_says(tmp_path: Path) -> None:
+    """A peer that averages everything, while the second round is not decided yet."""
+    debt, slices = ReducerDebt(), 256
+    debt.keep = Spill(tmp_path).put
+    lost = np.ones(slices * planning.SLICE_VALUES, np.float32)
+    record = Record(opened_by=to_message((1, MEMBERS[0])), parts=[PartResult(num_slices=slices, digest=b"d")])
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        debt.note((1, MEMBERS[0]), 0, b"d", lost)
+        debt.settle(record)
+        debt.note((2, MEMBERS[0]), 0, b"d", lost)
+        taken = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    expected = memory_plan.DEBT_BYTES_PER_SLICE * slices
+    assert abs(expected - taken) <= TOLERANCE * taken, (expected, taken)
 
 
 @pytest.mark.parametrize(("weights", "kind"), [("int8", Int8Replica), ("fp32", Replica)])
@@ -160,6 +184,7 @@ def test_landing_makes_nothing_new_but_a_tile(tmp_path: Path) -> None:
 
 def test_the_plan_knows_how_rounds_are_cut() -> None:
     assert memory_plan.PART_VALUES == planning.MAX_PART_SLICES * planning.SLICE_VALUES
+    assert memory_plan.SLICE_VALUES == planning.SLICE_VALUES
     assert memory_plan.FETCHED_PARTS == exchange.MAX_FETCHES
     for num_members in (1, 3, 16, 32):
         members = [Member(peer_key=bytes([i]) * 32, contributes=True) for i in range(num_members)]

@@ -10,13 +10,16 @@ import pytest
 
 from peer.rounds.blocks import BLOCK_VALUES
 from peer.rounds.codec import CODECS
+from peer.rounds.paxos import Ballot, to_message
 from peer.rounds.planning import SLICE_VALUES
+from peer.rounds.reducer_debt import MAX_ATTEMPTS, ReducerDebt
 from peer.rounds.round_actions import Reduce
 from peer.rounds.shard import ReplicaSnapshot, Shard, StateBuffers, load_state
 from swarm import digest
 from swarm.errors import DigestError, ProtocolError
 from swarm.identity import Identity
 from swarm.proto.round_pb2 import OpenRound, Part, PartResult, Record, Share
+from swarm.run_spec import Rounds
 from tests.simulation.swarm_in_memory import make_spec
 
 ME, OTHER = b"m" * 32, b"o" * 32
@@ -25,6 +28,7 @@ SPEC = make_spec(Identity(b"1" * 32), Identity(b"2" * 32))
 SPARSE_SPEC = make_spec(
     Identity(b"1" * 32), Identity(b"2" * 32), {"momentum": 0.0}, contribution_codecs=["int8", "topk"]
 )
+INT2_ROUNDS = Rounds(wire_codec="int2", contribution_codecs=("int8",))
 
 
 def make_shard(seed: int = 0) -> Shard:
@@ -270,3 +274,74 @@ def test_a_contribution_on_no_rung_is_refused_by_name(case: str, codec: str, enc
     shard.check_contribution(0, 2, "int4", ones())
     with pytest.raises(ProtocolError, match=re.escape(told)):
         shard.check_contribution(0, 2, codec, encoded)
+
+
+def reduced(shard: Shard, ballot: Ballot, values: np.ndarray) -> tuple[Record, dict[bytes, bytes]]:
+    """The record of a round in which ``shard`` averaged part 0 under ``ballot``; the other part is absent."""
+    contributions = tuple(
+        (Share(peer_key=key, weight_tokens=10), "int8", CODECS["int8"].encode(values * np.float32(factor)))
+        for key, factor in ((ME, 0.5), (OTHER, 1.5))
+    )
+    _, average = shard.reduce(Reduce(ballot, 0, 0, 2, contributions))
+    record, parts = committed(shard, {0: average}, {0: [ME, OTHER]})
+    record.opened_by.CopyFrom(to_message(ballot))
+    return record, parts
+
+
+def test_what_averages_lose_is_added_to_the_next_average_of_the_same_slices() -> None:
+    """Over many rounds averages in 2 bits add up to the movement: the reducer owes what each of them lost."""
+    shard = Shard(SPARSE_SPEC.model_copy(update={"rounds": INT2_ROUNDS}), 0, np.zeros(NUM_VALUES, np.float32))
+    values = np.random.default_rng(3).standard_normal(2 * SLICE_VALUES).astype(np.float32)
+    total = np.zeros(2 * SLICE_VALUES, np.float64)
+    errors = []
+    for number in range(1, 13):
+        record, parts = reduced(shard, (1, ME), values)
+        shard.apply(record, parts)
+        total += shard.codec.decode(next(iter(parts.values())), 2 * SLICE_VALUES)
+        errors.append(float(np.linalg.norm(total / number - values) / np.linalg.norm(values)))
+    assert errors[0] > 0.3 and errors[-1] < 0.1, errors
+
+
+def test_only_the_average_that_was_committed_leaves_a_debt() -> None:
+    """An attempt that was abandoned, or lost to another one, changes nothing, however many there were."""
+    shard, once = make_shard(), make_shard()
+    values = np.random.default_rng(3).standard_normal(2 * SLICE_VALUES).astype(np.float32)
+    for ballot in ((1, ME), (2, OTHER), (3, ME)):
+        record, parts = reduced(shard, ballot, values)
+    assert shard.reducer_debt.size_bytes == 0, "nothing is committed yet"
+    shard.apply(record, parts)
+    once_record, once_parts = reduced(once, (3, ME), values)
+    once.apply(once_record, once_parts)
+    mean, mean_of_once = np.zeros((2, 2 * SLICE_VALUES), np.float32)
+    shard.reducer_debt.add_to(mean, 0)
+    once.reducer_debt.add_to(mean_of_once, 0)
+    np.testing.assert_array_equal(mean, mean_of_once)
+    assert mean.any()
+
+
+@pytest.mark.parametrize("case", ["another attempt's", "other bytes", "absent"])
+def test_an_average_of_ours_that_is_not_in_the_commit_leaves_no_debt(case: str) -> None:
+    """Somebody else's average in its place owes its losses to its own reducer."""
+    shard = make_shard()
+    values = np.random.default_rng(3).standard_normal(2 * SLICE_VALUES).astype(np.float32)
+    record, parts = reduced(shard, (1, ME), values)
+    if case == "another attempt's":
+        record.opened_by.number = 2
+    elif case == "other bytes":
+        other = CODECS["int8"].encode(values * 2)
+        record.parts[0].digest = digest.sha256(other)
+        parts = {digest.sha256(other): other}
+    else:
+        record.parts[0].digest = b""
+    shard.apply(record, parts)
+    assert shard.reducer_debt.size_bytes == 0
+    again, _ = reduced(shard, (1, ME), values)
+    assert again.parts[0].digest == reduced(make_shard(), (1, ME), values)[0].parts[0].digest
+
+
+def test_the_losses_of_many_attempts_are_forgotten_but_for_the_newest() -> None:
+    """A leader that opens attempts for ever does not fill a reducer's memory."""
+    debt = ReducerDebt()
+    for number in range(1, 50):
+        debt.note((number, b"l" * 32), 0, b"d" * 32, np.ones(100, np.float32))
+    assert len(debt._lost) == MAX_ATTEMPTS
