@@ -14,8 +14,9 @@ from pathlib import Path
 
 from swarm.files import TEMPORARY_PREFIX, Kept, disk_errors
 
-# Sizes that differ a little find each other's room.
-_ROOM_BYTES = 1 << 16
+# Sizes that differ a little find each other's room: it has steps of a sixteenth of their power of two, a page at least.
+_PAGE_BITS = 12
+_STEP_BITS = 5
 
 
 class Spill:
@@ -35,7 +36,8 @@ class Spill:
     def put(self, data: bytes) -> Kept:
         """Keep ``data``. Raises `DiskFull`."""
         size = len(data)
-        room = -(-size // _ROOM_BYTES) * _ROOM_BYTES
+        step_bits = max(_PAGE_BITS, size.bit_length() - _STEP_BITS)
+        room = -(-size >> step_bits) << step_bits
         free = self._free.setdefault(room, [])
         try:
             offset = free.pop()

@@ -31,6 +31,14 @@ def test_room_is_used_again_once_nobody_refers_to_it(tmp_path: Path) -> None:
     assert os.fstat(spill._descriptor).st_size <= 4 * 70_000 and kept[:] == b"k" * 70_000
 
 
+@pytest.mark.parametrize("size", [16_640, 70_000, 2_129_920])
+def test_room_is_little_more_than_what_lies_in_it(tmp_path: Path, size: int) -> None:
+    """A slice's debt as well as a part of a large shard."""
+    spill = Spill(tmp_path)
+    pieces = [spill.put(bytes(size)) for _ in range(10)]
+    assert 10 * size <= os.fstat(spill._descriptor).st_size <= 1.25 * 10 * size and len(pieces) == 10
+
+
 def test_threads_do_not_share_room(tmp_path: Path) -> None:
     spill = Spill(tmp_path)
 
