@@ -43,6 +43,9 @@ class Codec:
     """raises what `decode` would raise, at a fraction of its cost"""
     encoded_size: Callable[[int], int]
     """bytes of so many values"""
+    cut: Callable[[bytes | memoryview, int, int, int], bytes]
+    """(data of n values, n, first, last): what `encode` makes of values first to last (excluded), without decoding;
+    ``first`` begins a block, ``last`` ends one or is n"""
 
 
 CODECS: dict[str, Codec] = {
@@ -54,6 +57,7 @@ CODECS: dict[str, Codec] = {
         decode=codec_int8.decode,
         check=codec_int8.check,
         encoded_size=codec_int8.encoded_size,
+        cut=codec_int8.cut,
     ),
     "int4": Codec(
         name="int4",
@@ -63,6 +67,7 @@ CODECS: dict[str, Codec] = {
         decode=INT4.decode,
         check=INT4.check,
         encoded_size=INT4.encoded_size,
+        cut=INT4.cut,
     ),
     "int2": Codec(
         name="int2",
@@ -72,6 +77,7 @@ CODECS: dict[str, Codec] = {
         decode=INT2.decode,
         check=INT2.check,
         encoded_size=INT2.encoded_size,
+        cut=INT2.cut,
     ),
     "topk": Codec(
         name="topk",
@@ -81,6 +87,7 @@ CODECS: dict[str, Codec] = {
         decode=codec_topk.decode,
         check=codec_topk.check,
         encoded_size=codec_topk.encoded_size,
+        cut=codec_topk.cut,
     ),
 }
 """densest first"""

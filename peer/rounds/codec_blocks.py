@@ -129,6 +129,12 @@ class BlockCodec:
         if not ((block_marks & BAD_PADDING == 0) & self._form.allowed(levels, block_marks)).all():
             refuse("codes")
 
+    def cut(self, data: bytes | memoryview, num_values: int, first: int, last: int) -> bytes:
+        """The encoding of values ``first`` to ``last`` (excluded) within that of ``num_values``, without decoding."""
+        levels, packed = self._split(np.frombuffer(data, np.uint8), num_values)
+        blocks = slice(first // self.block_values, self._num_blocks(last))
+        return levels[blocks].tobytes() + packed[self._bytes(slice(first, last))].tobytes()
+
     def _num_blocks(self, num_values: int) -> int:
         return -(-num_values // self.block_values)
 

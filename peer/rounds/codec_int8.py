@@ -90,6 +90,13 @@ def check(data: bytes | memoryview, num_values: int) -> None:
     _checked(data, num_values)
 
 
+def cut(data: bytes | memoryview, num_values: int, first: int, last: int) -> bytes:
+    """The encoding of values ``first`` to ``last`` (excluded) within that of ``num_values``, without decoding."""
+    view, codes = memoryview(data), SCALE_BYTES * _num_blocks(num_values)
+    scales = view[SCALE_BYTES * (first // BLOCK_VALUES) : SCALE_BYTES * _num_blocks(last)]
+    return b"".join((scales, view[codes + first : codes + last]))
+
+
 def _checked(data: bytes | memoryview, num_values: int) -> tuple[Float32, npt.NDArray[np.int8]]:
     """(scales, codes) of ``data``, as views."""
     if num_values < 0 or len(data) != encoded_size(num_values):

@@ -66,6 +66,13 @@ def check(data: bytes | memoryview, num_values: int) -> None:
     _checked(data, num_values)
 
 
+def cut(data: bytes | memoryview, num_values: int, first: int, last: int) -> bytes:
+    """The encoding of values ``first`` to ``last`` (excluded) within that of ``num_values``, without decoding."""
+    num_kept, kept = _num_kept(num_values), (_num_kept(first), _num_kept(last))
+    places = memoryview(data)[_places_size(kept[0]) : _places_size(kept[1])]
+    return bytes(places) + VALUES.cut(memoryview(data)[_places_size(num_kept) :], num_kept, *kept)
+
+
 def _checked(data: bytes | memoryview, num_values: int) -> tuple[Places, Float32]:
     """(places in the whole vector, their values) of ``data``."""
     if num_values < 0 or len(data) != encoded_size(num_values):

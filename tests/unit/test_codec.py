@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from collections.abc import Callable
@@ -134,6 +135,16 @@ class TestEveryCodec:
         pieces = [values[:SLICE_VALUES], values[SLICE_VALUES:]]
         apart = np.concatenate([codec.decode(codec.encode(piece), len(piece)) for piece in pieces])
         assert apart.tobytes() == codec.decode(codec.encode(values), len(values)).tobytes()
+
+    @pytest.mark.parametrize("num_values", [1, 4096, 3 * 4096, 3 * 4096 + 77])
+    def test_a_cut_of_the_bytes_is_the_encoding_of_those_values(self, codec: Codec, num_values: int) -> None:
+        """Between blocks, or up to the end, bytes can be cut out as if only these values had been encoded."""
+        values = np.random.default_rng(2).standard_normal(num_values).astype(np.float32)
+        data = codec.encode(values)
+        places = [*range(0, num_values, codec.block_values), num_values]
+        spans = {(0, num_values), (0, 0), (places[(len(places) - 1) // 2], num_values), *itertools.pairwise(places)}
+        for first, last in spans:
+            assert codec.cut(data, num_values, first, last) == codec.encode(values[first:last])
 
     @pytest.mark.parametrize("hostile", [math.nan, -math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("position", [0, 300, 4800, 4866])
