@@ -21,6 +21,7 @@ from quality_setting import (
 )
 
 from peer.rounds.codec import Float32
+from peer.rounds.paxos import to_message
 from peer.rounds.planning import split_parts
 from peer.rounds.round_actions import Reduce
 from peer.rounds.shard import ReplicaSnapshot, Shard
@@ -37,6 +38,7 @@ NUM_CURVE_POINTS = 8
 # A point of the curve but the last is judged on so many fewer sequences.
 CURVE_SHARE = 8
 KEYS = [bytes([index]) * 32 for index in range(REPLICAS)]
+BALLOT = (1, KEYS[0])
 CPU = torch.device("cpu")
 
 AnyReplica = Replica | Int8Replica
@@ -128,14 +130,14 @@ class Swarm:
             _finite(shard.offer(replica.movement(), tokens_each))
             for shard, replica in zip(self.shards, self.replicas, strict=True)
         ]
-        record, parts = Record(round=self.round), {}
+        record, parts = Record(round=self.round, opened_by=to_message(BALLOT)), {}
         for index, part in enumerate(self.opened.parts):
             contributions = [
-                (Share(peer_key=key, weight_tokens=tokens_each), shard.encode(snapshot, part))
+                (Share(peer_key=key, weight_tokens=tokens_each), snapshot.codec, shard.encode(snapshot, part))
                 for key, shard, snapshot in zip(KEYS, self.shards, snapshots, strict=True)
             ]
             work = Reduce(
-                ballot=(1, KEYS[0]),
+                ballot=BALLOT,
                 part=index,
                 first_slice=part.first_slice,
                 num_slices=part.num_slices,

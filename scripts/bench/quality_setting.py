@@ -80,7 +80,15 @@ class Setting:
 
 
 SMALL = Setting()
-LARGE = Setting(hidden=256, intermediate=640, layers=4, heads=8)
+LARGE = Setting(
+    hidden=256,
+    intermediate=640,
+    layers=4,
+    heads=8,
+    total_tokens=655_360,
+    warmup_tokens=150_000,
+    growth_rounds=60,
+)
 QUICK = Setting(
     hidden=32, intermediate=64, layers=1, heads=2, total_tokens=61_440, warmup_tokens=2_048, tokens_per_round=8_192
 )
