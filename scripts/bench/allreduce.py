@@ -22,11 +22,12 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class Cell:
     values: int
     sides: tuple[str, ...] = ALL
     repeats: int = 3
+    warm_ups: int = 1
 
 
 M = 10**6
@@ -77,7 +79,10 @@ FULL = (
     *(Cell(link=FAR, peers=4, values=v) for v in (M, 10 * M, 25 * M)),
     *(Cell(link=FAR, peers=8, values=v) for v in (M, 10 * M)),
 )
-QUICK = (Cell(link=NO_LINK, peers=2, values=M, repeats=1), Cell(link=FAR, peers=2, values=M, repeats=1))
+QUICK = (
+    Cell(link=NO_LINK, peers=2, values=M, repeats=1, warm_ups=0),
+    Cell(link=FAR, peers=2, values=M, repeats=1, warm_ups=0),
+)
 
 
 class Group:
@@ -204,7 +209,7 @@ def measure_cell(cell: Cell, groups: dict[str, Group], lab: Lab, folder: Path) -
     found: dict[str, list[dict[str, float]]] = {side: [] for side in cell.sides}
     failures: list[str] = []
     ready: set[str] = set()
-    for repeat in range(cell.repeats + 1):  # the first warms up and is not counted
+    for repeat in range(-cell.warm_ups, cell.repeats):
         for side in cell.sides:
             try:
                 if side not in groups:
@@ -221,7 +226,7 @@ def measure_cell(cell: Cell, groups: dict[str, Group], lab: Lab, folder: Path) -
                 if side in groups:
                     groups.pop(side).close()
                 continue
-            if repeat:
+            if repeat >= 0:
                 found[side].append(figures)
     sides = {
         side: {name: round(statistics.median(f[name] for f in figures), 4) for name in figures[0]}
@@ -303,6 +308,7 @@ def main() -> None:
     reason = why_not()
     if reason is not None:
         sys.exit(f"allreduce: {reason}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the laboratory is taken down
     link, _, peers = (arguments.only or "").partition(":")
     cells = [c for c in (QUICK if arguments.quick else FULL) if c.link.startswith(link)]
     cells = [c for c in cells if not peers or str(c.peers) == peers]
@@ -315,7 +321,7 @@ def main() -> None:
         cold = cold_starts(count, folder)
         for key in dict.fromkeys((cell.link, cell.peers) for cell in cells):
             chosen = [
-                Cell(link=c.link, peers=c.peers, values=c.values, sides=sides, repeats=arguments.repeats or c.repeats)
+                replace(c, sides=sides, repeats=arguments.repeats or c.repeats)
                 for c in cells
                 if (c.link, c.peers) == key
             ]

@@ -63,6 +63,7 @@ def settle_in(place: Place) -> None:
         raise OSError(ctypes.get_errno(), "the namespace cannot be entered")
     os.close(descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     shutil.rmtree(place.folder, ignore_errors=True)
     place.folder.mkdir(parents=True)
