@@ -43,6 +43,7 @@ LOGIT_VALUES = {"cpu": 1 << 24, "cuda": 1 << 26, "mps": 1 << 26}
 # A part of a shard: 128 slices, or what is left to each of about half of the 64 parts of a large one
 # (peer.rounds.planning). A replica works on one at a time: fp32 twice, and its encoded bytes twice.
 PART_VALUES = 1 << 21
+PARTS_PER_REDUCER = 4
 PARTS_OF_A_LARGE_SHARD = 31
 WORK_BYTES_PER_VALUE = 10
 # Parts that are being fetched at once (peer.rounds.exchange).
@@ -260,7 +261,8 @@ def _host(shapes: Iterable[Shape], working: Working) -> dict[str, int]:
         packed = FP32_BYTES * values
     else:
         packed = sum(matrices) + FP32_BYTES * (sum(map(_blocks, matrices)) + small)
-    part = min(values, max(PART_VALUES, values // PARTS_OF_A_LARGE_SHARD))
+    # A peer that averages alone has the largest parts.
+    part = min(values, max(min(PART_VALUES, -(-values // PARTS_PER_REDUCER)), values // PARTS_OF_A_LARGE_SHARD))
     return {
         "anchor": FP32_BYTES * values,
         "momentum": _in_8_bits(values),

@@ -12,7 +12,7 @@ import pytest
 from peer.rounds.round import RoundMachine
 from peer.rounds.shard import ReplicaSnapshot, Shard
 from swarm.errors import ProtocolError
-from swarm.proto.round_pb2 import OpenRound, RoundMessage
+from swarm.proto.round_pb2 import Part, RoundMessage
 from tests.simulation.swarm_in_memory import SimulatedPeer
 from tests.simulation.test_rounds import start
 from tests.simulation.virtual_time import run
@@ -25,9 +25,9 @@ def test_a_flood_of_openings_is_answered_with_few_encodings(tmp_path: Path, monk
     encoded: list[int] = []
     encode = Shard.encode
 
-    def counting(shard: Shard, snapshot: ReplicaSnapshot, opened: OpenRound) -> list[bytes]:
+    def counting(shard: Shard, snapshot: ReplicaSnapshot, part: Part) -> bytes:
         encoded.append(1)
-        return encode(shard, snapshot, opened)
+        return encode(shard, snapshot, part)
 
     async def scenario() -> None:
         swarm = await start(tmp_path)
@@ -74,7 +74,7 @@ def test_a_stranger_cannot_leave_messages_for_the_next_round(tmp_path: Path) -> 
             message.contribution.encoded = bytes(1000)
             with pytest.raises(ProtocolError, match="do not know you"):
                 await exchange.handle_round(b"?" * 32, message.SerializeToString())
-        assert exchange._early == [] and exchange._early_bytes == 0
+        assert exchange._early.size_bytes == 0
 
     run(scenario())
 

@@ -67,7 +67,8 @@ def offered(shard: Shard, snapshot: ReplicaSnapshot, spill: Spill) -> tuple[Reco
     """What becomes of a snapshot that three members offer alike: encoded, averaged and kept part by part."""
     ballot = (1, MEMBERS[0])
     record, parts = Record(round=1, opened_by=to_message(ballot)), {}
-    for part in split_parts([Member(peer_key=key, contributes=True) for key in MEMBERS], {}, shard.num_slices):
+    # One reducer has the largest parts, and the plan knows no better.
+    for part in split_parts([Member(peer_key=MEMBERS[0], contributes=True)], {}, shard.num_slices):
         encoded = spill.put(shard.encode(snapshot, part))
         contributions = tuple((Share(peer_key=key, weight_tokens=10), snapshot.codec, encoded) for key in MEMBERS)
         work = Reduce(ballot, 0, part.first_slice, part.num_slices, contributions)
@@ -185,6 +186,7 @@ def test_landing_makes_nothing_new_but_a_tile(tmp_path: Path) -> None:
 def test_the_plan_knows_how_rounds_are_cut() -> None:
     assert memory_plan.PART_VALUES == planning.MAX_PART_SLICES * planning.SLICE_VALUES
     assert memory_plan.SLICE_VALUES == planning.SLICE_VALUES
+    assert memory_plan.PARTS_PER_REDUCER == planning.PARTS_PER_REDUCER
     assert memory_plan.FETCHED_PARTS == exchange.MAX_FETCHES
     for num_members in (1, 3, 16, 32):
         members = [Member(peer_key=bytes([i]) * 32, contributes=True) for i in range(num_members)]

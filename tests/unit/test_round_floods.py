@@ -20,7 +20,7 @@ FLOOD = 1000
 
 
 def early_bytes(machine: RoundMachine) -> int:
-    return sum(kept.ByteSize() for _, kept in machine._early)
+    return sum(len(kept) for _, kept in machine._early)
 
 
 def machine_at(machines: Machines, index: int) -> RoundMachine:
