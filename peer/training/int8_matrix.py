@@ -5,10 +5,8 @@ never exist together), how its gradient is clipped, and the row tiles that bound
 to `peer.training.quantized` and `peer.training.inner_optimizer`, and where gradients come from to
 `peer.training.int8_modules`.
 
-Clipping is per matrix: of M clipped tensors each may have a norm of ``clip_norm / sqrt(M)``, so that the norm of the
-whole gradient never exceeds ``clip_norm``, without anybody waiting for the whole gradient. AdamW does not see a
-constant factor of a gradient, so a share that is always in force costs nothing; what is left is the protection against
-single steps. A gradient that is not finite changes nothing but the step's verdict.
+Clipping is per matrix, by its share of the allowed norm (`peer.training.clipping`), so that nobody waits for the whole
+gradient. A gradient that is not finite changes nothing but the step's verdict.
 """
 
 from __future__ import annotations
@@ -42,8 +40,6 @@ class InnerStep:
 
     learning_rate: float
     inner: Inner
-    largest_norm: float
-    """of one matrix's gradient"""
     num_microbatches: int
     generator: torch.Generator
     squared_norms: list[float] = field(default_factory=list)
@@ -60,6 +56,10 @@ class Int8Matrix:
         self.codes = torch.zeros(self.num_values, dtype=torch.int8, device=device)
         self.scales = torch.zeros(quantized.num_blocks(self.num_values), device=device)
         self.moments = Moments(self.num_values, inner, device)
+        self.clip_share = 1.0
+        """of the squared norm that the whole gradient may have"""
+        self.squared_norm = 0.0
+        """of the last gradient, before clipping"""
         self.num_uses = 0
         """modules that hold it: as many gradients come from each microbatch"""
         self.held: torch.Tensor | None = None
@@ -162,7 +162,8 @@ class Int8Matrix:
         step = self._step
         if step is None:
             return
-        step.squared_norms.append(norm * norm)
+        self.squared_norm = norm * norm
+        step.squared_norms.append(self.squared_norm)
         if not math.isfinite(norm):
             step.num_skipped += 1
             return
@@ -171,7 +172,7 @@ class Int8Matrix:
             inner=step.inner,
             learning_rate=step.learning_rate,
             step=self.moments.step,
-            gradient_scale=min(1.0, step.largest_norm / (norm + 1e-6)),
+            gradient_scale=min(1.0, step.inner.clip_norm * math.sqrt(self.clip_share) / (norm + 1e-6)),
         )
         for first, last in self.tiles(UPDATE_VALUES.get(self.device.type, UPDATE_VALUES_ELSEWHERE)):
             weights, gradient = self.weights(first, last), gradient_of(first, last)

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from peer.rounds.codec import Float32
+from peer.training.clipping import first_shares, next_shares
 from peer.training.device import computes_in_bf16
 from peer.training.fp32_replica import views_of
 from peer.training.inner_optimizer import build_optimizer
@@ -81,6 +82,7 @@ class Int8Replica:
             getattr(self._model, "activation_checkpointing_enable", old)({"use_reentrant": False})
         self._matrices = [member for member in self._members if isinstance(member, Int8Matrix)]
         self._vectors = [member for member in self._members if not isinstance(member, Int8Matrix)]
+        self._clip_shares = first_shares(len(self._matrices) + 1)  # the vectors are one more tensor
         ends: Any = self._model
         head = ends.get_output_embeddings()
         self._head: Int8Linear | None = head if isinstance(head, Int8Linear) else None
@@ -105,6 +107,7 @@ class Int8Replica:
         self.load(anchor)
         for matrix in self._matrices:
             matrix.moments.forget()
+        self._clip_shares = first_shares(len(self._matrices) + 1)
         self._optimizer = self._fresh_optimizer()
 
     def read(self) -> Float32:
@@ -216,17 +219,18 @@ class Int8Replica:
         step = InnerStep(
             learning_rate=learning_rate,
             inner=self._inner,
-            largest_norm=self._inner.clip_norm / math.sqrt(len(self._matrices) + 1),
             num_microbatches=num_microbatches,
             generator=self._generator,
         )
-        for matrix in self._matrices:
+        for matrix, share in zip(self._matrices, self._clip_shares, strict=False):
+            matrix.clip_share, matrix.squared_norm = share, 0.0
             matrix.begin(step)
         self._loss_is_finite = True
         try:
             yield step
             if self._loss_is_finite:
-                self._update_vectors(step)
+                squared_norms = [matrix.squared_norm for matrix in self._matrices] + [self._update_vectors(step)]
+                self._clip_shares = next_shares(self._clip_shares, squared_norms)
         finally:
             for matrix in self._matrices:
                 matrix.end()
@@ -289,17 +293,20 @@ class Int8Replica:
                 return math.nan
         return total
 
-    def _update_vectors(self, step: InnerStep) -> None:
+    def _update_vectors(self, step: InnerStep) -> float:
+        """Gives the squared norm of their gradients."""
         if not self._vectors:
-            return
-        norm = float(torch.nn.utils.clip_grad_norm_(self._vectors, step.largest_norm))
+            return 0.0
+        largest_norm = self._inner.clip_norm * math.sqrt(self._clip_shares[-1])
+        norm = float(torch.nn.utils.clip_grad_norm_(self._vectors, largest_norm))
         step.squared_norms.append(norm * norm)
         if not math.isfinite(norm):
             step.num_skipped += 1
-            return
+            return norm
         for group in self._optimizer.param_groups:
             group["lr"] = step.learning_rate
         self._optimizer.step()
+        return norm * norm
 
     def _hidden(self, entered: torch.Tensor) -> torch.Tensor:
         """Tokens [B, L], or hidden states of the span before, through this span: [B, L, H]."""

@@ -112,8 +112,9 @@ def test_loss_and_gradients_are_those_of_the_dequantised_model(
     def note(self: Int8Matrix, norm: float, gradient_of: Any) -> None:
         seen[names[id(self)]] = gradient_of(0, self.rows).clone()
 
-    def note_vectors(step: Any) -> None:
+    def note_vectors(step: Any) -> float:
         seen.update({names[id(vector)]: vector.grad.clone() for vector in replica._vectors})
+        return 0.0
 
     monkeypatch.setattr(Int8Matrix, "_update", note)
     monkeypatch.setattr(replica, "_update_vectors", note_vectors)

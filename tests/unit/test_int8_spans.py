@@ -119,8 +119,9 @@ class Pipeline:
         monkeypatch.setattr(Int8Matrix, "_update", note)
         for replica in self.replicas:
 
-            def note_vectors(step: Any, replica: Int8Replica = replica) -> None:
+            def note_vectors(step: Any, replica: Int8Replica = replica) -> float:
                 seen.update({names[id(vector)]: vector.grad.clone() for vector in replica._vectors})
+                return 0.0
 
             monkeypatch.setattr(replica, "_update_vectors", note_vectors)
         return seen
