@@ -21,7 +21,7 @@ from peer.rounds.exchange_parts import Committed, EarlyMessages, ExchangeParts, 
 from peer.rounds.round import RoundMachine
 from peer.rounds.round_actions import Action, Apply, Fetch, Persist, Reduce, Send, TakeSnapshot, View
 from peer.rounds.shard import ReplicaSnapshot
-from swarm.errors import DivergedError, NetworkError, ProtocolError, ResourceError, SwarmError, Unreachable
+from swarm.errors import DiskFull, DivergedError, NetworkError, ProtocolError, ResourceError, SwarmError, Unreachable
 from swarm.files import Kept
 from swarm.log import LogHead, next_head
 from swarm.proto.round_pb2 import Commit, OpenRound, Part, RoundMessage
@@ -255,6 +255,8 @@ class Exchange:
                         if machine.finished or not machine.is_newest(action.ballot):
                             return
                         encoded.append(await self._blocking(functools.partial(self._encoded, snapshot, part)))
+        except DiskFull:
+            raise  # the person has to see to it: nothing could ever be sent again
         except ResourceError as error:
             log.warning("round %d: nothing to contribute: %s", machine.settings.round, error)
         weight, codec = (snapshot.tokens, snapshot.codec) if snapshot is not None and encoded else (0, "")
