@@ -1,7 +1,7 @@
 """The round machine under schedules that hypothesis writes: faults where they hurt, invariants after each of them.
 
-`scripts/test tests/simulation/test_schedules.py --hypothesis-profile=explore` takes 10,000 schedules
-(docs/benchmarks.md); the tests of every day take a few hundred, always the same ones.
+`scripts/test tests/simulation/test_schedules.py --hypothesis-profile=explore` takes 10,000 schedules;
+the tests of every day take a few hundred, always the same ones.
 """
 
 from __future__ import annotations
