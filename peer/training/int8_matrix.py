@@ -5,8 +5,8 @@ never exist together), how its gradient is clipped, and the row tiles that bound
 to `peer.training.quantized` and `peer.training.inner_optimizer`, and where gradients come from to
 `peer.training.int8_modules`.
 
-Clipping is per matrix, by its share of the allowed norm (`peer.training.clipping`), so that nobody waits for the whole
-gradient. A gradient that is not finite changes nothing but the step's verdict.
+Clipping goes by the norm of the gradient as far as it is known (`peer.training.clipping`), so that nobody waits for the
+whole. A gradient that is not finite changes nothing but the step's verdict.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 import torch
 
 from peer.training import quantized
+from peer.training.clipping import NormSoFar, scale
+from peer.training.dither import Dither
 from peer.training.inner_optimizer import Moments, Update
 from peer.training.movement import BLOCK_VALUES
 from swarm.run_spec import Inner
@@ -41,7 +43,8 @@ class InnerStep:
     learning_rate: float
     inner: Inner
     num_microbatches: int
-    generator: torch.Generator
+    dither: Dither
+    norm: NormSoFar = field(default_factory=NormSoFar)
     squared_norms: list[float] = field(default_factory=list)
     num_skipped: int = 0
     """matrices whose gradient was not finite"""
@@ -56,8 +59,8 @@ class Int8Matrix:
         self.codes = torch.zeros(self.num_values, dtype=torch.int8, device=device)
         self.scales = torch.zeros(quantized.num_blocks(self.num_values), device=device)
         self.moments = Moments(self.num_values, inner, device)
-        self.clip_share = 1.0
-        """of the squared norm that the whole gradient may have"""
+        self.usual_share = 1.0
+        """of the whole gradient's squared norm"""
         self.squared_norm = 0.0
         """of the last gradient, before clipping"""
         self.num_uses = 0
@@ -101,10 +104,10 @@ class Int8Matrix:
         values = slice(first * self.columns, last * self.columns)
         return quantized.dequantise(self.codes[values], self.scales[self._blocks(values)], dtype).view(-1, self.columns)
 
-    def write(self, first: int, weights: torch.Tensor, generator: torch.Generator | None) -> None:
+    def write(self, first: int, weights: torch.Tensor, noise: torch.Tensor | None) -> None:
         """Quantise ``weights`` (fp32 [rows, columns], contiguous, destroyed) into the rows from ``first`` on."""
         values = slice(first * self.columns, first * self.columns + weights.numel())
-        quantized.quantise_(weights.view(-1), self.codes[values], self.scales[self._blocks(values)], generator)
+        quantized.quantise_(weights.view(-1), self.codes[values], self.scales[self._blocks(values)], noise)
 
     def begin(self, step: InnerStep) -> None:
         """Expect the gradients of ``step``; what an unfinished step left behind is dropped."""
@@ -172,12 +175,12 @@ class Int8Matrix:
             inner=step.inner,
             learning_rate=step.learning_rate,
             step=self.moments.step,
-            gradient_scale=min(1.0, step.inner.clip_norm * math.sqrt(self.clip_share) / (norm + 1e-6)),
+            gradient_scale=scale(step.norm.with_tensor(self.squared_norm, self.usual_share), step.inner.clip_norm),
         )
         for first, last in self.tiles(UPDATE_VALUES.get(self.device.type, UPDATE_VALUES_ELSEWHERE)):
             weights, gradient = self.weights(first, last), gradient_of(first, last)
             self.moments.update_(weights.view(-1), gradient.reshape(-1), first * self.columns, update)
-            self.write(first, weights, step.generator)
+            self.write(first, weights, step.dither.noise(weights.numel(), self.moments.step))
 
     def _blocks(self, values: slice) -> slice:
         return slice(values.start // BLOCK_VALUES, quantized.num_blocks(values.stop))

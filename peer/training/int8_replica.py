@@ -30,6 +30,7 @@ from torch import nn
 from peer.rounds.codec import Float32
 from peer.training.clipping import first_shares, next_shares
 from peer.training.device import computes_in_bf16
+from peer.training.dither import Dither, random_noise
 from peer.training.fp32_replica import views_of
 from peer.training.inner_optimizer import build_optimizer
 from peer.training.int8_matrix import InnerStep, Int8Matrix
@@ -64,6 +65,7 @@ class Int8Replica:
         """
         self._layout, self._inner, self._device = layout, inner, device
         self._generator = torch.Generator(device).manual_seed(seed)
+        self._dither = Dither(self._generator)
         self._compute = torch.bfloat16 if computes_in_bf16(device) else torch.float32
         if [(n, tuple(p.shape)) for n, p in model.named_parameters()] != [(e.name, e.shape) for e in layout.entries]:
             raise SwarmError("the layout is not that of the model")
@@ -82,7 +84,7 @@ class Int8Replica:
             getattr(self._model, "activation_checkpointing_enable", old)({"use_reentrant": False})
         self._matrices = [member for member in self._members if isinstance(member, Int8Matrix)]
         self._vectors = [member for member in self._members if not isinstance(member, Int8Matrix)]
-        self._clip_shares = first_shares(len(self._matrices) + 1)  # the vectors are one more tensor
+        self._usual_shares = first_shares(len(self._matrices) + 1)  # the vectors are one more tensor
         ends: Any = self._model
         head = ends.get_output_embeddings()
         self._head: Int8Linear | None = head if isinstance(head, Int8Linear) else None
@@ -107,7 +109,7 @@ class Int8Replica:
         self.load(anchor)
         for matrix in self._matrices:
             matrix.moments.forget()
-        self._clip_shares = first_shares(len(self._matrices) + 1)
+        self._usual_shares = first_shares(len(self._matrices) + 1)
         self._optimizer = self._fresh_optimizer()
 
     def read(self) -> Float32:
@@ -179,7 +181,7 @@ class Int8Replica:
     def _write(self, member: Int8Matrix | nn.Parameter, first: int, values: torch.Tensor) -> None:
         """``values`` (host, destroyed) into the rows of ``member`` from ``first`` on."""
         if isinstance(member, Int8Matrix):
-            member.write(first, values.to(self._device), self._generator)
+            member.write(first, values.to(self._device), random_noise(values.numel(), self._generator))
         else:
             member.detach().copy_(values.view(member.shape))
 
@@ -220,17 +222,17 @@ class Int8Replica:
             learning_rate=learning_rate,
             inner=self._inner,
             num_microbatches=num_microbatches,
-            generator=self._generator,
+            dither=self._dither,
         )
-        for matrix, share in zip(self._matrices, self._clip_shares, strict=False):
-            matrix.clip_share, matrix.squared_norm = share, 0.0
+        for matrix, share in zip(self._matrices, self._usual_shares, strict=False):
+            matrix.usual_share, matrix.squared_norm = share, 0.0
             matrix.begin(step)
         self._loss_is_finite = True
         try:
             yield step
             if self._loss_is_finite:
                 squared_norms = [matrix.squared_norm for matrix in self._matrices] + [self._update_vectors(step)]
-                self._clip_shares = next_shares(self._clip_shares, squared_norms)
+                self._usual_shares = next_shares(self._usual_shares, squared_norms)
         finally:
             for matrix in self._matrices:
                 matrix.end()
@@ -297,12 +299,13 @@ class Int8Replica:
         """Gives the squared norm of their gradients."""
         if not self._vectors:
             return 0.0
-        largest_norm = self._inner.clip_norm * math.sqrt(self._clip_shares[-1])
-        norm = float(torch.nn.utils.clip_grad_norm_(self._vectors, largest_norm))
+        norm = float(torch.nn.utils.get_total_norm([v.grad for v in self._vectors if v.grad is not None]))
         step.squared_norms.append(norm * norm)
         if not math.isfinite(norm):
             step.num_skipped += 1
             return norm
+        whole = torch.tensor(step.norm.with_tensor(norm * norm, self._usual_shares[-1]), device=self._device)
+        torch.nn.utils.clip_grads_with_norm_(self._vectors, self._inner.clip_norm, whole)
         for group in self._optimizer.param_groups:
             group["lr"] = step.learning_rate
         self._optimizer.step()
@@ -386,7 +389,7 @@ def _packed(values: Float32, generator: torch.Generator | None) -> PackedEntry:
     if generator is None:
         return PackedEntry(values, None)
     codes, scales = torch.empty(len(values), dtype=torch.int8), torch.empty(num_blocks(len(values)))
-    quantise_(torch.from_numpy(values), codes, scales, generator)
+    quantise_(torch.from_numpy(values), codes, scales, random_noise(len(values), generator))
     return PackedEntry(codes.numpy(), scales.numpy())
 
 

@@ -1,16 +1,16 @@
 """Numbers in 8 bits: blocks of int8 codes with one fp32 scale each, and rounding that is right on average.
 
 Decides what a quantised vector is and how fp32 becomes one. Pure functions on torch tensors of any device; the caller
-owns the memory and the random generator. Leaves what is quantised, and when, to `peer.training.int8_matrix`. (The wire
-has its own format, `peer.rounds.codec`: its bytes must be the same on every machine, these need not be.)
+owns the memory and the noise (`peer.training.dither`). Leaves what is quantised, and when, to
+`peer.training.int8_matrix`. (The wire has its own format, `peer.rounds.codec`: its bytes must be the same on every
+machine, these need not be.)
 
 A block is 256 values (the last may be shorter); its scale is max|x| / 127, a value is ``code * scale``.
 Stochastic rounding takes the code below or above with probabilities that make the mean right: the expected value
 differs from what was quantised by at most ``scale * 2**-14`` (the rounding of a quotient up to 127 in fp32, and 15
 random bits). int8 weights need it: an inner step is often smaller than half a code, and rounding to the nearest would
 drop it every time.
-The noise that is added before rounding is one of 2**15 odd multiples of 2**-16 between -1/2 and 1/2, as likely as its
-negative; it never reaches 1/2, so a value that was a code already keeps it.
+The noise that is added before rounding never reaches 1/2, so a value that was a code already keeps it.
 A block whose scale would be below the smallest normal number (values under 1.5e-36) becomes zeros.
 """
 
@@ -31,13 +31,11 @@ def num_blocks(num_values: int) -> int:
     return -(-num_values // BLOCK_VALUES)
 
 
-def quantise_(
-    values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, generator: torch.Generator | None
-) -> None:
+def quantise_(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, noise: torch.Tensor | None) -> None:
     """Write ``values`` (fp32 [n], used as scratch: destroyed) as ``codes`` (int8 [n]) and ``scales`` (fp32 [blocks]).
 
-    Rounds stochastically with ``generator``, to the nearest code (half to even) without one. Raises `SwarmError`
-    where a value is not finite, before anything is written.
+    ``noise`` (int16 [n], in 2**-16 of a code) is added before rounding to the nearest code, half to even. Raises
+    `SwarmError` where a value is not finite, before anything is written.
     """
     if values.dtype != torch.float32 or values.shape != codes.shape or len(scales) != num_blocks(len(values)):
         raise SwarmError("quantise takes one float32 vector, as many int8 codes, and a scale per block")
@@ -50,11 +48,9 @@ def quantise_(
     scales.copy_(largest)
     # Where the scale is 0 the factor must be 0 too, not infinite.
     scale_blocks_(values, largest.reciprocal_().masked_fill_(scales == 0, 0.0))
-    if generator is None:
-        values.round_()
-    else:
-        values.add_(_odd_numbers(values, generator).to(torch.float32), alpha=2**-16).round_()
-    codes.copy_(values.clamp_(-MAX_CODE, MAX_CODE))
+    if noise is not None:
+        values.add_(noise.to(torch.float32), alpha=2**-16)
+    codes.copy_(values.round_().clamp_(-MAX_CODE, MAX_CODE))
 
 
 def dequantise(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -71,12 +67,6 @@ def dequantise(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = t
     if end < len(codes):
         torch.mul(codes[end:], scales[whole], out=values[end:])
     return values
-
-
-def _odd_numbers(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """As many odd int16, each of the 2**15 equally likely. One draw of 64 bits makes four: drawing is what costs."""
-    draws = torch.empty(-(-len(values) // 4), dtype=torch.int64, device=values.device)
-    return draws.random_(-(2**63), None, generator=generator).view(torch.int16)[: len(values)].bitwise_or_(1)
 
 
 def largest_of_blocks(values: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,7 @@ DOORS = {
     "tomli": ("swarm/run_file.py",),
     "torch": (
         "peer/training/device.py",
+        "peer/training/dither.py",
         "peer/checkpoints/generate.py",
         "peer/training/hosting.py",
         "peer/training/inner_optimizer.py",

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from peer.training.dither import random_noise
 from peer.training.movement import BLOCK_VALUES
 from peer.training.quantized import MAX_CODE, dequantise, num_blocks, quantise_
 from swarm.errors import SwarmError
@@ -22,8 +23,8 @@ vectors = hnp.arrays(np.float32, st.integers(0, 3 * BLOCK_VALUES + 5), elements=
 
 def quantised(values: np.ndarray, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     codes, scales = torch.empty(len(values), dtype=torch.int8), torch.empty(num_blocks(len(values)))
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    quantise_(torch.from_numpy(values.copy()), codes, scales, generator)
+    noise = None if seed is None else random_noise(len(values), torch.Generator().manual_seed(seed))
+    quantise_(torch.from_numpy(values.copy()), codes, scales, noise)
     return codes, scales
 
 
@@ -106,7 +107,7 @@ def test_stochastic_rounding_is_right_on_average() -> None:
     generator = torch.Generator().manual_seed(11)
     codes, scales = torch.empty(len(values), dtype=torch.int8), torch.empty(num_blocks(len(values)))
     for _ in range(rounds):
-        quantise_(torch.from_numpy(values.copy()), codes, scales, generator)
+        quantise_(torch.from_numpy(values.copy()), codes, scales, random_noise(len(values), generator))
         total += codes.numpy()
     steps = spread(scales, len(values))
     # P(|mean - expectation| > t steps) <= 2 exp(-2 rounds t^2) for values between two neighbouring codes.
