@@ -44,7 +44,7 @@ STATE_ATTEMPTS = 20
 SEED_WAIT_ATTEMPTS = 40
 MAX_TOLD_ADDRESSES = 8
 RETRY_S = 1.5
-DEFAULT_UPLOAD_BPS = 20_000_000
+USUAL_UPLOAD_BPS = 20_000_000
 DEFAULT_DISK_BYTES = 50 << 30
 
 logger = logging.getLogger(__name__)
@@ -62,13 +62,19 @@ class PeerOptions:
     """the most that training may take of the device's memory; None: what is free"""
     limits: Limits = field(default_factory=Limits)
     disk_bytes: int = DEFAULT_DISK_BYTES
-    upload_bps: int = DEFAULT_UPLOAD_BPS
+    upload_limit_bps: int | None = None
+    """bits per second that may be sent; None: what the line gives"""
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
     announce: tuple[str, ...] = ()
 
     @property
     def trains(self) -> bool:
         return self.data_folder is None
+
+    @property
+    def first_upload_bps(self) -> int:
+        """What this peer says of its uplink until it has measured it."""
+        return self.upload_limit_bps or USUAL_UPLOAD_BPS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +185,7 @@ async def _open_transport(
         announce_maddrs=options.announce,
         initial_peers=tuple(address for address in run.seed_addresses if not address.endswith(own_id)),
         relay_service=not options.trains,
+        upload_limit_bps=options.upload_limit_bps,
         keep=Spill(options.home.run_folder(options.invite.run_id)).put,
     )
 

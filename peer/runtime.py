@@ -120,7 +120,7 @@ class Peer:
         self.device = device.describe(hosting.device, threads) if hosting is not None else "none"
         self.training = self._build_training() if joined.options.trains else None
         self.words = Words(
-            trains=joined.options.trains, upload_bps=joined.options.upload_bps, admission=joined.admission
+            trains=joined.options.trains, upload_bps=joined.options.first_upload_bps, admission=joined.admission
         )
         self.exchange = Exchange(
             ExchangeParts(

@@ -141,6 +141,9 @@ class FakeTransport:
     def traffic(self) -> tuple[int, int]:
         return (0, 0)
 
+    def uplink_bps(self) -> int | None:
+        return None
+
     async def close(self) -> None:
         self.peers.clear()
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
 
 from peer.p2p.transport import FRAME_BYTES, MAX_CALL_BYTES
+from peer.p2p.uplink import Pacer, UplinkMeter
 from swarm import errors
 from swarm.errors import NetworkError, ProtocolError, SwarmError
 from swarm.files import Kept
@@ -48,6 +49,8 @@ class Traffic:
     sent_bytes: int = 0
     received_bytes: int = 0
     held_bytes: int = 0
+    pacer: Pacer = field(default_factory=lambda: Pacer(None))
+    uplink: UplinkMeter = field(default_factory=UplinkMeter)
 
     def hold(self, size: int) -> None:
         """Make room for ``size`` bytes of a request. Raises `NetworkError` where the peer is full."""
@@ -135,6 +138,8 @@ async def _send(writer: asyncio.StreamWriter, payload: Kept, traffic: Traffic, p
     while prefix or start < len(payload):
         end = min(start + FRAME_BYTES - len(prefix), len(payload))
         frame = Frame(data=prefix + payload[start:end]).SerializeToString()
+        if wait_s := traffic.pacer.wait_s(len(frame), asyncio.get_running_loop().time()):
+            await asyncio.sleep(wait_s)
         writer.write(len(frame).to_bytes(4, "big"))
         writer.write(frame)
         await writer.drain()

@@ -16,6 +16,7 @@ from typing import Any
 from peer.p2p import call_stream
 from peer.p2p.call_stream import Traffic
 from peer.p2p.transport import Handler
+from peer.p2p.uplink import Pacer
 from swarm.errors import NetworkError, NotFound, ProtocolError, SwarmError, Unreachable
 from swarm.files import Kept
 from swarm.identity import peer_id_of, public_key_of
@@ -36,10 +37,10 @@ _CANCEL_S = 1.0
 class Calls:
     """The calls of one peer, in both directions."""
 
-    def __init__(self, keep: Callable[[bytes], Kept]) -> None:
+    def __init__(self, keep: Callable[[bytes], Kept], upload_limit_bps: int | None = None) -> None:
         self._keep = keep
         self.handlers: dict[str, Handler] = {}
-        self.traffic = Traffic(MAX_HELD_BYTES)
+        self.traffic = Traffic(MAX_HELD_BYTES, pacer=Pacer(upload_limit_bps))
         self._running = asyncio.Semaphore(MAX_RUNNING_CALLS)
         self._open: Counter[bytes] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -59,13 +60,18 @@ class Calls:
         Raises `Unreachable` where the peer goes away, `ProtocolError`, or the peer's `SwarmError`.
         """
         reader, writer = stream
+        clock, uplink, arrived = asyncio.get_running_loop().time, self.traffic.uplink, False
+        uplink.began(len(request), clock())
         # Sent beside the reading: a peer that refuses early answers before it has read everything.
         sending = asyncio.create_task(call_stream.send_request(writer, request, timeout_s, self.traffic))
         try:
-            return await call_stream.receive_response(reader, max_response_bytes, self.traffic)
+            response = await call_stream.receive_response(reader, max_response_bytes, self.traffic)
+            arrived = True
+            return response
         except (OSError, asyncio.IncompleteReadError) as error:
             raise Unreachable(f"{method}: {peer_id_of(peer)} closed the connection") from error
         finally:
+            uplink.ended(len(request), clock(), arrived=arrived)
             writer.close()
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)

@@ -98,6 +98,9 @@ class LastingTransport:
         sent, received = self._current.traffic() if self._current is not None else (0, 0)
         return self._before[0] + sent, self._before[1] + received
 
+    def uplink_bps(self) -> int | None:
+        return self._current.uplink_bps() if self._current is not None else None
+
     async def close(self) -> None:
         if self._current is not None:
             await self._current.close()

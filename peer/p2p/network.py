@@ -1,20 +1,15 @@
-"""The door to hivemind: calls between peers over libp2p, and the directory in hivemind's DHT.
+"""Calls between peers over libp2p, and the directory in hivemind's DHT.
 
-Decides how a peer is dialled and how hivemind is made safe before anything of it runs: its decoder is limited, its
-clock is the run's, its log is quiet, and it never forks. Leaves the calls to `peer.p2p.calls`, the directory to
-`peer.p2p.dht`, and the process of p2pd to `peer.p2p.daemon`.
+Decides how a peer is dialled, and attaches hivemind to our own p2pd. Leaves the calls to `peer.p2p.calls`, the
+directory to `peer.p2p.dht`, the process of p2pd to `peer.p2p.daemon`, and what is taken from hivemind to
+`peer.p2p.hivemind_door`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
-import importlib.util
-import logging
 import math
-import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +19,8 @@ from typing import Any
 from peer.p2p.calls import Calls, cancel
 from peer.p2p.daemon import Daemon, DaemonConfig, make_folder, start_daemon
 from peer.p2p.dht import Dht
-from peer.p2p.directory import Directory, check_msgpack
+from peer.p2p.directory import Directory
+from peer.p2p.hivemind_door import load, p2pd_binary
 from peer.p2p.transport import MAX_CALL_BYTES, Handler
 from swarm.errors import (
     ConfigError,
@@ -66,6 +62,8 @@ class NetworkConfig:
     startup_timeout_s: float = 20.0
     keep: Callable[[bytes], Kept] = lambda data: data
     """where large requests wait until they are whole"""
+    upload_limit_bps: int | None = None
+    """bits per second that this peer's calls may send, together; None: what the line gives"""
     debug: bool = False
 
     def __post_init__(self) -> None:
@@ -80,10 +78,10 @@ async def open_network(config: NetworkConfig, identity: Identity) -> Network:
 
     Raises `PortInUse`, `Unreachable` (no seed peer answers), `DeadlineExceeded`, `ConfigError` or `NetworkError`.
     """
-    hivemind = _load_hivemind(config.clock, config.debug)
+    hivemind = load(config.clock, debug=config.debug)
     folder, key_file = make_folder(config.socket_dir, identity.libp2p_key())
     daemon_config = DaemonConfig(
-        binary=_p2pd_binary(),
+        binary=p2pd_binary(),
         host_maddrs=config.host_maddrs,
         announce_maddrs=config.announce_maddrs,
         initial_peers=config.initial_peers,
@@ -114,7 +112,7 @@ class Network:
         self._public_key = identity.public_key
         self._daemon = daemon
         self._hivemind = hivemind
-        self._calls = Calls(config.keep)
+        self._calls = Calls(config.keep, config.upload_limit_bps)
         self._dht = Dht(Directory(config.run_id, config.directory_keys), identity, config.clock)
         self._addresses: tuple[str, ...] = ()
         self._closed = False
@@ -140,6 +138,9 @@ class Network:
 
     def traffic(self) -> tuple[int, int]:
         return self._calls.traffic.sent_bytes, self._calls.traffic.received_bytes
+
+    def uplink_bps(self) -> int | None:
+        return self._calls.traffic.uplink.bps
 
     async def call(
         self, peer: bytes, method: str, request: Kept, *, timeout_s: float, max_response_bytes: int = MAX_CALL_BYTES
@@ -312,83 +313,6 @@ class Network:
                 pending.set_exception(self._hivemind.P2PDaemonError("closed"))
         tasks = [self._p2p._listen_task, control._read_task, control._write_task, *control._handler_tasks.values()]
         await cancel({task for task in tasks if task is not None})
-
-
-_clock: Callable[[], float] | None = None
-
-
-def _now() -> float:
-    if _clock is None:
-        raise NetworkError("the network has no clock yet")
-    return _clock()
-
-
-def _load_hivemind(clock: Callable[[], float], debug: bool) -> SimpleNamespace:
-    """hivemind's public names, with its dangers removed before anything of it runs. Takes seconds the first time."""
-    global _clock
-    _clock = clock
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        names = _names()
-    if not hasattr(names.MSGPackSerializer, "_swarm_limited"):
-        _limit_decoder(names.MSGPackSerializer)
-        _replace_clock()
-    importlib.import_module("hivemind.utils.logging").use_hivemind_log_handler("nowhere")
-    # hivemind renames the level for everybody.
-    logging.addLevelName(logging.WARNING, "WARNING")
-    logging.getLogger("hivemind").setLevel(logging.DEBUG if debug else logging.CRITICAL + 1)
-    return names
-
-
-def _names() -> SimpleNamespace:
-    from hivemind.dht import node, protocol, routing, storage
-    from hivemind.p2p import P2P, PeerID
-    from hivemind.p2p.p2p_daemon_bindings import utils
-    from hivemind.proto import p2pd_pb2
-    from hivemind.utils.multiaddr import Multiaddr
-    from hivemind.utils.serializer import MSGPackSerializer
-
-    return SimpleNamespace(
-        DHTID=routing.DHTID,
-        DHTNode=node.DHTNode,
-        DictionaryDHTValue=storage.DictionaryDHTValue,
-        MSGPackSerializer=MSGPackSerializer,
-        Multiaddr=Multiaddr,
-        P2P=P2P,
-        P2PDaemonError=utils.P2PDaemonError,
-        PeerID=PeerID,
-        ValidationError=protocol.ValidationError,
-        p2pd_pb2=p2pd_pb2,
-        read_pbmsg_safe=utils.read_pbmsg_safe,
-        write_pbmsg=utils.write_pbmsg,
-    )
-
-
-def _limit_decoder(serializer: Any) -> None:
-    """Let hivemind decode only what `check_msgpack` has walked through."""
-    original = serializer.loads.__func__
-
-    def loads(cls: Any, buf: bytes) -> object:
-        check_msgpack(buf)
-        return original(cls, buf)
-
-    serializer.loads = classmethod(loads)
-    serializer._swarm_limited = True
-
-
-def _replace_clock() -> None:
-    """hivemind refuses peers whose clock is 3 s off; let it read the corrected clock wherever it took its own."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("hivemind.") and hasattr(module, "get_dht_time"):
-            module.get_dht_time = _now  # type: ignore[attr-defined]
-
-
-def _p2pd_binary() -> Path:
-    spec = importlib.util.find_spec("hivemind")
-    binary = Path(spec.origin or "").parent / "hivemind_cli" / "p2pd" if spec else Path()
-    if not binary.is_file():
-        raise ConfigError("hivemind's p2pd is not installed", "install hivemind from a wheel for this platform")
-    return binary
 
 
 def _daemon_error(message: str) -> NetworkError:

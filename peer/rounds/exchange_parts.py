@@ -122,7 +122,7 @@ def round_settings(parts: ExchangeParts, head: LogHead, spill: Spill) -> RoundSe
 
 
 def choose_codec(shard: Shard, machine: RoundMachine, num_members: int, round_s: float | None) -> str:
-    """The rung in which this member contributes to the round of ``machine``, by the uplink that it announces.
+    """The rung in which this member contributes to the round of ``machine``, by its uplink as it announces it.
 
     ``round_s``: seconds since the round began; None where that was not seen.
     """

@@ -42,6 +42,7 @@ class Words:
 
     trains: bool
     upload_bps: int
+    """until it has been measured"""
     admission: Signed | None = None
     tokens_per_s: float = 0.0
     leaving: bool = False
@@ -101,7 +102,7 @@ class Member:
             state_digest=exchange.shard.state_digest,
             tokens=exchange.tokens,
             tokens_per_s=words.tokens_per_s,
-            upload_bps=words.upload_bps,
+            upload_bps=self.parts.transport.uplink_bps() or words.upload_bps,
             trains=words.trains,
             leaving=words.leaving,
             sent_unix_ms=int(self.parts.clock() * 1000),

@@ -41,7 +41,9 @@ def join(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads for training.")] = None,
     duty: Annotated[float, typer.Option(min=1, max=100, help="Largest share of time spent training, %.")] = 100,
     disk: Annotated[float, typer.Option(min=0.1, help="Disk limit, GiB.")] = 50,
-    upload: Annotated[float, typer.Option(min=0.1, help="Upload that this peer offers, Mbit/s.")] = 20,
+    upload: Annotated[
+        float | None, typer.Option(min=0.1, help="Upload limit, Mbit/s; else what the line gives.")
+    ] = None,
     listen: Listen = "127.0.0.1:0",
     announce: Announce = "",
     json_lines: Annotated[bool, typer.Option("--json", help="Print news as JSON, one object a line.")] = False,
@@ -61,7 +63,7 @@ def join(
         memory_bytes=parse_bytes(memory) if memory else None,
         limits=Limits(num_threads=threads, max_duty=duty / 100),
         disk_bytes=int(disk * 2**30),
-        upload_bps=int(upload * 1e6),
+        upload_limit_bps=int(upload * 1e6) if upload is not None else None,
         listen=(_maddr(listen),),
         announce=(_maddr(announce),) if announce else (),
     )
@@ -263,6 +265,7 @@ _SHOWN = ("round", "committed tokens", "target tokens", "my tokens", "tokens/s",
 def _plans(values: dict[str, Any]) -> dict[str, Any]:
     """What a peer will do and use, before it does."""
     spec, options, hosting = values["spec"], values["options"], values["hosting"]
+    limit_bps = options.upload_limit_bps
     return {
         "run": spec.name,
         "run id": spec.run_id.hex(),
@@ -271,7 +274,7 @@ def _plans(values: dict[str, Any]) -> dict[str, Any]:
         "model": f"{spec.model.family}, {spec.total_tokens} tokens in all",
         "folder": str(options.home.folder),
         "disk limit": f"{options.disk_bytes / 2**30:.1f} GiB",
-        "upload": f"{options.upload_bps / 1e6:.0f} Mbit/s",
+        "upload": "no limit" if limit_bps is None else f"at most {limit_bps / 1e6:.1f} Mbit/s",
         "time": f"{options.limits.max_duty * 100:.0f} %",
         **({} if hosting is None else {"memory": hosting.choice.reason}),
     }

@@ -114,6 +114,38 @@ def test_a_closed_network_leaves_no_process_no_folder_and_no_task(short_path: Pa
     assert p2pd_processes() == set()
 
 
+def test_a_peer_keeps_its_upload_limit_and_knows_its_uplink_by_it() -> None:
+    """Two large requests side by side, a third beside them that is small: it does not wait for them."""
+    limit_bps, size = 80_000_000, 6 << 20
+
+    async def scenario() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            receiver = await open_network(config(), Identity.generate())
+            stack.push_async_callback(receiver.close)
+            limited = config(seeds=receiver.addresses, upload_limit_bps=limit_bps)
+            sender = await open_network(limited, Identity.generate())
+            stack.push_async_callback(sender.close)
+            await receiver.serve("take", take)
+            assert sender.uplink_bps() is None
+            started = time.monotonic()
+            large = [sender.call(receiver.public_key, "take", bytes(size), timeout_s=30) for _ in range(2)]
+            sending = asyncio.gather(*large)
+            await asyncio.sleep(0.1)
+            await sender.call(receiver.public_key, "take", b"x", timeout_s=30)
+            small_s = time.monotonic() - started
+            await sending
+            # All but the last frame of each have waited for their turn.
+            least_s = 8 * (2 * size - 2 * (1 << 20)) / limit_bps
+            assert time.monotonic() - started > least_s > small_s
+            assert sender.uplink_bps() is not None and sender.uplink_bps() <= 1.25 * limit_bps  # type: ignore[operator]
+
+    asyncio.run(scenario())
+
+
+async def take(caller: bytes, request: bytes) -> bytes:
+    return b""
+
+
 def test_closing_ends_a_call_that_is_being_served() -> None:
     async def scenario(networks: list[Network]) -> None:
         entered = asyncio.Event()

@@ -115,5 +115,8 @@ class MemoryTransport:
     def traffic(self) -> tuple[int, int]:
         return self._sent, self._received
 
+    def uplink_bps(self) -> int | None:
+        return None
+
     async def close(self) -> None:
         self.alive = False

@@ -39,7 +39,7 @@ DOORS = {
     "cryptography": ("swarm/identity.py", "coordinator/tls.py", "peer/coordinator_client.py"),
     "google": ("swarm/*.py", "peer/*.py", "coordinator/*.py"),
     "grpc": ("peer/coordinator_client.py", "coordinator/server.py", "coordinator/service.py"),
-    "hivemind": ("peer/p2p/network.py",),
+    "hivemind": ("peer/p2p/hivemind_door.py",),
     "numpy": ("peer/*.py", "coordinator/token_shards.py"),
     "pyarrow": ("coordinator/data_sources.py",),
     "pydantic": ("swarm/run_spec.py", "swarm/run_file.py", "swarm/manifest.py", "swarm/data_manifest.py"),

@@ -42,6 +42,9 @@ class Daemon:
     def traffic(self) -> tuple[int, int]:
         return 10, 20
 
+    def uplink_bps(self) -> int | None:
+        return None
+
     async def close(self) -> None:
         self.closed = True
 
