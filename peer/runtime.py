@@ -32,7 +32,7 @@ from peer.p2p.fetch import fetch_chunk
 from peer.reporting import Reporter
 from peer.rounds.codec import Float32
 from peer.rounds.exchange import Exchange
-from peer.rounds.exchange_parts import Committed, ExchangeParts
+from peer.rounds.exchange_parts import Committed, ExchangeParts, tell_verdicts
 from peer.rounds.member import Member, MemberParts, Words
 from peer.rounds.planning import evaluator
 from peer.rounds.shard import Shard
@@ -245,6 +245,9 @@ class Peer:
             "absent parts": sum(1 for part in record.parts if not part.digest),
             "state digest": committed.state_digest.hex(),
         }
+        values |= tell_verdicts(record, self.exchange.parts.identity.public_key)
+        if "rejected" in values:
+            self.watch(News(kind="rejected", values={"round": head.round, "reason": values["rejected"]}))
         self.watch(News(kind="commit", values=values))
         self.reporter.tell_soon()
         self._consider_end()

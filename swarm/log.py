@@ -15,7 +15,7 @@ from swarm import digest
 from swarm.errors import ProtocolError, SignatureError, VerificationError
 from swarm.identity import PUBLIC_KEY_BYTES, verify
 from swarm.proto.common_pb2 import Genesis, Signed
-from swarm.proto.round_pb2 import Commit, PartResult, Record, Vote
+from swarm.proto.round_pb2 import Commit, PartResult, Record, Rejection, Share, Vote
 
 GENESIS_CONTEXT = "genesis"
 VOTE_CONTEXT = "vote"
@@ -98,6 +98,20 @@ def tokens_by_peer(record: Record) -> dict[bytes, int]:
     return tokens
 
 
+def check_verdicts(shares: Sequence[Share], rejections: Sequence[Rejection]) -> None:
+    """Raise `ProtocolError` unless each contributor of a part is named once, and all figures are possible ones."""
+    keys = [*(share.peer_key for share in shares), *(rejection.peer_key for rejection in rejections)]
+    if len(keys) > MAX_MEMBERS or any(len(key) != PUBLIC_KEY_BYTES for key in keys):
+        raise ProtocolError("a part has too many contributors, or a contributor's key has a wrong length")
+    if len(set(keys)) != len(keys):
+        raise ProtocolError("a part counts one contributor twice")
+    # Comparisons that are false for NaN.
+    if not all(0 <= share.clipped_to <= 1 for share in shares):
+        raise ProtocolError("a part clips a contribution to an impossible share of its norm")
+    if not all(-1 <= r.cosine < r.min_cosine <= 1 for r in rejections):
+        raise ProtocolError("a part rejects a contribution for an impossible cosine")
+
+
 def verify_vote(signed: Signed, head: LogHead, record_digest: bytes | None = None) -> Vote:
     """The vote inside ``signed``, once one of the head's voters cast it for the next round."""
     if signed.signer not in head.voters:
@@ -173,11 +187,8 @@ def _check_parts(parts: Sequence[PartResult]) -> None:
         expected += part.num_slices
         if part.digest and (len(part.digest) != digest.DIGEST_BYTES or not 1 <= len(part.shares) <= MAX_MEMBERS):
             raise ProtocolError("a part of a record names no digest or no contributors")
-        if not part.digest and part.shares:
+        if not part.digest and (part.shares or part.rejections):
             raise ProtocolError("an absent part names contributors")
-        if any(len(share.peer_key) != PUBLIC_KEY_BYTES for share in part.shares):
-            raise ProtocolError("a contributor's key has a wrong length")
-        if len({share.peer_key for share in part.shares}) != len(part.shares):
-            raise ProtocolError("a part counts one contributor twice")
+        check_verdicts(part.shares, part.rejections)
     if not any(part.digest for part in parts):
         raise ProtocolError("a record in which every part is absent")

@@ -166,6 +166,23 @@ class Rounds(Section):
         return tuple(c for c in CODECS[CODECS.index(self.wire_codec) :] if c not in SPARSE_CODECS)
 
 
+class Robust(Section):
+    """What a reducer does with contributions before it averages them (docs/protocol.md, decision 0012)."""
+
+    rule: Literal["clip_and_drop", "none"] = Field(
+        "clip_and_drop", description="clip_and_drop (to the median norm; what points elsewhere) or none"
+    )
+    min_cosine_ratio: float = Field(
+        0.5, ge=0, lt=1, description="a cosine below this fraction of the median cosine is dropped"
+    )
+    max_weight_ratio: float = Field(
+        1.25,
+        ge=1,
+        le=64,
+        description="most times the median weight that one counts for; more suits trusted, unequal peers",
+    )
+
+
 class Checkpoints(Section):
     every_rounds: int = Field(10, ge=1, description="rounds between published checkpoints; the last round has one too")
 
@@ -199,6 +216,7 @@ class Rules(Section):
     inner: Inner = Inner()
     outer: Outer = Outer()
     rounds: Rounds = Rounds()
+    robust: Robust = Robust()
     checkpoints: Checkpoints = Checkpoints()
     admission: Admission = Admission()
 

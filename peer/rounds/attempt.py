@@ -14,7 +14,7 @@ from peer.rounds.round_actions import Reduce, RoundSettings
 from swarm.digest import sha256
 from swarm.errors import ProtocolError
 from swarm.files import Kept
-from swarm.log import MAX_MEMBERS, MAX_PARTS
+from swarm.log import MAX_MEMBERS, MAX_PARTS, check_verdicts
 from swarm.proto.round_pb2 import Average, Contribution, OpenRound, PartResult, Share
 
 
@@ -121,9 +121,12 @@ class Attempt:
         if message.part >= len(self.open.parts) or self.reducer_of(message.part) != sender:
             raise ProtocolError("an average by somebody who does not average that part")
         places = {key: place for place, key in enumerate(self.contributors)}
-        order = [places.get(share.peer_key, -1) for share in message.shares]
-        if -1 in order or any(a >= b for a, b in itertools.pairwise(order)):
-            raise ProtocolError("an average that counts somebody twice, or somebody who is no contributor")
+        averaged, rejected = [s.peer_key for s in message.shares], [r.peer_key for r in message.rejections]
+        for keys in (averaged, rejected):
+            order = [places.get(key, -1) for key in keys]
+            if -1 in order or any(a >= b for a, b in itertools.pairwise(order)):
+                raise ProtocolError("an average that counts somebody twice, or somebody who is no contributor")
+        check_verdicts(message.shares, message.rejections)
         if any(not 0 < s.weight_tokens <= self.settings.max_weight_tokens for s in message.shares):
             raise ProtocolError("an average with a weight out of bounds")
         expected = self.part_size_bytes(message.part) if message.shares else 0
@@ -136,6 +139,7 @@ class Attempt:
             result.digest = sha256(message.encoded)
             result.size_bytes = len(message.encoded)
             result.shares.extend(message.shares)
+            result.rejections.extend(message.rejections)
         self.averages.setdefault(message.part, result)
 
     def is_waiting(self) -> bool:
@@ -163,6 +167,7 @@ class Attempt:
     def silent(self) -> set[bytes]:
         """Contributors that are unreachable, or in no average though others are: of no use to the next attempt."""
         heard = {share.peer_key for result in self.averages.values() for share in result.shares}
+        heard |= {rejection.peer_key for result in self.averages.values() for rejection in result.rejections}
         return self.unreachable | (set(self.contributors) - heard if heard else set())
 
     def results(self) -> list[PartResult]:

@@ -22,6 +22,7 @@ from peer.rounds import codec_int8, codec_topk
 from peer.rounds.codec_blocks import Float32
 from peer.rounds.codec_int2 import INT2
 from peer.rounds.codec_int4 import INT4
+from swarm.files import Kept
 
 __all__ = ["CODECS", "Codec", "Float32"]
 
@@ -43,9 +44,13 @@ class Codec:
     """raises what `decode` would raise, at a fraction of its cost"""
     encoded_size: Callable[[int], int]
     """bytes of so many values"""
-    cut: Callable[[bytes | memoryview, int, int, int], bytes]
-    """(data of n values, n, first, last): what `encode` makes of values first to last (excluded), without decoding;
-    ``first`` begins a block, ``last`` ends one or is n"""
+    spans: Callable[[int, int, int], tuple[slice, ...]]
+    """(n, first, last): which bytes of n encoded values, one after another, are what `encode` makes of values first to
+    last; ``first`` begins a block, ``last`` ends one or is n"""
+
+    def cut(self, data: Kept, num_values: int, first: int, last: int) -> bytes:
+        """What `encode` makes of values ``first`` to ``last`` (excluded), read from ``data`` without the rest of it."""
+        return b"".join(data[span] for span in self.spans(num_values, first, last))
 
 
 CODECS: dict[str, Codec] = {
@@ -57,7 +62,7 @@ CODECS: dict[str, Codec] = {
         decode=codec_int8.decode,
         check=codec_int8.check,
         encoded_size=codec_int8.encoded_size,
-        cut=codec_int8.cut,
+        spans=codec_int8.spans,
     ),
     "int4": Codec(
         name="int4",
@@ -67,7 +72,7 @@ CODECS: dict[str, Codec] = {
         decode=INT4.decode,
         check=INT4.check,
         encoded_size=INT4.encoded_size,
-        cut=INT4.cut,
+        spans=INT4.spans,
     ),
     "int2": Codec(
         name="int2",
@@ -77,7 +82,7 @@ CODECS: dict[str, Codec] = {
         decode=INT2.decode,
         check=INT2.check,
         encoded_size=INT2.encoded_size,
-        cut=INT2.cut,
+        spans=INT2.spans,
     ),
     "topk": Codec(
         name="topk",
@@ -87,7 +92,7 @@ CODECS: dict[str, Codec] = {
         decode=codec_topk.decode,
         check=codec_topk.check,
         encoded_size=codec_topk.encoded_size,
-        cut=codec_topk.cut,
+        spans=codec_topk.spans,
     ),
 }
 """densest first"""

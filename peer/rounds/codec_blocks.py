@@ -129,11 +129,12 @@ class BlockCodec:
         if not ((block_marks & BAD_PADDING == 0) & self._form.allowed(levels, block_marks)).all():
             refuse("codes")
 
-    def cut(self, data: bytes | memoryview, num_values: int, first: int, last: int) -> bytes:
-        """The encoding of values ``first`` to ``last`` (excluded) within that of ``num_values``, without decoding."""
-        levels, packed = self._split(np.frombuffer(data, np.uint8), num_values)
-        blocks = slice(first // self.block_values, self._num_blocks(last))
-        return levels[blocks].tobytes() + packed[self._bytes(slice(first, last))].tobytes()
+    def spans(self, num_values: int, first: int, last: int) -> tuple[slice, ...]:
+        """Where values ``first`` to ``last`` (excluded), whole blocks, lie among ``num_values``: levels and codes."""
+        size = LEVEL_BYTES * self._num_levels
+        end, codes = size * self._num_blocks(num_values), self._bytes(slice(first, last))
+        levels = slice(size * self._num_blocks(first), size * self._num_blocks(last))
+        return levels, slice(end + codes.start, end + codes.stop)
 
     def _num_blocks(self, num_values: int) -> int:
         return -(-num_values // self.block_values)

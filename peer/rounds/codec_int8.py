@@ -90,11 +90,10 @@ def check(data: bytes | memoryview, num_values: int) -> None:
     _checked(data, num_values)
 
 
-def cut(data: bytes | memoryview, num_values: int, first: int, last: int) -> bytes:
-    """The encoding of values ``first`` to ``last`` (excluded) within that of ``num_values``, without decoding."""
-    view, codes = memoryview(data), SCALE_BYTES * _num_blocks(num_values)
-    scales = view[SCALE_BYTES * (first // BLOCK_VALUES) : SCALE_BYTES * _num_blocks(last)]
-    return b"".join((scales, view[codes + first : codes + last]))
+def spans(num_values: int, first: int, last: int) -> tuple[slice, ...]:
+    """Where values ``first`` to ``last`` (excluded), whole blocks, lie among ``num_values``: scales and codes."""
+    codes = SCALE_BYTES * _num_blocks(num_values)
+    return slice(SCALE_BYTES * _num_blocks(first), SCALE_BYTES * _num_blocks(last)), slice(codes + first, codes + last)
 
 
 def _checked(data: bytes | memoryview, num_values: int) -> tuple[Float32, npt.NDArray[np.int8]]:

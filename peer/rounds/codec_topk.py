@@ -66,11 +66,15 @@ def check(data: bytes | memoryview, num_values: int) -> None:
     _checked(data, num_values)
 
 
-def cut(data: bytes | memoryview, num_values: int, first: int, last: int) -> bytes:
-    """The encoding of values ``first`` to ``last`` (excluded) within that of ``num_values``, without decoding."""
-    num_kept, kept = _num_kept(num_values), (_num_kept(first), _num_kept(last))
-    places = memoryview(data)[_places_size(kept[0]) : _places_size(kept[1])]
-    return bytes(places) + VALUES.cut(memoryview(data)[_places_size(num_kept) :], num_kept, *kept)
+def spans(num_values: int, first: int, last: int) -> tuple[slice, ...]:
+    """Where values ``first`` to ``last`` (excluded), whole chunks, lie among ``num_values``: places, then `int2`'s."""
+    kept_first, kept_last, num_kept = _num_kept(first), _num_kept(last), _num_kept(num_values)
+    end = _places_size(num_kept)
+    values = VALUES.spans(num_kept, kept_first, kept_last)
+    return (
+        slice(_places_size(kept_first), _places_size(kept_last)),
+        *(slice(end + span.start, end + span.stop) for span in values),
+    )
 
 
 def _checked(data: bytes | memoryview, num_values: int) -> tuple[Places, Float32]:

@@ -23,7 +23,7 @@ from peer.rounds.round_actions import Action, Apply, Fetch, Persist, Reduce, Sen
 from peer.rounds.shard import ReplicaSnapshot
 from swarm.errors import DiskFull, DivergedError, NetworkError, ProtocolError, ResourceError, SwarmError, Unreachable
 from swarm.files import Kept
-from swarm.log import LogHead, next_head
+from swarm.log import LogHead, next_head, tokens_by_peer
 from swarm.proto.round_pb2 import Commit, OpenRound, Part, RoundMessage
 
 ROUND_METHOD = "round"
@@ -197,8 +197,8 @@ class Exchange:
             await self._take_snapshot(machine, action)
         elif isinstance(action, Reduce):
             async with self._at_work:
-                shares, encoded = await self._blocking(lambda: self.shard.reduce(action))
-            self._event(machine, lambda now: machine.on_reduced(action.ballot, action.part, shares, encoded, now))
+                average, encoded = await self._blocking(lambda: self.shard.reduce(action))
+            self._event(machine, lambda now: machine.on_reduced(action.ballot, average, encoded, now))
         elif isinstance(action, Fetch):
             await self._fetch(machine, action)
         else:
@@ -323,7 +323,7 @@ class Exchange:
             await self._blocking(lambda: self.parts.ledger.append(action.commit, head, action.parts))
         else:
             await self._blocking(lambda: self.parts.ledger.keep_parts(head.round, action.parts))
-        counted = await self._land(action)
+        counted = await self._land(action) and self.parts.identity.public_key in tokens_by_peer(action.record)
         self.head, self._snapshot, self._round_began_at = head, None, self._now()
         self._machine = self._new_machine()
         self._begin_round()
@@ -342,7 +342,7 @@ class Exchange:
         self._wake.set()
 
     async def _land(self, action: Apply) -> bool:
-        """Advance the shared state, then the replica: what the commit counted stays, what it did not is owed."""
+        """Advance the shared state, then the replica; what the commit did not take is owed. True where it took any."""
         trainer, me = self.parts.trainer, self.parts.identity.public_key
         if trainer is None:
             await self._blocking(lambda: self.shard.apply(action.record, action.parts))
@@ -354,17 +354,17 @@ class Exchange:
                 snapshot = await self._blocking(lambda: self.shard.offer(movement, 0))
 
         def apply() -> bool:
-            counted = snapshot is not None and self.shard.settle(action.record, action.parts, snapshot, me)
+            taken = snapshot is not None and self.shard.settle(action.record, action.parts, snapshot, me)
             self.shard.apply(action.record, action.parts)
-            return counted
+            return taken
 
         async with self._at_work:
-            counted = bool(await self._blocking(apply))
-        if counted and snapshot is not None:
+            taken = bool(await self._blocking(apply))
+        if taken and snapshot is not None:
             self._uncounted_from += snapshot.tokens
         movement_then = None if snapshot is None or snapshot.was_reset else snapshot.movement
         await trainer.land(self.shard.anchor, movement_then, action.record.round + 1)
-        return counted
+        return taken
 
     def _use_known_commit(self) -> bool:
         for number in [number for number in self._known_commits if number < self.round]:

@@ -137,3 +137,23 @@ def choose_codec(shard: Shard, machine: RoundMachine, num_members: int, round_s:
     codec, why = choose_rung(shard.spec.rounds.ladder, uplink)
     log.debug("round %d: %s", machine.settings.round, why)
     return codec
+
+
+def tell_verdicts(record: Record, me: bytes) -> dict[str, str]:
+    """What reducers rejected or clipped of the contribution of ``me``, and why, for people; empty for neither."""
+    rejected = [rejection for part in record.parts for rejection in part.rejections if rejection.peer_key == me]
+    shares = [share for part in record.parts for share in part.shares if share.peer_key == me]
+    clipped = [share.clipped_to for share in shares if share.clipped_to > 0]
+    told = {}
+    if rejected:
+        worst = min(rejected, key=lambda rejection: rejection.cosine)
+        told["rejected"] = (
+            f"{len(rejected)} of {len(rejected) + len(shares)} parts point elsewhere than the others' do; discarded "
+            f"(cosine {worst.cosine:.2f}, at least {worst.min_cosine:.2f} is wanted)"
+        )
+    if clipped:
+        told["clipped"] = (
+            f"{len(clipped)} of {len(shares)} parts were longer than the median; what was left is {min(clipped):.0%} "
+            "or more, the rest is discarded"
+        )
+    return told

@@ -18,7 +18,6 @@ With a momentum factor of 0 the momentum becomes the pseudo-gradient and the ste
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,36 +59,6 @@ def outer_step(anchor: Float32, momentum: Blocks, first: int, pseudo_gradient: F
         np.clip(gradient, -LARGEST_MOVEMENT, LARGEST_MOVEMENT, out=clipped)
         _step_tile(anchor[values], old, clipped, factors, update)
         momentum.write_tile(values, old, step.round, update)
-
-
-def weighted_mean(contributions: Iterable[Float32], weights: Sequence[int]) -> Float32:
-    """The mean of ``contributions`` by ``weights`` (tokens), summed in the order given: the order of the members.
-
-    Each is multiplied by float32(weight / total), and asked for when its turn comes: a generator need not have two at
-    once. Raises `SwarmError` for no contributions, unequal lengths, or weights that are not positive.
-    """
-    if not weights or min(weights) < 1:
-        raise SwarmError("an average needs contributions, each with a positive weight")
-    total, num_added = sum(weights), 0
-    mean = np.zeros(0, np.float32)
-    scratch = np.empty(TILE_VALUES, np.float32)
-    # Near the largest float32 a sum may overflow: the encoder refuses the result, as it does any infinity.
-    with np.errstate(over="ignore"):
-        for vector in contributions:
-            if num_added == 0:
-                mean = np.zeros(vector.shape, np.float32)
-            if num_added == len(weights) or vector.shape != mean.shape:
-                raise SwarmError("an average needs contributions of one length, each with a weight")
-            factor = np.float32(weights[num_added] / total)
-            for values in tiles(slice(0, len(mean))):
-                tile = scratch[: values.stop - values.start]
-                np.multiply(vector[values], factor, out=tile)
-                np.add(mean[values], tile, out=mean[values])
-            num_added += 1
-            del vector  # or it would live until the next is made
-    if num_added != len(weights):
-        raise SwarmError("an average needs contributions, each with a positive weight")
-    return mean
 
 
 def check_subnormals() -> None:

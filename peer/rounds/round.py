@@ -32,7 +32,6 @@ from swarm.proto.round_pb2 import (
     Record,
     Refusal,
     RoundMessage,
-    Share,
     Vote,
 )
 
@@ -90,12 +89,15 @@ class RoundMachine:
                 out.send(self.attempt.reducer_of(part), message, encoded[part] if weight_tokens else None)
         return self._run(now, out)
 
-    def on_reduced(self, ballot: Ballot, part: int, shares: list[Share], encoded: bytes, now: float) -> list[Action]:
-        """A part of ours is averaged and encoded, once; no shares: nothing usable arrived."""
+    def on_reduced(self, ballot: Ballot, average: Average, encoded: bytes, now: float) -> list[Action]:
+        """A part of ours is averaged and encoded, once; no shares: nothing usable arrived.
+
+        ``encoded`` goes beside ``average`` on its way out.
+        """
         out = Outbox(self.settings.me)
         if self.attempt is not None and self.attempt.ballot == ballot:
-            message = self._message(ballot, average=Average(part=part, shares=shares))
-            kept = self.settings.keep(encoded) if shares else None
+            message = self._message(ballot, average=average)
+            kept = self.settings.keep(encoded) if average.shares else None
             for member in self.attempt.members:
                 out.send(member, message, kept)
         return self._run(now, out)

@@ -3,10 +3,10 @@
 Decides what a commit does to them; all arithmetic is `peer.rounds.outer`'s and the codec's. Pure numpy on the host, no
 I/O; the callers keep it off the event loop.
 
-Error feedback (docs/protocol.md): what a commit counted leaves only its encoding error behind, what it did not count
-stays owed. What is owed lies in 8 bits (`peer.rounds.blocks`): each time it is booked, each value is within one code of
-its block, and right on average over rounds, so that nothing is lost for good by a replica that is left out of many.
-What an average loses by its encoding, its reducer owes (`peer.rounds.reducer_debt`).
+Error feedback (docs/protocol.md): what a commit took (averaged, clipped or rejected) leaves only its encoding error
+behind, what it did not take stays owed. What is owed lies in 8 bits (`peer.rounds.blocks`): each time it is booked,
+each value is within one code of its block, and right on average over rounds, so that nothing is lost for good by a
+replica that is left out of many. What an average loses by its encoding, its reducer owes (`peer.rounds.reducer_debt`).
 
 Momentum and debt take a byte a value, and no step has more than a part of the shard in fp32: on the host there is no
 second copy of anything (`swarm.memory_plan`).
@@ -24,15 +24,16 @@ import numpy as np
 from peer.rounds import blocks
 from peer.rounds.blocks import Blocks, tiles
 from peer.rounds.codec import CODECS, Codec, Float32
-from peer.rounds.outer import OuterStep, outer_step, weighted_mean
+from peer.rounds.outer import OuterStep, outer_step
 from peer.rounds.planning import num_slices, part_values
 from peer.rounds.reducer_debt import ReducerDebt
+from peer.rounds.robust import Offer, judge, robust_mean
 from peer.rounds.round_actions import Reduce
 from peer.training.movement import Movement
 from swarm import digest, schedule
 from swarm.errors import DigestError, ProtocolError, SwarmError
 from swarm.files import Kept, disk_errors
-from swarm.proto.round_pb2 import Part, PartResult, Record, Share
+from swarm.proto.round_pb2 import Average, Part, PartResult, Record, Share
 from swarm.run_spec import RunSpec
 
 
@@ -129,28 +130,36 @@ class Shard:
         """One part of the snapshot in its codec. A pure function: `settle` encodes again to know what was sent."""
         return CODECS[snapshot.codec].encode(self._offered(snapshot.movement, self._values(part)))
 
-    def reduce(self, work: Reduce) -> tuple[list[Share], bytes]:
-        """Average what decodes, by tokens and in member order, and encode the average once.
+    def reduce(self, work: Reduce) -> tuple[Average, bytes]:
+        """Judge what decodes, average what is kept (`peer.rounds.robust`), and encode the average once.
 
-        A contribution that does not decode to finite values is left out. What earlier averages of these slices lost by
-        their encoding is added.
+        The average tells who is in it; its bytes are beside it. A contribution that does not decode to finite values is
+        left out. No shares: nothing usable arrived. What earlier averages of these slices lost by their encoding is
+        added.
         """
         values = part_values(work.first_slice, work.num_slices, self.num_values)
         count = values.stop - values.start
         useful = [item for item in work.contributions if _decodes(CODECS[item[1]], item[2], count)]
         if not useful:
-            return [], b""
-        shares = [share for share, _, _ in useful]
-        decoded = (CODECS[codec].decode(encoded[:], count) for _, codec, encoded in useful)
+            return Average(part=work.part), b""
+        offers = [_part_offer(share, CODECS[codec], encoded, count) for share, codec, encoded in useful]
+        verdicts = judge(offers, count, self.spec.robust)
         try:
-            mean = weighted_mean(decoded, [share.weight_tokens for share in shares])
+            mean = robust_mean(offers, verdicts, count)
             self.reducer_debt.add_to(mean, work.first_slice)
-            average = self.codec.encode(mean)
+            encoded_average = self.codec.encode(mean)
         except SwarmError:
-            return [], b""
-        mean -= self.codec.decode(average, count)
-        self.reducer_debt.note(work.ballot, work.first_slice, digest.sha256(average), lost=mean)
-        return shares, average
+            return Average(part=work.part), b""
+        mean -= self.codec.decode(encoded_average, count)
+        self.reducer_debt.note(work.ballot, work.first_slice, digest.sha256(encoded_average), lost=mean)
+        average = Average(part=work.part)
+        for (share, _, _), verdict in zip(useful, verdicts, strict=True):
+            key, clipped_to = share.peer_key, verdict.factor if verdict.factor < 1 else 0.0
+            if verdict.is_dropped:
+                average.rejections.add(peer_key=key, cosine=verdict.cosine, min_cosine=verdict.min_cosine)
+            else:
+                average.shares.add(peer_key=key, weight_tokens=share.weight_tokens, clipped_to=clipped_to)
+        return average, encoded_average
 
     def apply(self, record: Record, parts: Mapping[bytes, Kept]) -> None:
         """Advance anchor and momentum by a committed round; the slices of absent parts stay as they are."""
@@ -167,19 +176,23 @@ class Shard:
         self.state_digest = self.compute_digest()
 
     def settle(self, record: Record, parts: Mapping[bytes, Kept], snapshot: ReplicaSnapshot, me: bytes) -> bool:
-        """Book what the commit counted of our offer; True where it counted any of it."""
-        counted, codec = False, CODECS[snapshot.codec]
+        """Book what the commit took of our offer; True where it took any: averaged, clipped or rejected.
+
+        What was clipped off or rejected is discarded, not owed again: a hostile or broken replica would offer it for
+        ever.
+        """
+        taken, codec = False, CODECS[snapshot.codec]
         for part in record.parts:
             values = self._values(part)
             owed = self._offered(snapshot.movement, values)
-            included = any(share.peer_key == me for share in part.shares)
-            if included and self._is_present(part, parts):
-                counted = True
+            judged = {*(share.peer_key for share in part.shares), *(r.peer_key for r in part.rejections)}
+            if me in judged and self._is_present(part, parts):
+                taken = True
                 owed -= codec.decode(codec.encode(owed), len(owed))
             if self.feedback is None:
                 self.feedback = Blocks(self.num_values)
             self.feedback.write(values, owed, record.round)
-        return counted
+        return taken
 
     def owed(self, values: slice) -> Float32:
         """What no commit has counted yet of what was offered. ``values`` is made of whole blocks."""
@@ -217,6 +230,13 @@ class Shard:
     def _is_present(self, part: PartResult, parts: Mapping[bytes, Kept]) -> bool:
         values = self._values(part)
         return bool(part.digest) and _decodes(self.codec, parts[part.digest], values.stop - values.start)
+
+
+def _part_offer(share: Share, codec: Codec, encoded: Kept, count: int) -> Offer:
+    def decode(first: int, last: int) -> Float32:
+        return codec.decode(codec.cut(encoded, count, first, last), last - first)
+
+    return Offer(decode=decode, tokens=share.weight_tokens, rung=codec.name, is_sparse=codec.sparse)
 
 
 def _decodes(codec: Codec, encoded: Kept, count: int) -> bool:

@@ -143,8 +143,10 @@ class Swarm:
                 num_slices=part.num_slices,
                 contributions=tuple(contributions),
             )
-            shares, average = self.shards[part.reducer].reduce(work)
-            result = PartResult(first_slice=part.first_slice, num_slices=part.num_slices, shares=shares)
+            told, average = self.shards[part.reducer].reduce(work)
+            result = PartResult(first_slice=part.first_slice, num_slices=part.num_slices)
+            result.shares.extend(told.shares)
+            result.rejections.extend(told.rejections)
             result.digest = sha256(average)
             parts[result.digest] = average
             record.parts.append(result)

@@ -96,22 +96,36 @@ class Contribution(_message.Message):
     def __init__(self, part: _Optional[int] = ..., weight_tokens: _Optional[int] = ..., encoded: _Optional[bytes] = ..., state_digest: _Optional[bytes] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class Share(_message.Message):
-    __slots__ = ("peer_key", "weight_tokens")
+    __slots__ = ("peer_key", "weight_tokens", "clipped_to")
     PEER_KEY_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CLIPPED_TO_FIELD_NUMBER: _ClassVar[int]
     peer_key: bytes
     weight_tokens: int
-    def __init__(self, peer_key: _Optional[bytes] = ..., weight_tokens: _Optional[int] = ...) -> None: ...
+    clipped_to: float
+    def __init__(self, peer_key: _Optional[bytes] = ..., weight_tokens: _Optional[int] = ..., clipped_to: _Optional[float] = ...) -> None: ...
+
+class Rejection(_message.Message):
+    __slots__ = ("peer_key", "cosine", "min_cosine")
+    PEER_KEY_FIELD_NUMBER: _ClassVar[int]
+    COSINE_FIELD_NUMBER: _ClassVar[int]
+    MIN_COSINE_FIELD_NUMBER: _ClassVar[int]
+    peer_key: bytes
+    cosine: float
+    min_cosine: float
+    def __init__(self, peer_key: _Optional[bytes] = ..., cosine: _Optional[float] = ..., min_cosine: _Optional[float] = ...) -> None: ...
 
 class Average(_message.Message):
-    __slots__ = ("part", "shares", "encoded")
+    __slots__ = ("part", "shares", "encoded", "rejections")
     PART_FIELD_NUMBER: _ClassVar[int]
     SHARES_FIELD_NUMBER: _ClassVar[int]
     ENCODED_FIELD_NUMBER: _ClassVar[int]
+    REJECTIONS_FIELD_NUMBER: _ClassVar[int]
     part: int
     shares: _containers.RepeatedCompositeFieldContainer[Share]
     encoded: bytes
-    def __init__(self, part: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ..., encoded: _Optional[bytes] = ...) -> None: ...
+    rejections: _containers.RepeatedCompositeFieldContainer[Rejection]
+    def __init__(self, part: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ..., encoded: _Optional[bytes] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ...) -> None: ...
 
 class Prepare(_message.Message):
     __slots__ = ("log_digest",)
@@ -156,18 +170,20 @@ class Refusal(_message.Message):
     def __init__(self, promised: _Optional[_Union[Ballot, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class PartResult(_message.Message):
-    __slots__ = ("first_slice", "num_slices", "digest", "size_bytes", "shares")
+    __slots__ = ("first_slice", "num_slices", "digest", "size_bytes", "shares", "rejections")
     FIRST_SLICE_FIELD_NUMBER: _ClassVar[int]
     NUM_SLICES_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHARES_FIELD_NUMBER: _ClassVar[int]
+    REJECTIONS_FIELD_NUMBER: _ClassVar[int]
     first_slice: int
     num_slices: int
     digest: bytes
     size_bytes: int
     shares: _containers.RepeatedCompositeFieldContainer[Share]
-    def __init__(self, first_slice: _Optional[int] = ..., num_slices: _Optional[int] = ..., digest: _Optional[bytes] = ..., size_bytes: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ...) -> None: ...
+    rejections: _containers.RepeatedCompositeFieldContainer[Rejection]
+    def __init__(self, first_slice: _Optional[int] = ..., num_slices: _Optional[int] = ..., digest: _Optional[bytes] = ..., size_bytes: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ...) -> None: ...
 
 class Record(_message.Message):
     __slots__ = ("shard", "round", "log_digest", "state_digest", "parts", "next_voters", "total_tokens", "codec", "opened_by")

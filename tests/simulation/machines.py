@@ -19,7 +19,7 @@ from swarm.errors import SwarmError
 from swarm.files import Kept
 from swarm.identity import Identity
 from swarm.log import VOTE_CONTEXT, LogHead, verify_commit
-from swarm.proto.round_pb2 import Record, RoundMessage
+from swarm.proto.round_pb2 import Average, Record, RoundMessage
 
 RUN_ID = b"r" * 20
 STATE = b"s" * 32
@@ -192,8 +192,8 @@ class Machines:
             joined = b"".join(data for _, _, data in action.contributions)
             average = sha256(joined)[:1] * (action.num_slices * BYTES_PER_SLICE)
             shares = [share for share, _, _ in action.contributions]
-            data = average if shares else b""
-            self._later(peer, lambda: machine.on_reduced(action.ballot, action.part, shares, data, self.now))
+            reduced, data = Average(part=action.part, shares=shares), average if shares else b""
+            self._later(peer, lambda: machine.on_reduced(action.ballot, reduced, data, self.now))
         elif isinstance(action, Fetch):
             self._later(peer, lambda: machine.on_fetched(action.digest, self._find(action), self.now))
         elif isinstance(action, Apply):

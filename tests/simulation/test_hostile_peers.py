@@ -16,6 +16,7 @@ from peer.p2p.chunk_store import CHUNK_METHOD
 from peer.p2p.transport import Handler
 from peer.rounds.catch_up import LOG_METHOD, STATE_METHOD
 from peer.rounds.codec import CODECS
+from peer.rounds.exchange_parts import tell_verdicts
 from peer.rounds.planning import part_values
 from swarm.digest import sha256
 from swarm.errors import ProtocolError
@@ -373,3 +374,42 @@ def _lie(transport: MemoryTransport, method: str, change: Callable[[bytes], byte
 
     transport._handlers[method] = handler
     return asked
+
+
+# ---- contributions that are well formed ------------------------------------------------------------------------------
+
+
+def test_a_replica_that_moves_the_other_way_is_rejected_and_told_and_owes_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        swarm = SimulatedSwarm(tmp_path)
+        await swarm.start_seed()
+        names = ["v0", "v1", "v2", "v3", "v4"]
+        for name in names:
+            await swarm.start_volunteer(name)
+            trainer = swarm.peers[name].trainer
+            assert trainer is not None
+            trainer._rng = np.random.default_rng(7)  # they learn alike
+        bad = swarm.peers["v4"]
+        trainer = bad.trainer
+        assert trainer is not None
+        honest_snapshot = trainer.snapshot
+
+        async def snapshot() -> tuple[np.ndarray, int]:
+            moved, tokens = await honest_snapshot()
+            return -moved, tokens
+
+        trainer.snapshot = snapshot  # type: ignore[method-assign]
+        await swarm.until_round(6, ["seed", *names])
+        swarm.assert_equal_states()
+        told = [committed for committed in bad.commits if tell_verdicts(committed.record, bad.key).get("rejected")]
+        assert told and not any(committed.counted for committed in told)
+        assert not any(tell_verdicts(c.record, swarm.peers["v0"].key).get("rejected") for c in bad.commits)
+        rejected = [p for c in told for p in c.record.parts if bad.key in {r.peer_key for r in p.rejections}]
+        assert rejected and not any(bad.key in {share.peer_key for share in part.shares} for part in rejected)
+        # Were it owed, it would grow from round to round.
+        assert (
+            float(np.abs(bad.exchange.shard.owed(slice(0, swarm.num_values))).max())
+            < float(np.abs(trainer.moved).max()) + 1e-2
+        )
+
+    run(scenario())

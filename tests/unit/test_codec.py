@@ -136,7 +136,7 @@ class TestEveryCodec:
         apart = np.concatenate([codec.decode(codec.encode(piece), len(piece)) for piece in pieces])
         assert apart.tobytes() == codec.decode(codec.encode(values), len(values)).tobytes()
 
-    @pytest.mark.parametrize("num_values", [1, 4096, 3 * 4096, 3 * 4096 + 77])
+    @pytest.mark.parametrize("num_values", [1, 4096, 3 * 4096, 3 * 4096 + 77, 65_537])
     def test_a_cut_of_the_bytes_is_the_encoding_of_those_values(self, codec: Codec, num_values: int) -> None:
         """Between blocks, or up to the end, bytes can be cut out as if only these values had been encoded."""
         values = np.random.default_rng(2).standard_normal(num_values).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -10,7 +11,7 @@ from swarm import digest, log
 from swarm.errors import ProtocolError, SignatureError, SwarmError, VerificationError
 from swarm.identity import Identity
 from swarm.proto.common_pb2 import Genesis, ShardGenesis, Signed
-from swarm.proto.round_pb2 import Ballot, Commit, PartResult, Record, Share, Vote
+from swarm.proto.round_pb2 import Ballot, Commit, PartResult, Record, Rejection, Share, Vote
 
 RUN_ID = b"r" * 20
 ORGANIZER = Identity(b"\x10" * 32)
@@ -228,6 +229,46 @@ RECORD_CASES: list[tuple[str, Callable[[Record], object], type[SwarmError], str]
         lambda r: r.parts[0].shares.append(Share(peer_key=b"", weight_tokens=0)),
         ProtocolError,
         "contributor's key",
+    ),
+    (
+        "a contributor that is averaged and rejected",
+        lambda r: r.parts[0].rejections.append(Rejection(peer_key=PEER_A, cosine=-0.5, min_cosine=0.1)),
+        ProtocolError,
+        "twice",
+    ),
+    (
+        "rejected without a key",
+        lambda r: r.parts[0].rejections.append(Rejection(cosine=-0.5, min_cosine=0.1)),
+        ProtocolError,
+        "contributor's key",
+    ),
+    (
+        "rejected though it agrees",
+        lambda r: r.parts[0].rejections.append(Rejection(peer_key=b"r" * 32, cosine=0.5, min_cosine=0.1)),
+        ProtocolError,
+        "impossible cosine",
+    ),
+    (
+        "rejected for no number",
+        lambda r: r.parts[0].rejections.append(Rejection(peer_key=b"r" * 32, cosine=math.nan, min_cosine=0.1)),
+        ProtocolError,
+        "impossible cosine",
+    ),
+    (
+        "absent with rejections",
+        lambda r: r.parts[2].rejections.append(Rejection(peer_key=b"r" * 32, cosine=-0.5, min_cosine=0.1)),
+        ProtocolError,
+        "absent part",
+    ),
+    ("clipped to more", lambda r: setattr(r.parts[0].shares[0], "clipped_to", 1.5), ProtocolError, "impossible share"),
+    ("clipped to NaN", lambda r: setattr(r.parts[0].shares[0], "clipped_to", math.nan), ProtocolError, "impossible"),
+    (
+        "too many rejected",
+        lambda r: r.parts[0].rejections.extend(
+            Rejection(peer_key=bytes([i]) * 32, cosine=-0.5, min_cosine=0.1) for i in range(100, 163)
+        ),
+        ProtocolError,
+        "too many contributors",
     ),
     (
         "too many contributors",

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peer.rounds.blocks import Blocks
-from peer.rounds.outer import OuterStep, outer_step, weighted_mean
+from peer.rounds.outer import OuterStep, outer_step
 from swarm.errors import SwarmError
 
 
@@ -78,7 +78,7 @@ def test_without_momentum_and_with_rate_one_the_anchor_becomes_the_mean_of_the_r
     anchor, replicas = np.full(4, 8, np.float32), [np.full(4, 4, np.float32), np.full(4, 6, np.float32)]
     momentum = Blocks(4)
     momentum.write(slice(0, 4), np.full(4, 30, np.float32), 1)
-    average = weighted_mean([anchor - replica for replica in replicas], [1, 1])
+    average = np.mean([anchor - replica for replica in replicas], axis=0)
     outer_step(anchor, momentum, 0, average, step_of(1.0, 0.0))
     assert anchor.tolist() == [5.0] * 4
     # The pseudo-gradient, to its rounding: what was there before is gone.
@@ -179,32 +179,3 @@ def test_a_thread_that_flushes_subnormals_is_refused() -> None:
             outer_step(anchor, momentum, 0, gradient, step_of(0.8, 0.5))
     finally:
         torch.set_flush_denormal(False)
-
-
-def test_the_mean_weighs_by_tokens_and_sums_in_the_order_given() -> None:
-    vectors = [np.array([value], np.float32) for value in (1e8, 1.0, -1e8)]
-    expected = np.float32(0)
-    for vector, weight in zip(vectors, (1, 2, 3), strict=True):
-        expected = np.float32(expected + np.float32(np.float32(weight / 6) * vector[0]))
-    assert weighted_mean(vectors, [1, 2, 3])[0] == expected
-
-
-def test_a_mean_of_one_is_itself_and_of_many_tiles_is_complete() -> None:
-    values = np.random.default_rng(0).standard_normal(70_001).astype(np.float32)
-    assert weighted_mean([values], [7]).tobytes() == values.tobytes()
-    assert np.allclose(weighted_mean([values, 3 * values], [1, 1]), 2 * values)
-
-
-@pytest.mark.parametrize(
-    ("name", "lengths", "weights"),
-    [
-        ("nobody", [], []),
-        ("a weight missing", [2, 2], [1]),
-        ("a contribution missing", [2], [1, 1]),
-        ("a weight of zero", [2, 2], [1, 0]),
-        ("unequal lengths", [2, 3], [1, 1]),
-    ],
-)
-def test_averages_without_sense_are_refused(name: str, lengths: list[int], weights: list[int]) -> None:
-    with pytest.raises(SwarmError, match="an average needs"):
-        weighted_mean([np.zeros(length, np.float32) for length in lengths], weights)

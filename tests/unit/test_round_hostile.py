@@ -21,6 +21,7 @@ from swarm.proto.round_pb2 import (
     Promise,
     Record,
     Refusal,
+    Rejection,
     RoundMessage,
     Share,
 )
@@ -173,6 +174,56 @@ def test_an_average_with_false_shares_is_refused(case: str, shares: list[int]) -
     forged = RoundMessage(round=machines.head.round + 1, ballot=to_message(attempt.ballot), average=average)
     with pytest.raises(SwarmError, match="counts"):
         target.machine.on_message(reducer, forged, machines.now)
+
+
+@pytest.mark.parametrize(
+    ("case", "told"),
+    [
+        ("averaged as well", "twice"),
+        ("a stranger", "no contributor"),
+        ("named twice", "counts somebody twice"),
+        ("though it agrees", "impossible cosine"),
+    ],
+)
+def test_an_average_with_false_rejections_is_refused(case: str, told: str) -> None:
+    machines = gathering()
+    target = machines.peers[-1]
+    assert target.machine is not None and target.machine.attempt is not None
+    attempt = target.machine.attempt
+    first, second = attempt.contributors[:2]
+    rejected = Rejection(peer_key=second, cosine=-0.5, min_cosine=0.1)
+    rejections = [rejected]
+    if case == "averaged as well":
+        rejected.peer_key = first
+    elif case == "a stranger":
+        rejected.peer_key = STRANGER
+    elif case == "named twice":
+        rejections = [rejected, rejected]
+    else:
+        rejected.cosine = 0.5
+    share = Share(peer_key=first, weight_tokens=10)
+    average = Average(part=0, shares=[share], rejections=rejections, encoded=b"a" * attempt.part_size_bytes(0))
+    forged = RoundMessage(round=machines.head.round + 1, ballot=to_message(attempt.ballot), average=average)
+    with pytest.raises(SwarmError, match=told):
+        target.machine.on_message(attempt.reducer_of(0), forged, machines.now)
+
+
+def test_a_rejection_is_in_the_record_and_its_peer_is_not_silent() -> None:
+    machines = gathering()
+    target = machines.peers[-1]
+    assert target.machine is not None and target.machine.attempt is not None
+    attempt = target.machine.attempt
+    first, second = attempt.contributors[:2]
+    average = Average(
+        part=0,
+        shares=[Share(peer_key=first, weight_tokens=10)],
+        rejections=[Rejection(peer_key=second, cosine=-0.5, min_cosine=0.1)],
+        encoded=b"a" * attempt.part_size_bytes(0),
+    )
+    told = RoundMessage(round=machines.head.round + 1, ballot=to_message(attempt.ballot), average=average)
+    target.machine.on_message(attempt.reducer_of(0), told, machines.now)
+    assert list(attempt.results()[0].rejections) == list(average.rejections)
+    assert second not in attempt.silent()
 
 
 def test_a_reducer_that_sends_two_averages_does_not_change_what_is_kept() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from peer.rounds.blocks import BLOCK_VALUES
 from peer.rounds.codec import CODECS
+from peer.rounds.exchange_parts import tell_verdicts
 from peer.rounds.paxos import Ballot, to_message
 from peer.rounds.planning import SLICE_VALUES
 from peer.rounds.reducer_debt import MAX_ATTEMPTS, ReducerDebt
@@ -18,8 +19,8 @@ from peer.rounds.shard import ReplicaSnapshot, Shard, StateBuffers, load_state
 from swarm import digest
 from swarm.errors import DigestError, ProtocolError
 from swarm.identity import Identity
-from swarm.proto.round_pb2 import OpenRound, Part, PartResult, Record, Share
-from swarm.run_spec import Rounds
+from swarm.proto.round_pb2 import Average, OpenRound, Part, PartResult, Record, Share
+from swarm.run_spec import Robust, Rounds
 from tests.simulation.swarm_in_memory import make_spec
 
 ME, OTHER = b"m" * 32, b"o" * 32
@@ -173,9 +174,66 @@ def test_the_average_is_by_tokens_and_leaves_out_what_does_not_decode() -> None:
         (Share(peer_key=OTHER, weight_tokens=10), "int4", CODECS["int4"].encode(fours)),
         (Share(peer_key=b"h" * 32, weight_tokens=10), "int8", b"\xff" * shard.part_size_bytes(0, 2)),
     )
-    shares, encoded = shard.reduce(Reduce((1, ME), 0, 0, 2, contributions))
-    assert [share.peer_key for share in shares] == [ME, OTHER]
+    average, encoded = plain_shard().reduce(Reduce((1, ME), 0, 0, 2, contributions))
+    assert [share.peer_key for share in average.shares] == [ME, OTHER]
     np.testing.assert_allclose(shard.codec.decode(encoded, count), 2.0, rtol=1e-2)
+
+
+def plain_shard() -> Shard:
+    spec = SPEC.model_copy(update={"robust": Robust(rule="none")})
+    return Shard(spec, 0, np.zeros(NUM_VALUES, np.float32))
+
+
+def judged_average(shard: Shard) -> tuple[list[bytes], Average]:
+    """Five contributions to the first part: the first is long, the last points the other way."""
+    common, random = moved(shard, 0)[: 2 * SLICE_VALUES], np.random.default_rng(5)
+    keys = [bytes([65 + index]) * 32 for index in range(5)]
+    factors = [8.0, 1.0, 1.0, 1.0, -1.0]
+    noise = [random.standard_normal(len(common)).astype(np.float32) * 1e-3 for _ in keys]
+    encoded = [shard.codec.encode(np.float32(f) * (common + n)) for f, n in zip(factors, noise, strict=True)]
+    contributions = tuple(
+        (Share(peer_key=key, weight_tokens=10), "int8", data) for key, data in zip(keys, encoded, strict=True)
+    )
+    average, mean = shard.reduce(Reduce((1, ME), 0, 0, 2, contributions))
+    np.testing.assert_allclose(shard.codec.decode(mean, len(common)), common, atol=3e-3)
+    return keys, average
+
+
+def test_the_average_tells_who_was_clipped_and_who_was_rejected_and_why() -> None:
+    keys, average = judged_average(make_shard())
+    assert [share.peer_key for share in average.shares] == keys[:4]
+    assert average.shares[0].clipped_to == pytest.approx(1 / 8, rel=0.05)
+    assert [rejection.peer_key for rejection in average.rejections] == keys[4:]
+    assert average.rejections[0].cosine < -0.9 and 0.4 < average.rejections[0].min_cosine < 0.5
+
+
+@pytest.mark.parametrize("case", ["clipped", "rejected"])
+def test_what_was_clipped_off_or_rejected_is_discarded_and_not_owed_again(case: str) -> None:
+    shard = make_shard()
+    snapshot = shard.offer(moved(shard, 1), 10)
+    assert snapshot is not None
+    encoded = by_part(shard, snapshot)
+    record, parts = committed(shard, {0: encoded[0]}, {0: [OTHER]})
+    if case == "clipped":
+        record.parts[0].shares.add(peer_key=ME, weight_tokens=10, clipped_to=0.1)
+    else:
+        record.parts[0].rejections.add(peer_key=ME, cosine=-0.5, min_cosine=0.1)
+    assert shard.settle(record, parts, snapshot, ME), "the tokens leave with the movement"
+    first = slice(0, 2 * SLICE_VALUES)
+    sent = shard.codec.decode(encoded[0], 2 * SLICE_VALUES)
+    error = -snapshot.movement[first] - sent
+    np.testing.assert_allclose(shard.owed(first), error, atol=np.abs(error).max() / 64)  # debt lies in 8 bits
+
+
+def test_a_contributor_is_told_what_was_rejected_or_clipped_and_the_others_are_told_nothing() -> None:
+    record = Record(parts=[PartResult(num_slices=2), PartResult(first_slice=2, num_slices=2)])
+    record.parts[0].rejections.add(peer_key=ME, cosine=-0.5, min_cosine=0.125)
+    record.parts[1].shares.add(peer_key=ME, weight_tokens=10, clipped_to=0.25)
+    record.parts[1].shares.add(peer_key=OTHER, weight_tokens=10)
+    told = tell_verdicts(record, ME)
+    assert "1 of 2 parts" in told["rejected"] and "-0.50" in told["rejected"] and "0.12" in told["rejected"]
+    assert "1 of 1 parts" in told["clipped"] and "25%" in told["clipped"]
+    assert tell_verdicts(record, OTHER) == {}
 
 
 def test_what_is_owed_over_a_hundred_absent_rounds_is_right_on_average() -> None:
@@ -290,7 +348,8 @@ def reduced(shard: Shard, ballot: Ballot, values: np.ndarray) -> tuple[Record, d
 
 def test_what_averages_lose_is_added_to_the_next_average_of_the_same_slices() -> None:
     """Over many rounds averages in 2 bits add up to the movement: the reducer owes what each of them lost."""
-    shard = Shard(SPARSE_SPEC.model_copy(update={"rounds": INT2_ROUNDS}), 0, np.zeros(NUM_VALUES, np.float32))
+    rules = {"rounds": INT2_ROUNDS, "robust": Robust(rule="none")}
+    shard = Shard(SPARSE_SPEC.model_copy(update=rules), 0, np.zeros(NUM_VALUES, np.float32))
     values = np.random.default_rng(3).standard_normal(2 * SLICE_VALUES).astype(np.float32)
     total = np.zeros(2 * SLICE_VALUES, np.float64)
     errors = []
