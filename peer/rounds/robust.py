@@ -124,7 +124,8 @@ def _measure(offers: Sequence[Offer], num_values: int) -> tuple[list[float], npt
         products_NN += (rows_NV @ rows_NV.T) * np.outer(scales_N, scales_N)
     norms_N = np.sqrt(np.diagonal(products_NN))
     divisors_N = np.where(norms_N > 0, norms_N, 1.0)
-    return norms_N.tolist(), products_NN / np.outer(divisors_N, divisors_N)
+    # Rounded products can make a cosine of parallel vectors a little more than 1, which members would refuse.
+    return norms_N.tolist(), np.clip(products_NN / np.outer(divisors_N, divisors_N), -1, 1)
 
 
 def _limits(offers: Sequence[Offer], norms: Sequence[float], sizes: Sequence[float]) -> list[float]:

@@ -243,3 +243,15 @@ def test_no_more_than_a_slice_of_each_contribution_is_in_fp32_at_once() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 * (num_values + 2 * count * SLICE_VALUES)
+
+
+def test_a_rejected_cosine_is_a_possible_one() -> None:
+    """Of exact opposites, whatever rounding makes of their products: members refuse a cosine below -1."""
+    for seed in range(20):
+        values = np.random.default_rng(seed).standard_normal(1000).astype(np.float32)
+        offers = [
+            Offer(decode=lambda first, last, v=v: v[first:last].copy(), tokens=1, rung="int8")
+            for v in [values, values, values, values, values * np.float32(-0.7)]
+        ]
+        verdicts = judge(offers, len(values), RULE)
+        assert verdicts[-1].is_dropped and min(verdict.cosine for verdict in verdicts) >= -1
