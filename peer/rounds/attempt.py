@@ -59,6 +59,14 @@ class Attempt:
     def members(self) -> list[bytes]:
         return [member.peer_key for member in self.open.members]
 
+    def most_tokens(self, contributor: bytes) -> int:
+        """What a contribution may weigh at most: twice what its sender told before the round was opened, and twice an
+        even share of the round's tokens. Statuses lag behind, and training goes on until the snapshot.
+        """
+        told = {member.peer_key: member.tokens for member in self.open.members}
+        even_share = -(-self.settings.round_tokens // len(self.contributors))
+        return min(2 * (told[contributor] + even_share), self.settings.max_weight_tokens)
+
     def reducer_of(self, part: int) -> bytes:
         return bytes(self.open.members[self.open.parts[part].reducer].peer_key)
 
@@ -107,7 +115,8 @@ class Attempt:
         for key in self.contributors:
             weight, codec, encoded = self.contributions.pop((part, key), (0, "", b""))
             if weight:
-                contributions.append((Share(peer_key=key, weight_tokens=weight), codec, encoded))
+                share = Share(peer_key=key, weight_tokens=min(weight, self.most_tokens(key)))
+                contributions.append((share, codec, encoded))
         return Reduce(
             self.ballot,
             part,
@@ -127,7 +136,7 @@ class Attempt:
             if -1 in order or any(a >= b for a, b in itertools.pairwise(order)):
                 raise ProtocolError("an average that counts somebody twice, or somebody who is no contributor")
         check_verdicts(message.shares, message.rejections)
-        if any(not 0 < s.weight_tokens <= self.settings.max_weight_tokens for s in message.shares):
+        if any(not 0 < share.weight_tokens <= self.most_tokens(share.peer_key) for share in message.shares):
             raise ProtocolError("an average with a weight out of bounds")
         expected = self.part_size_bytes(message.part) if message.shares else 0
         if len(message.encoded) != expected:

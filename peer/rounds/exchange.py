@@ -361,7 +361,7 @@ class Exchange:
         async with self._at_work:
             taken = bool(await self._blocking(apply))
         if taken and snapshot is not None:
-            self._uncounted_from += snapshot.tokens
+            self._uncounted_from += min(snapshot.tokens, tokens_by_peer(action.record).get(me, snapshot.tokens))
         movement_then = None if snapshot is None or snapshot.was_reset else snapshot.movement
         await trainer.land(self.shard.anchor, movement_then, action.record.round + 1)
         return taken

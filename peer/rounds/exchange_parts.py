@@ -112,13 +112,15 @@ def round_settings(parts: ExchangeParts, head: LogHead, spill: Spill) -> RoundSe
         check_contribution=shard.check_contribution,
         check_part=shard.check_part,
         sign_vote=lambda payload: parts.identity.sign(VOTE_CONTEXT, head.run_id, payload),
-        max_weight_tokens=4 * schedule.tokens_of_round(rounds, head.round + 1),
+        round_tokens=tokens,
+        max_weight_tokens=4 * tokens,
         max_members=rounds.max_members,
         may_vote=head.round == parts.ledger.head.round,  # not while replaying what is decided
         reduce_timeout_s=rounds.reduce_timeout_s,
         takeover_timeout_s=rounds.takeover_timeout_s,
         keep=spill.put,
     )
+    tokens = schedule.tokens_of_round(rounds, head.round + 1)
 
 
 def choose_codec(shard: Shard, machine: RoundMachine, num_members: int, round_s: float | None) -> str:

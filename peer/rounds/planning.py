@@ -33,6 +33,8 @@ class Candidate:
     key: bytes
     trains: bool
     upload_bps: int
+    tokens: int = 0
+    """trained on towards this round"""
 
 
 def num_slices(num_values: int) -> int:
@@ -62,7 +64,8 @@ def takeover_rank(order: Sequence[bytes], me: bytes, after: bytes | None) -> int
 def choose_members(candidates: Iterable[Candidate], max_members: int, leader: bytes) -> list[Member]:
     """The leader, then contributors before receivers, faster uplinks first where not all fit; given in key order."""
     ranked = sorted(candidates, key=lambda c: (c.key != leader, not c.trains, -c.upload_bps, c.key))[:max_members]
-    return [Member(peer_key=c.key, contributes=c.trains) for c in sorted(ranked, key=lambda c: c.key)]
+    ordered = sorted(ranked, key=lambda c: c.key)
+    return [Member(peer_key=c.key, contributes=c.trains, tokens=c.tokens) for c in ordered]
 
 
 def split_parts(members: Sequence[Member], upload_bps: dict[bytes, int], slices: int) -> list[Part]:

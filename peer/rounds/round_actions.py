@@ -32,7 +32,10 @@ class RoundSettings:
     check_part: Callable[[int, int, bytes], None]
     """(first_slice, num_slices, encoded): raises `ProtocolError` unless it decodes to finite numbers"""
     sign_vote: Callable[[bytes], Signed]
+    round_tokens: int
+    """after which the round opens"""
     max_weight_tokens: int
+    """more is refused: what one peer trained while rounds did not come about"""
     max_members: int
     may_vote: bool
     reduce_timeout_s: float

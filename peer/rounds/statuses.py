@@ -93,7 +93,10 @@ def make_view(statuses: Mapping[bytes, Status], mine: Status, me: bytes, target_
         if not status.leaving
         and (status.round, status.log_digest, status.state_digest) == (mine.round, mine.log_digest, mine.state_digest)
     ]
-    candidates = tuple(Candidate(key=k, trains=s.trains, upload_bps=s.upload_bps) for k, s in sorted(alike, key=_key))
+    candidates = tuple(
+        Candidate(key=key, trains=status.trains, upload_bps=status.upload_bps, tokens=status.tokens)
+        for key, status in sorted(alike, key=_key)
+    )
     return View(candidates=candidates, ready=sum(s.tokens for _, s in alike if s.trains) >= target_tokens)
 
 

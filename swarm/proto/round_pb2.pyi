@@ -52,12 +52,14 @@ class Ballot(_message.Message):
     def __init__(self, number: _Optional[int] = ..., leader: _Optional[bytes] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("peer_key", "contributes")
+    __slots__ = ("peer_key", "contributes", "tokens")
     PEER_KEY_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     peer_key: bytes
     contributes: bool
-    def __init__(self, peer_key: _Optional[bytes] = ..., contributes: _Optional[bool] = ...) -> None: ...
+    tokens: int
+    def __init__(self, peer_key: _Optional[bytes] = ..., contributes: _Optional[bool] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Part(_message.Message):
     __slots__ = ("first_slice", "num_slices", "reducer")

@@ -96,6 +96,7 @@ class Machines:
             check_contribution=lambda first, count, codec, encoded: None,
             check_part=lambda first, count, encoded: None,
             sign_vote=lambda payload: peer.identity.sign(VOTE_CONTEXT, RUN_ID, payload),
+            round_tokens=250,
             max_weight_tokens=1000,
             max_members=self.max_members,
             may_vote=True,

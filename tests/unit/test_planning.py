@@ -49,11 +49,12 @@ def test_takeover_rank(case: str, me: int, after: int | None, rank: int) -> None
 def test_contributors_and_fast_uplinks_come_first_where_not_all_fit() -> None:
     candidates = [
         Candidate(key=KEYS[0], trains=False, upload_bps=10**9),
-        Candidate(key=KEYS[1], trains=True, upload_bps=10),
+        Candidate(key=KEYS[1], trains=True, upload_bps=10, tokens=7),
         Candidate(key=KEYS[2], trains=True, upload_bps=1000),
     ]
     assert [m.peer_key for m in choose_members(candidates, 2, KEYS[1])] == [KEYS[1], KEYS[2]]
     assert [m.contributes for m in choose_members(candidates, 3, KEYS[1])] == [False, True, True]
+    assert [m.tokens for m in choose_members(candidates, 3, KEYS[1])] == [0, 7, 0], "what each told"
     assert [m.peer_key for m in choose_members(candidates, 2, KEYS[0])] == [KEYS[0], KEYS[2]], "the leader is always in"
 
 

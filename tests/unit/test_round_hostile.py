@@ -15,6 +15,7 @@ from swarm.proto.round_pb2 import (
     Average,
     Ballot,
     Commit,
+    Contribution,
     OpenRound,
     PartResult,
     Prepare,
@@ -206,6 +207,37 @@ def test_an_average_with_false_rejections_is_refused(case: str, told: str) -> No
     forged = RoundMessage(round=machines.head.round + 1, ballot=to_message(attempt.ballot), average=average)
     with pytest.raises(SwarmError, match=told):
         target.machine.on_message(attempt.reducer_of(0), forged, machines.now)
+
+
+def test_a_claimed_weight_counts_for_no_more_than_was_told_before_and_an_average_cannot_say_otherwise() -> None:
+    """Twice what the sender's status told, and twice an even share of the round's tokens; far more is refused."""
+    machines = gathering()
+    machine = next(
+        p.machine for p in machines.peers if p.machine and p.machine.attempt and p.machine.attempt.my_parts()
+    )
+    attempt = machine.attempt
+    assert attempt is not None
+    first, second = attempt.contributors[:2]
+    even_share = -(-machine.settings.round_tokens // len(attempt.contributors))
+    next(member for member in attempt.open.members if member.peer_key == first).tokens = 100
+    assert (attempt.most_tokens(first), attempt.most_tokens(second)) == (200 + 2 * even_share, 2 * even_share)
+
+    claim = Contribution(part=attempt.my_parts()[0], state_digest=b"s" * 32, codec="int8", encoded=b"c")
+    claim.weight_tokens = machine.settings.max_weight_tokens + 1
+    with pytest.raises(SwarmError, match="more than the round allows"):
+        attempt.on_contribution(first, claim)
+    claim.weight_tokens = machine.settings.max_weight_tokens
+    attempt.contributions.clear()
+    attempt.reduced.clear()
+    for key in (first, second):
+        attempt.on_contribution(key, claim)
+    reduce = next(work for work in attempt.due_reductions(attempt.deadline) if work.part == claim.part)
+    assert [share.weight_tokens for share, _, _ in reduce.contributions] == [200 + 2 * even_share, 2 * even_share]
+
+    share = Share(peer_key=second, weight_tokens=2 * even_share + 1)
+    average = Average(part=0, shares=[share], encoded=b"a" * attempt.part_size_bytes(0))
+    with pytest.raises(SwarmError, match="a weight out of bounds"):
+        attempt.on_average(attempt.reducer_of(0), average)
 
 
 def test_a_rejection_is_in_the_record_and_its_peer_is_not_silent() -> None:

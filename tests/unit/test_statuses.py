@@ -94,7 +94,8 @@ def test_only_those_who_stand_where_we_stand_are_candidates() -> None:
         b"g" * 32: status(trains=False, tokens=999),
     }
     view = make_view(others, mine, PEER.public_key, 110)
-    assert {candidate.key for candidate in view.candidates} == {b"a" * 32, b"g" * 32, PEER.public_key}
+    told = {candidate.key: candidate.tokens for candidate in view.candidates}
+    assert told == {b"a" * 32: 60, b"g" * 32: 999, PEER.public_key: 50}
     assert view.ready
     assert not make_view(others, mine, PEER.public_key, 111).ready, "a seed peer's tokens do not count"
 
