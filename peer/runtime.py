@@ -245,9 +245,12 @@ class Peer:
             "absent parts": sum(1 for part in record.parts if not part.digest),
             "state digest": committed.state_digest.hex(),
         }
-        values |= tell_verdicts(record, self.exchange.parts.identity.public_key)
-        if "rejected" in values:
-            self.watch(News(kind="rejected", values={"round": head.round, "reason": values["rejected"]}))
+        verdicts = tell_verdicts(committed, self.joined.identity.public_key)
+        for kind in ("refused", "rejected"):
+            if kind in verdicts:
+                logger.warning("round %d: %s: %s", head.round, kind, verdicts[kind])
+                self.watch(News(kind=kind, values={"round": head.round, "reason": verdicts[kind]}))
+        values |= verdicts
         self.watch(News(kind="commit", values=values))
         self.reporter.tell_soon()
         self._consider_end()

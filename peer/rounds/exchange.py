@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from peer.p2p.fetch import fetch_chunk
 from peer.p2p.spill import Spill
-from peer.rounds.exchange_parts import Committed, EarlyMessages, ExchangeParts, choose_codec, round_settings
+from peer.rounds.exchange_parts import Committed, EarlyMessages, ExchangeParts, Refusals, choose_codec, round_settings
 from peer.rounds.round import RoundMachine
 from peer.rounds.round_actions import Action, Apply, Fetch, Persist, Reduce, Send, TakeSnapshot, View
 from peer.rounds.shard import ReplicaSnapshot
@@ -52,7 +52,7 @@ class Exchange:
         self._state_lock = asyncio.Lock()
         self._spill = Spill(parts.ledger.folder)
         self.shard.reducer_debt.keep = self._spill.put
-        self._early = EarlyMessages(self._spill)
+        self._early, self._refusals = EarlyMessages(self._spill), Refusals()
         # One part at a time is in memory, encoded, averaged or made a message of; and as few are being fetched.
         self._at_work = asyncio.Lock()
         self._fetches = asyncio.Semaphore(MAX_FETCHES)
@@ -219,7 +219,7 @@ class Exchange:
             log.debug("round %d: %s", machine.settings.round, error)
             self._event(machine, lambda now: machine.on_unreachable(send.to, now))
         except SwarmError as error:
-            log.info("round %d: refused: %s", machine.settings.round, error)
+            self._refusals.hear(send.message, str(error))
 
     async def _request(self, send: Send) -> Kept:
         """A message's bytes; those of a large one on disk, as it may take long until they have left."""
@@ -327,8 +327,9 @@ class Exchange:
         self.head, self._snapshot, self._round_began_at = head, None, self._now()
         self._machine = self._new_machine()
         self._begin_round()
-        committed = Committed(record=action.record, head=head, state_digest=self.shard.state_digest, counted=counted)
-        await self.parts.on_commit(committed)
+        state, refused = self.shard.state_digest, self._refusals.take()
+        told = Committed(record=action.record, head=head, state_digest=state, counted=counted, refused=refused)
+        await self.parts.on_commit(told)
         if self.parts.ledger.is_state_due(head.round):
             await self._blocking(lambda: self.parts.ledger.save_state(head.round, self.shard))
 

@@ -24,6 +24,7 @@ from swarm.log import VOTE_CONTEXT, LogHead
 from swarm.proto.round_pb2 import Record, RoundMessage
 
 MAX_EARLY_MESSAGES = 256
+MAX_REASONS = 8
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class Committed:
     state_digest: bytes
     counted: bool
     """our contribution is in it"""
+    refused: tuple[str, ...] = ()
+    """why reducers refused parts of our contribution when they arrived"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,9 +100,26 @@ class EarlyMessages:
             yield sender, RoundMessage.FromString(request[:])
 
 
+class Refusals:
+    """Why reducers refused what we contributed to a round: each reason once, for a person to see."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[str, None] = {}
+
+    def hear(self, message: RoundMessage, reason: str) -> None:
+        log.info("round %d: refused: %s", message.round, reason)
+        if message.HasField("contribution") and len(self._reasons) < MAX_REASONS:
+            self._reasons[reason] = None
+
+    def take(self) -> tuple[str, ...]:
+        reasons, self._reasons = tuple(self._reasons), {}
+        return reasons
+
+
 def round_settings(parts: ExchangeParts, head: LogHead, spill: Spill) -> RoundSettings:
     """What the round after ``head`` goes by, as the replica of ``parts`` sees it."""
     shard, rounds = parts.shard, parts.shard.spec.rounds
+    tokens = schedule.tokens_of_round(rounds, head.round + 1)
     return RoundSettings(
         me=parts.identity.public_key,
         head=head,
@@ -120,7 +140,6 @@ def round_settings(parts: ExchangeParts, head: LogHead, spill: Spill) -> RoundSe
         takeover_timeout_s=rounds.takeover_timeout_s,
         keep=spill.put,
     )
-    tokens = schedule.tokens_of_round(rounds, head.round + 1)
 
 
 def choose_codec(shard: Shard, machine: RoundMachine, num_members: int, round_s: float | None) -> str:
@@ -141,12 +160,13 @@ def choose_codec(shard: Shard, machine: RoundMachine, num_members: int, round_s:
     return codec
 
 
-def tell_verdicts(record: Record, me: bytes) -> dict[str, str]:
-    """What reducers rejected or clipped of the contribution of ``me``, and why, for people; empty for neither."""
+def tell_verdicts(committed: Committed, me: bytes) -> dict[str, str]:
+    """What reducers refused, rejected or clipped of the contribution of ``me``, and why, for people."""
+    record = committed.record
     rejected = [rejection for part in record.parts for rejection in part.rejections if rejection.peer_key == me]
     shares = [share for part in record.parts for share in part.shares if share.peer_key == me]
     clipped = [share.clipped_to for share in shares if share.clipped_to > 0]
-    told = {}
+    told = {"refused": "; ".join(committed.refused)} if committed.refused else {}
     if rejected:
         worst = min(rejected, key=lambda rejection: rejection.cosine)
         told["rejected"] = (

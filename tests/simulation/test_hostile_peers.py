@@ -174,6 +174,7 @@ def test_a_bad_contribution_is_refused_by_name_and_counted_nowhere(tmp_path: Pat
         await swarm.until_round(first + 2, ["seed", "v0", "v1"])
         assert done.sent
         assert {told in str(refusal) for refusal in done.refusals} == ({True} if told else set())
+        assert any(told in reason for c in bad.commits for reason in c.refused) == bool(told), "its person sees why"
         # What it averages itself holds its own contribution, which travelled nowhere.
         parts = [part for part in parts_since(swarm, first) if part.digest not in done.averages]
         counted = {share.peer_key for part in parts for share in part.shares}
@@ -401,9 +402,9 @@ def test_a_replica_that_moves_the_other_way_is_rejected_and_told_and_owes_nothin
         trainer.snapshot = snapshot  # type: ignore[method-assign]
         await swarm.until_round(6, ["seed", *names])
         swarm.assert_equal_states()
-        told = [committed for committed in bad.commits if tell_verdicts(committed.record, bad.key).get("rejected")]
+        told = [committed for committed in bad.commits if tell_verdicts(committed, bad.key).get("rejected")]
         assert told and not any(committed.counted for committed in told)
-        assert not any(tell_verdicts(c.record, swarm.peers["v0"].key).get("rejected") for c in bad.commits)
+        assert not any(tell_verdicts(c, swarm.peers["v0"].key).get("rejected") for c in bad.commits)
         rejected = [p for c in told for p in c.record.parts if bad.key in {r.peer_key for r in p.rejections}]
         assert rejected and not any(bad.key in {share.peer_key for share in part.shares} for part in rejected)
         # Were it owed, it would grow from round to round.

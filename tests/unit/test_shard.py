@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from peer.rounds.blocks import BLOCK_VALUES
 from peer.rounds.codec import CODECS
-from peer.rounds.exchange_parts import tell_verdicts
+from peer.rounds.exchange_parts import Committed, tell_verdicts
 from peer.rounds.paxos import Ballot, to_message
 from peer.rounds.planning import SLICE_VALUES
 from peer.rounds.reducer_debt import MAX_ATTEMPTS, ReducerDebt
@@ -19,6 +20,7 @@ from peer.rounds.shard import ReplicaSnapshot, Shard, StateBuffers, load_state
 from swarm import digest
 from swarm.errors import DigestError, ProtocolError
 from swarm.identity import Identity
+from swarm.log import LogHead
 from swarm.proto.round_pb2 import Average, OpenRound, Part, PartResult, Record, Share
 from swarm.run_spec import Robust, Rounds
 from tests.simulation.swarm_in_memory import make_spec
@@ -230,10 +232,15 @@ def test_a_contributor_is_told_what_was_rejected_or_clipped_and_the_others_are_t
     record.parts[0].rejections.add(peer_key=ME, cosine=-0.5, min_cosine=0.125)
     record.parts[1].shares.add(peer_key=ME, weight_tokens=10, clipped_to=0.25)
     record.parts[1].shares.add(peer_key=OTHER, weight_tokens=10)
-    told = tell_verdicts(record, ME)
+    head = LogHead(run_id=b"r" * 20, shard=0, round=1, log_digest=b"", voters=(), total_tokens=10)
+    committed = Committed(
+        record=record, head=head, state_digest=b"", counted=True, refused=("another state", "too heavy")
+    )
+    told = tell_verdicts(committed, ME)
+    assert told["refused"] == "another state; too heavy"
     assert "1 of 2 parts" in told["rejected"] and "-0.50" in told["rejected"] and "0.12" in told["rejected"]
     assert "1 of 1 parts" in told["clipped"] and "25%" in told["clipped"]
-    assert tell_verdicts(record, OTHER) == {}
+    assert tell_verdicts(dataclasses.replace(committed, refused=()), OTHER) == {}
 
 
 def test_what_is_owed_over_a_hundred_absent_rounds_is_right_on_average() -> None:
