@@ -176,10 +176,10 @@ class Robust(Section):
         0.5, ge=0, lt=1, description="a cosine below this fraction of the median cosine is dropped"
     )
     max_weight_ratio: float = Field(
-        1.25,
+        4.0,
         ge=1,
         le=64,
-        description="most times the median weight that one counts for; more suits trusted, unequal peers",
+        description="most times the median weight that one counts for; 1.25 suits open runs of peers alike",
     )
 
 
