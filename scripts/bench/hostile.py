@@ -4,9 +4,11 @@
 
 Ten peers train a byte-level LLaMA of 0.1 M parameters in one process; rounds are made of the real offer, encode, check,
 reduce, settle and apply, every part at its own reducer, which is honest. A share of the peers is hostile
-(`hostile_attacks`), from the first round or after a third of them. ``gap_percent`` compares with ten honest peers under
-the plain mean: it holds what the rule costs and what the missing peers cost. A full run takes about
-25 minutes of one core; every finished cell is a file in FOLDER and is not made again.
+(`hostile_attacks`), from the first round or after a third of them, and claims as many tokens as an honest peer trained.
+Beside it, at 30 %: every peer on a rung of its own, without momentum; and hostile peers that claim the most that is
+admitted. ``gap_percent`` compares with ten honest peers under the plain mean: it holds what the rule costs and what the
+missing peers cost. A full run takes about 40 minutes of one core; every finished cell is a file in FOLDER and is not
+made again.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ import torch
 from hostile_attacks import ATTACKS, Known
 from report import print_result
 
-from peer.rounds.codec import Float32
+from peer.rounds.codec import CODECS, Float32
 from peer.rounds.paxos import to_message
-from peer.rounds.planning import num_slices, split_parts
+from peer.rounds.planning import num_slices, part_values, split_parts
 from peer.rounds.round_actions import Reduce
 from peer.rounds.shard import ReplicaSnapshot, Shard
 from peer.training.fp32_replica import Replica
@@ -48,6 +50,8 @@ PEERS = 10
 SHARES_PERCENT = (30, 10, 40)
 RULES = ("none", "clip_and_drop")
 STARTS = ("at once", "after warm-up")
+RUNGS = {"uniform": ("int8",), "mixed": ("int8", "int4", "int2", "topk")}
+CLAIMS = ("as honest", "the most")
 KEYS = [bytes([index]) * 32 for index in range(PEERS)]
 BALLOT = (1, KEYS[0])
 VOCAB = 256
@@ -84,6 +88,8 @@ class Cell:
     attack: str = ""
     share_percent: int = 0
     start: str = STARTS[0]
+    rungs: str = "uniform"
+    claims: str = CLAIMS[0]
 
     @property
     def name(self) -> str:
@@ -93,8 +99,12 @@ class Cell:
     def num_hostile(self) -> int:
         return PEERS * self.share_percent // 100
 
+    def codec(self, index: int) -> str:
+        """The rung of a peer."""
+        return RUNGS[self.rungs][index % len(RUNGS[self.rungs])]
 
-def spec_of(setting: Setting, rule: str) -> RunSpec:
+
+def spec_of(setting: Setting, rule: str, rungs: str = "uniform") -> RunSpec:
     nothing = "0" * 64
     config = {
         "hidden_size": setting.hidden,
@@ -113,8 +123,8 @@ def spec_of(setting: Setting, rule: str) -> RunSpec:
         model=Model(family="llama", config=config),
         data=Data(manifest_digest=nothing, tokenizer_digest=nothing, sequence_length=setting.length),
         inner=Inner(optimizer="adamw", weights="fp32", learning_rate=setting.learning_rate, beta2=0.95),
-        outer=Outer(momentum_warmup_rounds=8),
-        rounds=Rounds(tokens_per_round=tokens_per_round),
+        outer=Outer(momentum_warmup_rounds=8) if rungs == "uniform" else Outer(momentum=0),
+        rounds=Rounds(tokens_per_round=tokens_per_round, contribution_codecs=RUNGS[rungs]),
         robust=Robust(rule=rule),
     )
 
@@ -153,14 +163,18 @@ class Swarm:
     def commit(self, number: int, num_hostile: int) -> bool:
         """One round as peers make it; False where an honest replica is no longer finite."""
         honest = range(PEERS - num_hostile)
-        snapshots = [self.shards[i].offer(self.replicas[i].movement(), self.setting.tokens_each) for i in honest]
+        snapshots = [
+            self.shards[i].offer(self.replicas[i].movement(), self.setting.tokens_each, self.cell.codec(i))
+            for i in honest
+        ]
         sound = [snapshot for snapshot in snapshots if snapshot is not None]
         if len(sound) < len(snapshots):
             return False
         by_peer = [self._encode(self.shards[i], sound[i]) for i in honest]
         known = np.stack([self.shards[i].owed(self.everything) - sound[i].movement[:] for i in honest])
         for index in range(num_hostile):
-            by_peer.append(self._craft(Known(honest_HN=known, index=index, random=self.random)))
+            codec = self.cell.codec(len(honest) + index)
+            by_peer.append(self._craft(Known(honest_HN=known, index=index, random=self.random), codec))
         record, parts = Record(round=number, opened_by=to_message(BALLOT)), {}
         for place, part in enumerate(self.opened.parts):
             contributions = tuple(self._admitted(place, by_peer, num_hostile))
@@ -180,19 +194,21 @@ class Swarm:
     def _encode(self, shard: Shard, snapshot: ReplicaSnapshot) -> list[bytes]:
         return [shard.encode(snapshot, part) for part in self.opened.parts]
 
-    def _craft(self, known: Known) -> list[bytes]:
+    def _craft(self, known: Known, codec: str) -> list[bytes]:
         shard, vector = self.shards[0], ATTACKS[self.cell.attack](known)
         if vector is None:
-            return [b"\xff" * shard.part_size_bytes(part.first_slice, part.num_slices) for part in self.opened.parts]
-        movement, codec = shard.owed(self.everything) - vector, self.spec.rounds.ladder[0]
+            values = [part_values(p.first_slice, p.num_slices, shard.num_values) for p in self.opened.parts]
+            return [b"\xff" * CODECS[codec].encoded_size(v.stop - v.start) for v in values]
+        movement = shard.owed(self.everything) - vector
         return self._encode(shard, ReplicaSnapshot(movement=movement, tokens=1, codec=codec))
 
     def _admitted(self, place: int, by_peer: list[list[bytes]], num_hostile: int) -> Iterator[tuple[Share, str, bytes]]:
         """What a reducer keeps on arrival, with the weights that are claimed."""
-        codec, part = self.spec.rounds.ladder[0], self.opened.parts[place]
+        part = self.opened.parts[place]
         for index, encoded in enumerate(by_peer):
-            is_hostile = index >= PEERS - num_hostile
-            tokens = 4 * self.spec.rounds.tokens_per_round if is_hostile else self.setting.tokens_each
+            is_greedy = index >= PEERS - num_hostile and self.cell.claims == CLAIMS[1]
+            tokens = 4 * self.spec.rounds.tokens_per_round if is_greedy else self.setting.tokens_each
+            codec = self.cell.codec(index)
             try:
                 self.shards[0].check_contribution(part.first_slice, part.num_slices, codec, encoded[place])
             except ProtocolError:
@@ -235,7 +251,7 @@ def batch(text: np.ndarray, setting: Setting, seed: list[int]) -> np.ndarray:
 
 def run_cell(cell: Cell, setting: Setting, text: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
     started = time.process_time()
-    spec = spec_of(setting, cell.rule)
+    spec = spec_of(setting, cell.rule, cell.rungs)
     swarm = Swarm(spec, setting, cell)
     anchor = swarm.train(text[0])
     starts = np.linspace(0, len(text[1]) - setting.length - 2, setting.validation_sequences).astype(np.int64)
@@ -254,45 +270,56 @@ def run_cell(cell: Cell, setting: Setting, text: tuple[np.ndarray, np.ndarray]) 
 
 
 def cells(seeds: list[int], attacks: list[str]) -> Iterator[Cell]:
-    """Honest swarms first, then a share of 30 %, beside it the plain mean for the first seed, then the other shares."""
-    for seed, rule in itertools.product(seeds, RULES):
-        yield Cell(rule=rule, seed=seed)
-    for share, seed, attack, start in itertools.product(SHARES_PERCENT, seeds, attacks, STARTS):
+    """Honest swarms, then 30 % in every way (beside it the plain mean for the first seed), then the other shares."""
+    for seed, rungs, rule in itertools.product(seeds, RUNGS, RULES):
+        yield Cell(rule=rule, seed=seed, rungs=rungs)
+    usual = SHARES_PERCENT[0]
+    for seed, attack in itertools.product(seeds, attacks):
+        here = Cell(rule="clip_and_drop", seed=seed, attack=attack, share_percent=usual)
+        for start, rungs in itertools.product(STARTS, RUNGS):
+            yield dataclasses.replace(here, start=start, rungs=rungs)
+        yield dataclasses.replace(here, claims=CLAIMS[1])
+        if seed == seeds[0]:
+            yield dataclasses.replace(here, rule="none")
+    for share, seed, attack, start in itertools.product(SHARES_PERCENT[1:], seeds, attacks, STARTS):
         yield Cell(rule="clip_and_drop", seed=seed, attack=attack, share_percent=share, start=start)
-        if share == SHARES_PERCENT[0] and seed == seeds[0]:
-            yield Cell(rule="none", seed=seed, attack=attack, share_percent=share, start=start)
 
 
 def figures_of(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Gaps in percent; None where a run diverged. ``gap_percent`` is the worse start's mean over seeds."""
-    clean = {r["seed"]: r["loss"] for r in results if r["rule"] == "none" and not r["attack"]}
-    gaps: dict[tuple[str, str, int, str], list[float]] = {}
+    """Gaps in percent, means over seeds; None where a run diverged. ``gap_percent``: the worst start and rungs."""
+    clean = {(r["seed"], r["rungs"]): r["loss"] for r in results if r["rule"] == "none" and not r["attack"]}
+    gaps: dict[tuple[str, ...], list[float]] = {}
     for r in results:
-        gap = math.inf if r["loss"] is None else 100 * (r["loss"] / clean[r["seed"]] - 1)
-        gaps.setdefault((r["rule"], r["attack"], r["share_percent"], r["start"]), []).append(gap)
-    gap_percent: dict[str, dict[str, float | None]] = {}
+        gap = math.inf if r["loss"] is None else 100 * (r["loss"] / clean[r["seed"], r["rungs"]] - 1)
+        key = (r["rule"], r["attack"], str(r["share_percent"]), r["start"], r["rungs"], r["claims"])
+        gaps.setdefault(key, []).append(gap)
+    gap_percent: dict[str, dict[str, float]] = {}
+    greedy: dict[str, float | None] = {}
     plain_mean: dict[str, float | None] = {}
-    print(f"{'attack':22} {'hostile':>8} {'start':16} {'rule':14} {'gap %':>10}   every seed")
-    for (rule, attack, share, start), values in gaps.items():
-        mean = statistics.mean(values)
-        listed = " ".join(f"{value:.2f}" for value in values)
-        print(f"{attack or 'none':22} {share:6} % {start:16} {rule:14} {mean:10.2f}   {listed}")
+    print(
+        f"{'rule':14} {'attack':20} {'hostile %':9} {'start':14} {'rungs':8} {'claims':10} {'gap %':>10}   every seed"
+    )
+    for key, values in gaps.items():
+        rule, attack, share, start, rungs, claims = key
+        mean, listed = statistics.mean(values), " ".join(f"{value:.2f}" for value in values)
+        print(f"{rule:14} {attack:20} {share:9} {start:14} {rungs:8} {claims:10} {mean:10.2f}   {listed}")
         if attack and rule == "none":
-            plain_mean[attack] = _finite(max(mean, gaps[rule, attack, share, STARTS[0]][0]))
+            plain_mean[attack] = _finite(mean)
+        elif attack and claims == CLAIMS[1]:
+            greedy[attack] = _finite(mean)
         elif attack:
-            worst = max(statistics.mean(gaps.get((rule, attack, share, each), [-math.inf])) for each in STARTS)
-            gap_percent.setdefault(attack, {})[str(share)] = _finite(worst)
+            worst = gap_percent.setdefault(attack, {})
+            worst[share] = max(mean, worst.get(share, -math.inf))
     dropped = [r["honest_dropped_percent"] for r in results if r["rule"] != "none"]
+    honest = {rungs: gaps["clip_and_drop", "", "0", STARTS[0], rungs, CLAIMS[0]] for rungs in RUNGS}
     return {
-        "gap_percent": gap_percent,
-        "honest_gap_percent": _finite(statistics.mean(gaps["clip_and_drop", "", 0, STARTS[0]])),
+        "gap_percent": {attack: {s: _finite(gap) for s, gap in worst.items()} for attack, worst in gap_percent.items()},
+        "claiming_the_most_gap_percent": greedy,
+        "honest_gap_percent": {rungs: _finite(statistics.mean(values)) for rungs, values in honest.items()},
         "plain_mean_gap_percent": plain_mean,
-        "clean_loss": {str(seed): round(loss, 4) for seed, loss in clean.items()},
+        "clean_loss": {f"{rungs}, seed {seed}": round(loss, 4) for (seed, rungs), loss in clean.items()},
         "honest_parts_dropped_percent": {"mean": _finite(statistics.mean(dropped)), "worst": _finite(max(dropped))},
-        "gaps_by_seed": {
-            f"{rule}, {attack or 'no attack'}, {share} %, {start}": [_finite(value) for value in values]
-            for (rule, attack, share, start), values in gaps.items()
-        },
+        "gaps_by_seed": {", ".join(key): [_finite(value) for value in values] for key, values in gaps.items()},
     }
 
 
