@@ -259,7 +259,7 @@ class Exchange:
             raise  # the person has to see to it: nothing could ever be sent again
         except ResourceError as error:
             log.warning("round %d: nothing to contribute: %s", machine.settings.round, error)
-        weight, codec = (snapshot.tokens, snapshot.codec) if snapshot is not None and encoded else (0, "")
+        weight, codec = snapshot.offer_to(action.ballot) if snapshot is not None and encoded else (0, "")
         self._event(machine, lambda now: machine.on_snapshot(action.ballot, weight, codec, encoded, now))
 
     def _encoded(self, snapshot: ReplicaSnapshot, part: Part) -> Kept:

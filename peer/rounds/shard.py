@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from peer.rounds import blocks
 from peer.rounds.blocks import Blocks, tiles
 from peer.rounds.codec import CODECS, Codec, Float32
 from peer.rounds.outer import OuterStep, outer_step
+from peer.rounds.paxos import Ballot, ballot_of
 from peer.rounds.planning import num_slices, part_values
 from peer.rounds.reducer_debt import ReducerDebt
 from peer.rounds.robust import Offer, judge, robust_mean
@@ -47,8 +48,15 @@ class ReplicaSnapshot:
     """tokens trained since the last snapshot that a commit counted"""
     codec: str
     """rung in which every attempt of the round sends it"""
+    ballots: set[Ballot] = field(default_factory=set)
+    """attempts that it was offered to: a share of ours in another is that of our process before it was killed"""
     was_reset: bool = False
     """the replica was put back onto the anchor since: what it does now is not measured from this snapshot"""
+
+    def offer_to(self, ballot: Ballot) -> tuple[int, str]:
+        """(tokens, codec) under which an attempt gets it."""
+        self.ballots.add(ballot)
+        return self.tokens, self.codec
 
 
 class Shard:
@@ -182,13 +190,15 @@ class Shard:
         ever.
         """
         taken, codec = False, CODECS[snapshot.codec]
+        offered = ballot_of(record.opened_by) in snapshot.ballots
         for part in record.parts:
             values = self._values(part)
             owed = self._offered(snapshot.movement, values)
             judged = {*(share.peer_key for share in part.shares), *(r.peer_key for r in part.rejections)}
             if me in judged and self._is_present(part, parts):
-                taken = True
-                owed -= codec.decode(codec.encode(owed), len(owed))
+                taken = taken or offered
+                # If not, it was taken from the process that was killed here, with all that was owed from before.
+                owed -= codec.decode(codec.encode(owed), len(owed)) if offered else self.owed(values)
             if self.feedback is None:
                 self.feedback = Blocks(self.num_values)
             self.feedback.write(values, owed, record.round)

@@ -183,6 +183,7 @@ class PlainSwarm:
 def _finite(snapshot: ReplicaSnapshot | None) -> ReplicaSnapshot:
     if snapshot is None:
         raise FloatingPointError("a replica is not finite")
+    snapshot.offer_to(BALLOT)
     return snapshot
 
 

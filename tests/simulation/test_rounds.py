@@ -13,6 +13,7 @@ import pytest
 from swarm.errors import Unreachable
 from swarm.files import Kept
 from swarm.identity import Identity
+from swarm.log import tokens_by_peer
 from swarm.proto.round_pb2 import RoundMessage
 from tests.simulation.memory_transport import MemoryTransport
 from tests.simulation.swarm_in_memory import PHASES, SimulatedSwarm
@@ -245,6 +246,25 @@ def test_a_volunteer_that_dies_after_its_contributions_arrived_is_not_waited_for
         await swarm.until_round(3, ["seed", "v1", "v2"])
         assert asyncio.get_running_loop().time() - died_at < 4.0, "the reduce timeout is 8 s"
         swarm.assert_equal_states()
+
+    run(scenario())
+
+
+def test_what_a_killed_process_contributed_is_not_taken_for_its_successors(tmp_path: Path) -> None:
+    """A commit that counts the dead process's share leaves all that the new one trained meanwhile in its account."""
+
+    async def scenario() -> None:
+        swarm = await start(tmp_path)
+        victims = swarm.fail_at("v0", 3, "average")  # its contributions are on their way
+        await swarm.until(lambda: bool(victims), "the fault happened", at_most_s=120)
+        successor = await swarm.restart("v0")
+        await swarm.until(lambda: successor.round >= 3, "it applies the round", at_most_s=120)
+        (committed,) = [committed for committed in successor.commits if committed.record.round == 3]
+        assert successor.key in tokens_by_peer(committed.record), "the dead process is in the commit"
+        assert not committed.counted
+        booked = sum(tokens_by_peer(c.record)[successor.key] for c in successor.commits if c.counted)
+        assert successor.trainer is not None
+        assert successor.exchange.tokens == successor.trainer.tokens - booked
 
     run(scenario())
 

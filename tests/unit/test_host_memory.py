@@ -68,6 +68,7 @@ def offered(shard: Shard, snapshot: ReplicaSnapshot, spill: Spill) -> tuple[Reco
     """What becomes of a snapshot that three members offer alike: encoded, averaged and kept part by part."""
     ballot = (1, MEMBERS[0])
     record, parts = Record(round=1, opened_by=to_message(ballot)), {}
+    snapshot.offer_to(ballot)
     # One reducer has the largest parts, and the plan knows no better.
     for part in split_parts([Member(peer_key=MEMBERS[0], contributes=True)], {}, shard.num_slices):
         encoded = spill.put(shard.encode(snapshot, part))

@@ -12,7 +12,7 @@ import pytest
 from peer.rounds.blocks import BLOCK_VALUES
 from peer.rounds.codec import CODECS
 from peer.rounds.exchange_parts import Committed, tell_verdicts
-from peer.rounds.paxos import Ballot, to_message
+from peer.rounds.paxos import NO_BALLOT, Ballot, to_message
 from peer.rounds.planning import SLICE_VALUES
 from peer.rounds.reducer_debt import MAX_ATTEMPTS, ReducerDebt
 from peer.rounds.round_actions import Reduce
@@ -57,6 +57,7 @@ OPENED = OpenRound(parts=[Part(first_slice=0, num_slices=2), Part(first_slice=2,
 
 
 def by_part(shard: Shard, snapshot: ReplicaSnapshot) -> dict[int, bytes]:
+    snapshot.offer_to(NO_BALLOT)
     return {part.first_slice: shard.encode(snapshot, part) for part in OPENED.parts}
 
 
@@ -110,6 +111,18 @@ def test_what_a_commit_did_not_count_stays_owed_in_full(
     assert shard.settle(record, parts, snapshot, ME), case
     tail = slice(2 * SLICE_VALUES, NUM_VALUES)
     assert within_a_code(shard.owed(tail), -snapshot.movement[tail])
+
+
+def test_a_share_that_another_process_of_ours_earned_counts_for_nothing() -> None:
+    """A commit of an attempt that this snapshot was not offered to holds what was sent before we were killed."""
+    shard = make_shard()
+    snapshot = shard.offer(moved(shard, 1), 10)
+    assert snapshot is not None
+    encoded = by_part(shard, snapshot)
+    record, parts = committed(shard, encoded, {0: [ME], 2: [ME, OTHER]})
+    record.opened_by.CopyFrom(to_message((3, OTHER)))
+    assert not shard.settle(record, parts, snapshot, ME)
+    assert within_a_code(shard.owed(ALL), -snapshot.movement[:])
 
 
 def test_over_many_rounds_offers_and_debts_add_up_to_the_movement() -> None:
