@@ -17,7 +17,15 @@ from google.protobuf.message import DecodeError
 
 from peer.p2p.fetch import fetch_chunk
 from peer.p2p.spill import Spill
-from peer.rounds.exchange_parts import Committed, EarlyMessages, ExchangeParts, Refusals, choose_codec, round_settings
+from peer.rounds.exchange_parts import (
+    Committed,
+    EarlyMessages,
+    ExchangeParts,
+    Lookout,
+    Refusals,
+    choose_codec,
+    round_settings,
+)
 from peer.rounds.round import RoundMachine
 from peer.rounds.round_actions import Action, Apply, Fetch, Persist, Reduce, Send, TakeSnapshot, View
 from peer.rounds.shard import ReplicaSnapshot
@@ -56,7 +64,7 @@ class Exchange:
         # One part at a time is in memory, encoded, averaged or made a message of; and as few are being fetched.
         self._at_work = asyncio.Lock()
         self._fetches = asyncio.Semaphore(MAX_FETCHES)
-        self._ask_at = 0.0
+        self._lookout = Lookout()
         self._round_began_at: float | None = None
         self._known_commits: dict[int, tuple[bytes, Commit]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -135,14 +143,13 @@ class Exchange:
                 if self._failure is not None:
                     raise self._failure
                 wakeup = self._machine.next_wakeup()
-                timeout = 1.0 if wakeup is None else min(1.0, max(0.0, wakeup - self._now()))
+                timeout = Lookout.EVERY_S if wakeup is None else min(Lookout.EVERY_S, max(0.0, wakeup - self._now()))
                 try:
                     await asyncio.wait_for(self._wake.wait(), timeout or 0.001)
                 except (TimeoutError, asyncio.TimeoutError):
-                    machine = self._machine
-                    self._event(machine, machine.on_tick)
-                    self._ask_who_is_awaited(machine)
+                    self._event(self._machine, self._machine.on_tick)
                 self._wake.clear()
+                self._ask_who_is_awaited(self._machine)
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -150,11 +157,7 @@ class Exchange:
 
     def _ask_who_is_awaited(self, machine: RoundMachine) -> None:
         """A peer that died with its messages delivered would be waited for until the deadline: ask whether it lives."""
-        now = self._now()
-        if now < self._ask_at:
-            return
-        self._ask_at = now + machine.settings.resend_s
-        for peer in machine.awaited():
+        for peer in self._lookout.asks(machine.awaited, self._now()):
             task = asyncio.get_running_loop().create_task(self._ask(machine, peer))
             self._tasks.add(task)
             task.add_done_callback(self._done)
@@ -163,7 +166,7 @@ class Exchange:
         try:
             await self.parts.transport.call(peer, PING_METHOD, b"", timeout_s=PING_TIMEOUT_S, max_response_bytes=64)
         except Unreachable:
-            self._event(machine, lambda now: machine.on_unreachable(peer, now))
+            self._event(machine, lambda now: machine.on_gone(peer, now))
         except SwarmError as error:
             log.debug("an awaited peer is slow: %s", error)
 

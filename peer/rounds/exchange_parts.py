@@ -77,6 +77,26 @@ class ExchangeParts:
     on_commit: Callable[[Committed], Awaitable[None]]
 
 
+class Lookout:
+    """Who is asked whether it lives: whoever is awaited at two looks in a row. In a short round nobody is."""
+
+    EVERY_S = 0.5
+    AFTER_A_QUESTION_S = 1.0
+
+    def __init__(self) -> None:
+        self._awaited: set[bytes] = set()
+        self._look_at = 0.0
+
+    def asks(self, awaited: Callable[[], set[bytes]], now: float) -> set[bytes]:
+        """Who is asked now, by who is ``awaited``; after a question comes no other for a second."""
+        if now < self._look_at:
+            return set()
+        before, self._awaited = self._awaited, awaited()
+        asked = before & self._awaited
+        self._look_at = now + (self.AFTER_A_QUESTION_S if asked else self.EVERY_S)
+        return asked
+
+
 class EarlyMessages:
     """What others said of the next round while we are in this one: on disk, within bounds."""
 

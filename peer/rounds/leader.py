@@ -46,6 +46,8 @@ class Leader:
         self._votes: dict[bytes, Signed] = {}
         self._silent: set[bytes] = set()
         """members that were of no use to an earlier attempt of this round"""
+        self._gone: set[bytes] = set()
+        """who could not be reached at all in this round"""
 
     def saw(self, ballot: Ballot, now: float) -> None:
         """Somebody leads with ``ballot``: give it its time before taking over, in the order of ranks."""
@@ -57,6 +59,25 @@ class Leader:
         if self.settings.is_voter:
             rank = takeover_rank(self._order, self.settings.me, ballot[1])
             self._try_at = now + self.settings.reduce_timeout_s + rank * self.settings.takeover_timeout_s
+
+    def awaited(self, view: View) -> set[bytes]:
+        """Voters that lead, or may, before us: were they gone, it would be our turn."""
+        waits = self._proposer is None and self._try_at is not None and self._may_lead(view)
+        return set(self._ahead()) - self._gone if waits else set()
+
+    def on_gone(self, peer: bytes, now: float) -> None:
+        """``peer`` cannot be reached. Once whoever leads is gone, those who come before us and live have a turn each.
+
+        Only once a round for each peer: two voters that cannot hear each other must not interrupt each other for ever.
+        """
+        if peer in self._gone:
+            return
+        self._gone.add(peer)
+        ahead = self._ahead()
+        nobody_leads = self.seen == NO_BALLOT or self.seen[1] in self._gone
+        if peer in ahead and nobody_leads and self._proposer is None and self._try_at is not None:
+            turns = sum(voter not in self._gone for voter in ahead)
+            self._try_at = min(self._try_at, now + turns * self.settings.takeover_timeout_s)
 
     def wakeups(self, view: View) -> list[float]:
         times = []
@@ -111,6 +132,14 @@ class Leader:
         if self._proposer.ballot < promised and promised[0] <= self._proposer.ballot[0] + MAX_REFUSED_STEP:
             self.saw(promised, now)
 
+    def _ahead(self) -> list[bytes]:
+        """From whoever leads (or should, first) to the last voter before us."""
+        if not self.settings.is_voter:
+            return []
+        start = self._order.index(self.seen[1]) if self.seen[1] in self._order else 0
+        order = self._order[start:] + self._order[:start]
+        return order[: order.index(self.settings.me)]
+
     def _may_lead(self, view: View) -> bool:
         return self.settings.is_voter and (view.ready or self.seen != NO_BALLOT)
 
@@ -141,10 +170,11 @@ class Leader:
         if adopted is not None:
             self._propose(adopted[0], adopted[1], now)
             return
-        useful = [c for c in view.candidates if c.key not in self._silent]
+        useful = [c for c in view.candidates if c.key not in self._silent | self._gone]
         members = choose_members(useful, self.settings.max_members, self.settings.me)
         if not any(member.contributes for member in members) or not view.ready:
             self._silent.clear()
+            self._gone.clear()
             self._resend_at = now + self.settings.resend_s
             return
         bandwidth = {candidate.key: candidate.upload_bps for candidate in view.candidates}

@@ -117,13 +117,20 @@ class RoundMachine:
             self.attempt.unreachable.add(peer)
         return self._run(now)
 
+    def on_gone(self, peer: bytes, now: float) -> list[Action]:
+        """There is no way to this peer, or no such process any more: it is not asked in this round again."""
+        self._leader.on_gone(peer, now)
+        return self.on_unreachable(peer, now)
+
     def is_newest(self, ballot: Ballot) -> bool:
         """Whether ``ballot`` is that of the current attempt."""
         return self.attempt is not None and self.attempt.ballot == ballot
 
     def awaited(self) -> set[bytes]:
-        """Peers that the current attempt waits for: whether they still live is worth asking."""
-        return self.attempt.awaited() if self.attempt is not None and self._decided is None else set()
+        """Peers that the current attempt, or our turn to lead, waits for: whether they still live is worth asking."""
+        if self._decided is not None:
+            return set()
+        return (self.attempt.awaited() if self.attempt is not None else set()) | self._leader.awaited(self.view)
 
     def next_wakeup(self) -> float | None:
         """When `on_tick` is wanted at the latest; None: only an event can change something."""

@@ -134,6 +134,11 @@ class Machines:
         for peer in self.peers:
             self._later(peer, lambda p=peer: self._machine(p).on_tick(self.now))
 
+    def hear_that_it_is_gone(self, peer: Machine, other: bytes) -> None:
+        """``peer`` asked whether ``other`` lives, and there was no way to it. Nobody asks itself."""
+        if other != peer.key:
+            self._later(peer, lambda: self._machine(peer).on_gone(other, self.now))
+
     def separate(self, one: set[bytes], other: set[bytes]) -> None:
         """From now on nothing that ``one`` says reaches ``other``."""
         self.cut |= {(sender, target) for sender in one for target in other if sender != target}

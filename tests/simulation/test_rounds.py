@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from peer.rounds.planning import leader_order
 from swarm.errors import Unreachable
 from swarm.files import Kept
 from swarm.identity import Identity
@@ -245,6 +246,30 @@ def test_a_volunteer_that_dies_after_its_contributions_arrived_is_not_waited_for
         died_at = asyncio.get_running_loop().time()
         await swarm.until_round(3, ["seed", "v1", "v2"])
         assert asyncio.get_running_loop().time() - died_at < 4.0, "the reduce timeout is 8 s"
+        swarm.assert_equal_states()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("phase", ["prepare", "open", "accept", "commit"])
+@pytest.mark.parametrize("others_too", [False, True])
+def test_a_killed_leader_costs_two_seconds_not_its_timeouts(tmp_path: Path, phase: str, others_too: bool) -> None:
+    """The voters that come next ask whether it lives, and the first of them that does takes over at once."""
+
+    async def scenario() -> None:
+        timeouts = {"reduce_timeout_s": 30.0, "takeover_timeout_s": 20.0}
+        swarm = await start(tmp_path, volunteers=4, **timeouts)  # type: ignore[arg-type]
+        names = {"seed", "v0", "v1", "v2", "v3"}
+        victims = swarm.fail_at(None, 4, phase)
+        await swarm.until(lambda: bool(victims), "the leader is killed", at_most_s=120)
+        if others_too:  # the next in turn
+            voters = swarm.peers["seed"].exchange.head.voters
+            order = leader_order(voters, 0, 4)
+            victims.append(swarm.name_of(order[(order.index(swarm.peers[victims[0]].key) + 1) % len(order)]))
+            swarm.kill(victims[1])
+        died_at = asyncio.get_running_loop().time()
+        await swarm.until_round(4, sorted(names - set(victims)))
+        assert asyncio.get_running_loop().time() - died_at <= 3.0, "a look twice a second included"
         swarm.assert_equal_states()
 
     run(scenario())

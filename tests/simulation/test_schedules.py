@@ -73,6 +73,11 @@ class Schedule(RuleBasedStateMachine):
         for peer in self.machines.peers:
             self.machines.crash(peer)
 
+    @rule(chosen=st.integers(0, 7), other=st.integers(0, 7))
+    def hear_that_somebody_is_gone(self, chosen: int, other: int) -> None:
+        """Whether it is or not: a way between two may be cut while both live."""
+        self.machines.hear_that_it_is_gone(self._peer(chosen), self._peer(other).key)
+
     @rule(sides=st.lists(st.booleans(), min_size=8, max_size=8), one_way=st.booleans())
     def separate(self, sides: list[bool], one_way: bool) -> None:
         """A partition, one way or both."""

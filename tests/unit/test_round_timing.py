@@ -6,11 +6,12 @@ import random
 
 import pytest
 
+from peer.rounds.exchange_parts import Lookout
 from peer.rounds.paxos import to_message
 from peer.rounds.planning import Candidate, leader_order
 from peer.rounds.round import RoundMachine
 from peer.rounds.round_actions import Action, Fetch, Persist, Send, View
-from swarm.proto.round_pb2 import Accept, PartResult, RoundMessage, Share
+from swarm.proto.round_pb2 import Accept, PartResult, Prepare, RoundMessage, Share
 from tests.simulation.machines import NUM_SLICES, STATE, Machine, Machines, records_of
 from tests.unit.test_round_hostile import false_record, let_one_thing_happen
 
@@ -204,3 +205,73 @@ def test_a_voter_that_cannot_get_the_bytes_of_a_record_asks_again_once_a_second(
     actions = machine.on_message(leader.key, accept(machines, 500, leader.key, b"e" * 32), 60.0)
     assert fetched(actions) == [b"e" * 32]
     assert ticks_of_a_silent_minute(machine, 70.0) <= MOST_TICKS, "the first is wanted no more"
+
+
+# ---- taking over from who is gone -----------------------------------------------------------------------------------
+
+TAKEOVER_TIMEOUT_S = 6.0
+"""as the machines of the tests have it"""
+
+
+def in_turn(machines: Machines) -> list[Machine]:
+    """The voters in the order in which they lead."""
+    order = leader_order(machines.head.voters, machines.head.shard, machines.head.round + 1)
+    return [next(peer for peer in machines.peers if peer.key == key) for key in order]
+
+
+def ballots(actions: list[Action]) -> list[int]:
+    """The ballots that are taken."""
+    return [action.acceptor.promised[0] for action in actions if isinstance(action, Persist)]
+
+
+def test_once_whoever_leads_is_gone_the_next_that_lives_takes_over_at_once() -> None:
+    """Those behind it give it its time, and ask whether all that come before them live."""
+    machines = Machines(8, 7, random.Random(1))
+    first, second, third = in_turn(machines)[:3]
+    for peer, before in ((second, {first.key}), (third, {first.key, second.key})):
+        machine_of(peer).on_view(ready(machines), 0.0)
+        assert machine_of(peer).awaited() == before
+    assert ballots(machine_of(second).on_gone(first.key, 1.0)) == [1]
+    assert ballots(machine_of(third).on_gone(first.key, 1.0)) == []
+    assert machine_of(third).next_wakeup() == 1.0 + TAKEOVER_TIMEOUT_S
+    assert ballots(machine_of(third).on_gone(second.key, 2.0)) == [1]
+
+
+def test_a_leader_that_is_out_of_reach_for_one_voter_is_interrupted_by_it_only_once() -> None:
+    """Two voters without a way between them would otherwise take turns for ever, and no round would end."""
+    machines = Machines(8, 7, random.Random(1))
+    leader, second = in_turn(machines)[0].key, machine_of(in_turn(machines)[1])
+    second.on_view(ready(machines), 0.0)
+    assert ballots(second.on_gone(leader, 1.0)) == [1]
+    prepare = RoundMessage(
+        round=machines.head.round + 1,
+        ballot=to_message((2, leader)),
+        prepare=Prepare(log_digest=machines.head.log_digest),
+    )
+    assert ballots(second.on_message(leader, prepare, 2.0)) == [2], "it promises"
+    assert ballots(second.on_gone(leader, 3.0)) == []
+    assert second.next_wakeup() == 2.0 + REDUCE_TIMEOUT_S + TAKEOVER_TIMEOUT_S
+
+
+def test_a_member_that_is_gone_is_not_opened_for() -> None:
+    """Neither as a contributor nor as a reducer; the others' round has no absent part."""
+    machines = Machines(5, 3, random.Random(1))
+    gone = machines.peers[0]
+    machines.crash(gone)
+    gone.machine = None
+    for peer in machines.peers[1:]:
+        machines.hear_that_it_is_gone(peer, gone.key)
+    machines.waiting = [item for item in machines.waiting if item.peer is not gone]
+    machines.peers.remove(gone)
+    machines.settle(20.0)
+    for record in records_of(machines):
+        assert all(part.digest and len(part.shares) == 3 for part in record.parts)
+
+
+def test_who_is_awaited_at_two_looks_is_asked_once_a_second() -> None:
+    """However often one looks; a peer that answered for itself meanwhile is not."""
+    lookout, asked = Lookout(), []
+    for tenth in range(31):
+        awaited = {b"a", b"b"} if tenth < 3 else {b"a"}
+        asked += [(tenth / 10, peer) for peer in lookout.asks(lambda a=awaited: a, tenth / 10)]  # type: ignore[misc]
+    assert asked == [(0.5, b"a"), (1.5, b"a"), (2.5, b"a")]
