@@ -34,6 +34,7 @@ LEAST_QUEUE_BYTES = 256 << 10
 # Packets may be as large as this before they are cut for the wire; a bucket must hold one.
 BURST_BYTES = 66_000
 KILL_WAIT_S = 5.0
+CUT_PREFERENCE = 10
 _PR_SET_PDEATHSIG = 1
 
 
@@ -105,6 +106,18 @@ class Lab:
         answer = _run([*self.inside(peer), "cat", f"{folder}/tx_bytes", f"{folder}/rx_bytes"])
         sent, received = answer.split()
         return int(sent), int(received)
+
+    def cut(self, one: Sequence[int], other: Sequence[int]) -> None:
+        """From now on nothing that a peer of ``one`` sends reaches a peer of ``other``."""
+        for sender in one:
+            for target in other:
+                path = ["from", self.address(sender), "to", self.address(target)]
+                _run(["ip", "-n", self._hub, "rule", "add", "pref", str(CUT_PREFERENCE), *path, "blackhole"])
+
+    def heal(self) -> None:
+        """No path is cut any more."""
+        while f"{CUT_PREFERENCE}:" in _run(["ip", "-n", self._hub, "rule", "show"]):
+            _run(["ip", "-n", self._hub, "rule", "delete", "pref", str(CUT_PREFERENCE)])
 
     @property
     def _hub(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 
 import pytest
 
@@ -25,6 +26,32 @@ def test_a_link_has_its_rate_and_its_delay_and_leaves_nothing() -> None:
     assert 0.1 <= line["round_trip_s"] < 0.2
     assert sent >= received > 50e6 / 8
     assert not names & {path.name for path in NAMESPACES.iterdir()}
+
+
+def test_a_cut_path_carries_nothing_one_way_until_it_is_healed() -> None:
+    """Others keep their paths, and so does the other direction."""
+    with Lab([Link()] * 3) as lab:
+        assert all(arrives(lab, a, b) for a, b in ((0, 1), (1, 0), (0, 2)))
+        lab.cut([0], [1])
+        assert [arrives(lab, a, b) for a, b in ((0, 1), (1, 0), (0, 2))] == [False, True, True]
+        lab.heal()
+        assert arrives(lab, 0, 1)
+
+
+HEAR = (
+    "import socket; s = socket.socket(2, 2); s.bind(('', 7)); print('ready', flush=True); s.settimeout({}); s.recv(9)"
+)
+SAY = "import socket; socket.socket(2, 2).sendto(b'x', ('{}', 7))"
+
+
+def arrives(lab: Lab, sender: int, target: int) -> bool:
+    """Whether a datagram does; one that is cut off is waited for half a second."""
+    python = [sys.executable, "-I", "-S", "-c"]
+    hearing = [*lab.inside(target), *python, HEAR.format(0.5)]
+    with subprocess.Popen(hearing, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as hearer:
+        assert hearer.stdout is not None and hearer.stdout.readline()
+        subprocess.run([*lab.inside(sender), *python, SAY.format(lab.address(target))], check=True)
+        return hearer.wait(10) == 0
 
 
 def test_what_a_killed_owner_left_is_removed() -> None:
