@@ -28,13 +28,13 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write ``path`` so that after a crash it holds all of ``data`` or what it held before. Raises `DiskFull`."""
+def write_durably(path: Path, *pieces: bytes | memoryview) -> None:
+    """Write ``path`` so that after a crash it holds all ``pieces`` or what it held before. Raises `DiskFull`."""
     temporary = path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
     try:
         with disk_errors(path):
             with open(temporary, "xb") as file:
-                file.write(data)
+                file.writelines(pieces)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -120,6 +120,11 @@ class Blocks:
         np.rint(scratch, out=scratch)
         self.codes[values] = scratch
 
+    def clear(self, values: slice) -> None:
+        """Zeros into ``values``, which is made of whole blocks."""
+        self.scales[self._blocks(values)] = 0
+        self.codes[values] = 0
+
     def check(self) -> None:
         """Raise `ProtocolError` for bytes that `write` never makes.
 

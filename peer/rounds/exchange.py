@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 
 from peer.p2p.fetch import fetch_chunk
 from peer.p2p.spill import Spill
+from peer.rounds import resume
 from peer.rounds.exchange_parts import (
     Committed,
     EarlyMessages,
@@ -333,8 +334,7 @@ class Exchange:
         state, refused = self.shard.state_digest, self._refusals.take()
         told = Committed(record=action.record, head=head, state_digest=state, counted=counted, refused=refused)
         await self.parts.on_commit(told)
-        if self.parts.ledger.is_state_due(head.round):
-            await self._blocking(lambda: self.parts.ledger.save_state(head.round, self.shard))
+        await self._blocking(lambda: resume.save(self.parts.ledger, head, self.shard))
 
     def _begin_round(self) -> None:
         """What others said of this round while we were in the last, and a commit of it that is known already."""

@@ -1,0 +1,130 @@
+"""A restarted replica: it applies what lies on its disk, and owes what it owed, less what commits took since."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peer.rounds import resume
+from peer.rounds.blocks import Blocks
+from peer.rounds.ledger import Ledger
+from peer.rounds.planning import SLICE_VALUES
+from peer.rounds.shard import Shard
+from swarm import digest
+from swarm.log import LogHead, next_head
+from swarm.proto.round_pb2 import Ballot, Commit, PartResult, Record, Share, Vote
+from tests.unit.test_ledger import RUN_ID, VOTE_CONTEXT, VOTER, open_ledger
+from tests.unit.test_shard import ALL, NUM_VALUES, make_shard, moved
+
+ME, OTHER = b"m" * 32, b"p" * 32
+SLICES = -(-NUM_VALUES // SLICE_VALUES)
+
+
+def owing(shard: Shard, seed: int = 1) -> Shard:
+    shard.feedback = Blocks(NUM_VALUES)
+    shard.feedback.write(ALL, moved(shard, seed), 1)
+    return shard
+
+
+def commit(ledger: Ledger, shard: Shard, counted: bytes = OTHER, *, keeps_parts: bool = True) -> LogHead:
+    """A round whose first part (one slice) counts ``counted`` and whose second counts nobody we know."""
+    codec, parts, results = shard.codec, {}, []
+    for first, count, key in ((0, 1, counted), (1, SLICES - 1, OTHER)):
+        values = min(count * SLICE_VALUES, NUM_VALUES - first * SLICE_VALUES)
+        data = codec.encode(np.full(values, 0.01 * (ledger.head.round + 1), np.float32))
+        share = Share(peer_key=key, weight_tokens=5)
+        result = PartResult(first_slice=first, num_slices=count, size_bytes=len(data), shares=[share])
+        result.digest = digest.sha256(data)
+        parts[result.digest] = data
+        results.append(result)
+    head = ledger.head
+    record = Record(
+        shard=0,
+        round=head.round + 1,
+        log_digest=head.log_digest,
+        state_digest=shard.state_digest,
+        parts=results,
+        next_voters=[VOTER.public_key],
+        total_tokens=head.total_tokens + (5 if counted == OTHER else 10),
+        codec=codec.name,
+    )
+    raw = record.SerializeToString()
+    vote = Vote(round=record.round, ballot=Ballot(number=1, leader=VOTER.public_key), record_digest=digest.sha256(raw))
+    signed = VOTER.sign(VOTE_CONTEXT, RUN_ID, vote.SerializeToString())
+    after = next_head(head, raw, record)
+    ledger.append(Commit(record=raw, votes=[signed]), after, parts if keeps_parts else {})
+    shard.apply(record, parts)
+    return after
+
+
+def restarted(folder: Path, head: LogHead) -> tuple[LogHead, Shard]:
+    """A process that finds the state of the beginning, and what else lies on its disk."""
+    shard = make_shard()
+    return resume.resume(open_ledger(folder), head, shard, ME), shard
+
+
+def test_what_was_owed_is_owed_after_a_restart(tmp_path: Path) -> None:
+    ledger, shard = open_ledger(tmp_path), owing(make_shard())
+    resume.save(ledger, ledger.head, shard)
+    head, again = restarted(tmp_path, ledger.head)
+    assert head == ledger.head
+    assert again.feedback is not None and shard.feedback is not None
+    assert again.feedback.data.tobytes() == shard.feedback.data.tobytes()
+
+
+def test_rounds_on_the_disk_are_applied_before_training_begins(tmp_path: Path) -> None:
+    """And what is owed is that of the round up to which it was booked."""
+    ledger, shard = open_ledger(tmp_path), make_shard()
+    genesis = ledger.head
+    for seed in range(3):
+        head = commit(ledger, shard)
+        resume.save(ledger, head, owing(shard, seed))
+    found, again = restarted(tmp_path, genesis)
+    assert found == head and again.state_digest == shard.state_digest
+    assert again.owed(ALL).tobytes() == shard.owed(ALL).tobytes()
+
+
+def test_what_a_commit_took_since_is_not_owed_again(tmp_path: Path) -> None:
+    """A crash between a commit and the booking: its parts that counted us took what was offered, the others nothing."""
+    ledger, shard = open_ledger(tmp_path), owing(make_shard())
+    genesis = ledger.head
+    resume.save(ledger, genesis, shard)
+    commit(ledger, shard, counted=ME)
+    _, again = restarted(tmp_path, genesis)
+    assert not again.owed(ALL)[:SLICE_VALUES].any()
+    assert np.array_equal(again.owed(ALL)[SLICE_VALUES:], shard.owed(ALL)[SLICE_VALUES:])
+
+
+def test_a_round_whose_averages_are_not_here_is_left_to_the_exchange(tmp_path: Path) -> None:
+    """Which fetches them; what was owed after it cannot be owed before it."""
+    ledger, shard = open_ledger(tmp_path), make_shard()
+    genesis = ledger.head
+    first = commit(ledger, shard)
+    last = commit(ledger, shard, keeps_parts=False)
+    resume.save(ledger, last, owing(shard))
+    found, again = restarted(tmp_path, genesis)
+    assert found == first and again.feedback is None
+
+
+@pytest.mark.parametrize("damage", ["a byte", "a size", "nothing there", "another log"])
+def test_a_file_that_cannot_be_ours_is_forgotten(tmp_path: Path, damage: str) -> None:
+    """What is owed is a replica's own affair: it goes on without."""
+    ledger = open_ledger(tmp_path)
+    resume.save(ledger, ledger.head, owing(make_shard()))
+    path = ledger.folder / "debt"
+    raw = bytearray(path.read_bytes())
+    if damage == "nothing there":
+        path.unlink()
+    else:
+        raw[{"a byte": -1, "a size": 0, "another log": 8}[damage]] ^= 1
+        path.write_bytes(raw[:-1] if damage == "a size" else raw)
+    assert restarted(tmp_path, ledger.head)[1].feedback is None
+
+
+def test_a_peer_that_never_owed_writes_nothing(tmp_path: Path) -> None:
+    """A seed peer, say."""
+    ledger = open_ledger(tmp_path)
+    resume.save(ledger, ledger.head, make_shard())
+    assert not (ledger.folder / "debt").exists()
