@@ -51,7 +51,7 @@ FETCHED_PARTS = 4
 # What averages lost is on disk slice by slice (peer.rounds.reducer_debt): in memory is where, of the last round that
 # was committed and of the next.
 SLICE_VALUES = 1 << 14
-DEBT_BYTES_PER_SLICE = 2 * 500
+DEBT_BYTES_PER_SLICE = 2 * 560
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
