@@ -15,7 +15,6 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
-from peer.p2p.fetch import fetch_chunk
 from peer.p2p.spill import Spill
 from peer.rounds import resume
 from peer.rounds.exchange_parts import (
@@ -25,6 +24,7 @@ from peer.rounds.exchange_parts import (
     Lookout,
     Refusals,
     choose_codec,
+    obtain,
     round_settings,
 )
 from peer.rounds.round import RoundMachine
@@ -285,24 +285,9 @@ class Exchange:
 
     async def _fetch(self, machine: RoundMachine, action: Fetch) -> None:
         async with self._fetches:
-            data = await self._obtain(machine, action)
-            self._event(machine, lambda now: machine.on_fetched(action.digest, data, now))
-
-    async def _obtain(self, machine: RoundMachine, action: Fetch) -> bytes | None:
-        data: bytes | None = await self._blocking(lambda: self.parts.chunks.get(action.digest))
-        if data is None:
             holders = list(dict.fromkeys([*self.live_peers, *action.holders]))
-            try:
-                data = await fetch_chunk(
-                    self.parts.transport,
-                    action.digest,
-                    action.size_bytes,
-                    holders,
-                    timeout_s=machine.settings.reduce_timeout_s,
-                )
-            except SwarmError as error:
-                log.debug("round %d: a part is not to be had yet: %s", machine.settings.round, error)
-        return data
+            data = await obtain(self.parts, action, holders, machine.settings.reduce_timeout_s)
+            self._event(machine, lambda now: machine.on_fetched(action.digest, data, now))
 
     def _event(self, machine: RoundMachine, event: Callable[[float], list[Action]]) -> None:
         """Feed an outcome back, unless its round is over. What a peer got wrong is its own affair."""

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from peer.p2p.chunk_store import ChunkStore
+from peer.p2p.fetch import fetch_chunk
 from peer.p2p.spill import Spill
 from peer.p2p.transport import Transport
 from peer.rounds.codec import Float32
 from peer.rounds.ladder import Uplink, choose_rung
 from peer.rounds.ledger import Ledger
 from peer.rounds.round import RoundMachine
-from peer.rounds.round_actions import RoundSettings
+from peer.rounds.round_actions import Fetch, RoundSettings
 from peer.rounds.shard import Shard
 from peer.training.movement import Movement
 from swarm import schedule
+from swarm.errors import SwarmError
 from swarm.files import Kept
 from swarm.identity import Identity
 from swarm.log import VOTE_CONTEXT, LogHead
@@ -199,3 +201,15 @@ def tell_verdicts(committed: Committed, me: bytes) -> dict[str, str]:
             "or more, the rest is discarded"
         )
     return told
+
+
+async def obtain(parts: ExchangeParts, wanted: Fetch, holders: Sequence[bytes], timeout_s: float) -> bytes | None:
+    """A part, from this disk or from whoever of ``holders`` has it; None where it is not to be had yet."""
+    data: bytes | None = await parts.run_blocking(lambda: parts.chunks.get(wanted.digest))
+    if data is not None:
+        return data
+    try:
+        return await fetch_chunk(parts.transport, wanted.digest, wanted.size_bytes, holders, timeout_s=timeout_s)
+    except SwarmError as error:
+        log.debug("shard %d: a part is not to be had yet: %s", parts.shard.index, error)
+        return None

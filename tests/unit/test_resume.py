@@ -14,7 +14,7 @@ from peer.rounds.planning import SLICE_VALUES
 from peer.rounds.shard import Shard
 from swarm import digest
 from swarm.log import LogHead, next_head
-from swarm.proto.round_pb2 import Ballot, Commit, PartResult, Record, Share, Vote
+from swarm.proto.round_pb2 import Ballot, Commit, PartResult, Record, Rejection, Share, Vote
 from tests.unit.test_ledger import RUN_ID, VOTE_CONTEXT, VOTER, open_ledger
 from tests.unit.test_shard import ALL, NUM_VALUES, make_shard, moved
 
@@ -28,7 +28,9 @@ def owing(shard: Shard, seed: int = 1) -> Shard:
     return shard
 
 
-def commit(ledger: Ledger, shard: Shard, counted: bytes = OTHER, *, keeps_parts: bool = True) -> LogHead:
+def commit(
+    ledger: Ledger, shard: Shard, counted: bytes = OTHER, *, rejected: bytes = b"", keeps_parts: bool = True
+) -> LogHead:
     """A round whose first part (one slice) counts ``counted`` and whose second counts nobody we know."""
     codec, parts, results = shard.codec, {}, []
     for first, count, key in ((0, 1, counted), (1, SLICES - 1, OTHER)):
@@ -36,6 +38,8 @@ def commit(ledger: Ledger, shard: Shard, counted: bytes = OTHER, *, keeps_parts:
         data = codec.encode(np.full(values, 0.01 * (ledger.head.round + 1), np.float32))
         share = Share(peer_key=key, weight_tokens=5)
         result = PartResult(first_slice=first, num_slices=count, size_bytes=len(data), shares=[share])
+        if rejected and not first:
+            result.rejections.append(Rejection(peer_key=rejected, cosine=-0.5, min_cosine=0.1))
         result.digest = digest.sha256(data)
         parts[result.digest] = data
         results.append(result)
@@ -95,6 +99,16 @@ def test_what_a_commit_took_since_is_not_owed_again(tmp_path: Path) -> None:
     _, again = restarted(tmp_path, genesis)
     assert not again.owed(ALL)[:SLICE_VALUES].any()
     assert np.array_equal(again.owed(ALL)[SLICE_VALUES:], shard.owed(ALL)[SLICE_VALUES:])
+
+
+def test_what_a_reducer_rejected_is_not_owed_again_either(tmp_path: Path) -> None:
+    """A rejected contribution is discarded; a restart must not bring it back."""
+    ledger, shard = open_ledger(tmp_path), owing(make_shard())
+    genesis = ledger.head
+    resume.save(ledger, genesis, shard)
+    commit(ledger, shard, rejected=ME)
+    _, again = restarted(tmp_path, genesis)
+    assert not again.owed(ALL)[:SLICE_VALUES].any() and again.owed(ALL)[SLICE_VALUES:].any()
 
 
 def test_a_round_whose_averages_are_not_here_is_left_to_the_exchange(tmp_path: Path) -> None:

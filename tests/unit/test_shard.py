@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peer.rounds.blocks import BLOCK_VALUES
+from peer.rounds.blocks import BLOCK_VALUES, Blocks
 from peer.rounds.codec import CODECS
 from peer.rounds.exchange_parts import Committed, tell_verdicts
 from peer.rounds.paxos import NO_BALLOT, Ballot, to_message
@@ -123,6 +123,22 @@ def test_a_share_that_another_process_of_ours_earned_counts_for_nothing() -> Non
     record.opened_by.CopyFrom(to_message((3, OTHER)))
     assert not shard.settle(record, parts, snapshot, ME)
     assert within_a_code(shard.owed(ALL), -snapshot.movement[:])
+
+
+def test_what_the_killed_process_owed_went_with_its_share() -> None:
+    """It lies on disk when the next process begins: no commit takes it twice, and where no share was taken it stays."""
+    shard = make_shard()
+    shard.feedback = Blocks(NUM_VALUES)
+    shard.feedback.write(ALL, moved(shard, 2), 1)
+    before = shard.owed(ALL)
+    snapshot = shard.offer(moved(shard, 1), 10)
+    assert snapshot is not None
+    record, parts = committed(shard, by_part(shard, snapshot), {0: [ME], 2: [OTHER]})
+    record.opened_by.CopyFrom(to_message((3, OTHER)))
+    assert not shard.settle(record, parts, snapshot, ME)
+    taken, left = slice(0, 2 * SLICE_VALUES), slice(2 * SLICE_VALUES, NUM_VALUES)
+    assert within_a_code(shard.owed(taken), -snapshot.movement[taken])
+    assert within_a_code(shard.owed(left), before[left] - snapshot.movement[left])
 
 
 def test_over_many_rounds_offers_and_debts_add_up_to_the_movement() -> None:
