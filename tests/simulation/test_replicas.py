@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peer.rounds.attempt import Attempt
 from peer.rounds.catch_up import LOG_METHOD
 from peer.rounds.shard import ReplicaSnapshot
 from swarm import digest
@@ -75,6 +76,22 @@ def assert_counted_once(peer: SimulatedPeer) -> None:
     assert peer.trainer is not None
     assert counted + peer.exchange.tokens == peer.trainer.tokens
     assert counted > 0
+
+
+def test_tokens_above_what_a_contribution_may_weigh_wait_for_the_next_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Attempt, "most_tokens", lambda attempt, contributor: 5)
+
+    async def scenario() -> None:
+        swarm = await start(tmp_path)
+        await swarm.until_round(4, NAMES)
+        peer = swarm.peers["v0"]
+        weights = [tokens_by_peer(committed.record).get(peer.key, 0) for committed in peer.commits]
+        assert max(weights) == 5 < peer.exchange.tokens
+        assert_counted_once(peer)
+
+    run(scenario())
 
 
 def test_a_commit_is_kept_in_one_form_whoever_dressed_it_up(tmp_path: Path) -> None:
