@@ -23,11 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
 import dataclasses
-import json
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +33,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from quality_arms import ARMS, num_parameters, train
+from quality_arms import ARMS, num_parameters
+from quality_results import Result, load, make, mean_and_error, percent_above
 from quality_setting import LARGE, QUICK, REPLICAS, SMALL, VOCAB, Setting, read_text
-from report import commit_id, print_result
+from report import print_result
 
 # name -> (of which arm the loss, against which)
 GAPS = {
@@ -46,40 +44,6 @@ GAPS = {
     "gap_local_percent": ("int8", "sync"),
     "gap_local_fp32_percent": ("fp32", "sync"),
 }
-Result = dict[str, Any]
-
-
-def make(folder: Path, size: str, setting: Setting, seed: int, arm: str) -> None:
-    """One arm of one seed, unless ``folder`` has it."""
-    path = folder / f"{size}-{seed}-{arm}.json"
-    text = read_text()
-    same = {"setting": dataclasses.asdict(setting), "text_sha256": text.digest}
-    if path.exists():
-        found = json.loads(path.read_text())
-        if {key: found[key] for key in same} != same:
-            raise SystemExit(f"{path} is of another setting or text; choose another folder")
-        return
-    started, commit = time.process_time(), commit_id()
-    curve = []
-    for tokens, loss in train(ARMS[arm], setting, text, seed):
-        curve.append([tokens, round(loss, 5)])
-        print(f"  {size} seed {seed} {arm:5} {tokens:9,} tokens {loss:.4f}", flush=True)
-    result = {
-        **{"size": size, "seed": seed, "arm": arm, "loss": curve[-1][1], "curve": curve},
-        **{"cpu_s": round(time.process_time() - started), "commit": commit, **same},
-    }
-    beside = path.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(result))
-    beside.replace(path)
-
-
-def load(folder: Path, size: str) -> dict[int, dict[str, Result]]:
-    """Seed -> arm -> result, of all arms that are done."""
-    found: dict[int, dict[str, Result]] = {}
-    for path in sorted(folder.glob(f"{size}-*.json")):
-        result = json.loads(path.read_text())
-        found.setdefault(result["seed"], {})[result["arm"]] = result
-    return found
 
 
 def gap(arms: dict[str, Result], name: str) -> float | None:
@@ -87,14 +51,7 @@ def gap(arms: dict[str, Result], name: str) -> float | None:
     of, against = GAPS[name]
     if of not in arms or against not in arms:
         return None
-    return 100 * (arms[of]["loss"] - arms[against]["loss"]) / arms[against]["loss"]
-
-
-def mean_and_error(values: list[float]) -> tuple[float | None, float | None]:
-    """Mean and its standard error; an error needs two values."""
-    if len(values) < 2:
-        return (values[0] if values else None), None
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+    return percent_above(arms[of], arms[against])
 
 
 def summarise(found: dict[int, dict[str, Result]]) -> dict[str, Any]:
@@ -146,7 +103,7 @@ def main() -> None:
         for size, (_, seeds) in sizes.items():
             for seed in seeds:
                 for arm in options.arms:
-                    make(folder, size, settings[size], seed, arm)
+                    make(folder, size, ARMS[arm], settings[size], seed)
         figures = tell(folder, settings)
     everywhere = {"replicas": REPLICAS, "vocabulary": VOCAB}
     print_result("quality", figures, quick=options.quick, settings=everywhere)

@@ -50,13 +50,17 @@ Point = tuple[int, float]
 class Arm:
     name: str
     in_8_bits: bool = False
+    has_wire: bool = False
+    """contributions and averages are encoded, and what that loses is owed, as in a run; else plain fp32 averages"""
+    codecs: tuple[str, str] | None = None
+    """of contributions and of averages, where they are not the setting's"""
     is_synchronous: bool = False
 
 
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm(name="int8", in_8_bits=True),
+        Arm(name="int8", in_8_bits=True, has_wire=True),
         Arm(name="fp32"),
         Arm(name="sync", is_synchronous=True),
     )
@@ -68,17 +72,32 @@ def train(arm: Arm, setting: Setting, text: Text, seed: int) -> Iterator[Point]:
 
     Every arm is judged alike: its weights (the anchor, where there are rounds) in fp32.
     """
-    spec = spec_of(setting, in_8_bits=arm.in_8_bits, is_synchronous=arm.is_synchronous)
+    spec = spec_for(arm, setting)
     judge = Replica(*_model(spec, seed), spec.inner, CPU)
     due = spacing = setting.total_tokens / NUM_CURVE_POINTS
-    run = synchronous if arm.is_synchronous else local
-    for tokens, weights in run(spec, setting, text, seed):
+    weights_over_tokens = (
+        synchronous(spec, setting, text, seed)
+        if arm.is_synchronous
+        else local((Swarm if arm.has_wire else PlainSwarm)(spec, seed), setting, text, seed)
+    )
+    for tokens, weights in weights_over_tokens:
         is_last = tokens >= setting.num_steps * setting.tokens_per_step
         if is_last or tokens >= due:
             num_sequences = setting.validation_sequences // (1 if is_last else CURVE_SHARE)
             yield tokens, judge.evaluate(weights, text.validation_batches(setting, num_sequences))
         while due <= tokens:
             due += spacing
+
+
+def spec_for(arm: Arm, setting: Setting) -> RunSpec:
+    """The run spec of one arm."""
+    spec = spec_of(setting, in_8_bits=arm.in_8_bits, is_synchronous=arm.is_synchronous)
+    if arm.codecs is None:
+        return spec
+    contributions, averages = arm.codecs
+    # A copy that nothing checks: run specs have no sparse averages.
+    rounds = spec.rounds.model_copy(update={"contribution_codecs": (contributions,), "wire_codec": averages})
+    return spec.model_copy(update={"rounds": rounds})
 
 
 def synchronous(spec: RunSpec, setting: Setting, text: Text, seed: int) -> Iterator[tuple[int, Float32]]:
@@ -92,27 +111,35 @@ def synchronous(spec: RunSpec, setting: Setting, text: Text, seed: int) -> Itera
         yield tokens, replica.read()
 
 
-def local(spec: RunSpec, setting: Setting, text: Text, seed: int) -> Iterator[tuple[int, Float32]]:
+def local(swarm: Swarm | PlainSwarm, setting: Setting, text: Text, seed: int) -> Iterator[tuple[int, Float32]]:
     """(tokens so far, anchor) after every round; as in a run, the learning rate follows committed tokens."""
-    swarm = (Swarm if spec.inner.weights == "int8" else PlainSwarm)(spec, seed)
-    step = 0
-    while step < setting.num_steps:
-        tokens = step * setting.tokens_per_step
-        rate = schedule.learning_rate(spec.inner, tokens, spec.total_tokens)
-        length = schedule.tokens_of_round(spec.rounds, swarm.round + 1)
-        until = min(setting.num_steps, step + max(1, round(length / setting.tokens_per_step)))
-        for now in range(step, until):
+    spec, step = swarm.spec, 0
+    for length in round_lengths(spec, setting):
+        rate = schedule.learning_rate(spec.inner, step * setting.tokens_per_step, spec.total_tokens)
+        for now in range(step, step + length):
             for index, replica in enumerate(swarm.replicas):
                 replica.step(text.batch(setting, seed, index, now), rate)
-        step = until
-        swarm.commit((until * setting.tokens_per_step - tokens) // REPLICAS)
-        yield until * setting.tokens_per_step, swarm.anchor
+        step += length
+        swarm.commit(length * setting.tokens_per_step // REPLICAS)
+        yield step * setting.tokens_per_step, swarm.anchor
+
+
+def round_lengths(spec: RunSpec, setting: Setting) -> list[int]:
+    """Inner steps of each round, all of ``setting.num_steps`` together; at least one each."""
+    lengths: list[int] = []
+    left = setting.num_steps
+    while left:
+        wanted = schedule.tokens_of_round(spec.rounds, len(lengths) + 1) / setting.tokens_per_step
+        lengths.append(min(left, max(1, round(wanted))))
+        left -= lengths[-1]
+    return lengths
 
 
 class Swarm:
-    """Replicas in 8 bits and the shard that each of them holds."""
+    """Replicas and the shard that each of them holds; contributions travel in the first rung of the ladder."""
 
     def __init__(self, spec: RunSpec, seed: int) -> None:
+        self.spec = spec
         self.round = 0
         self.replicas = [_replica(spec, seed, index) for index in range(REPLICAS)]
         self.shards = [Shard(spec, 0, _initial(spec, seed)) for _ in KEYS]
@@ -162,8 +189,8 @@ class PlainSwarm:
     """The twin without a single 8-bit number: fp32 replicas, movement, momentum and anchor, averaged in plain numpy."""
 
     def __init__(self, spec: RunSpec, seed: int) -> None:
+        self.spec = spec
         self.round = 0
-        self.outer = spec.outer
         self.replicas = [_replica(spec, seed, index) for index in range(REPLICAS)]
         self.anchor = _initial(spec, seed)
         self.momentum = np.zeros_like(self.anchor)
@@ -173,9 +200,9 @@ class PlainSwarm:
         self.round += 1
         movements = [replica.movement() for replica in self.replicas]
         gradient = -np.mean([movement[:] for movement in movements], axis=0, dtype=np.float32)
-        factor = np.float32(schedule.outer_momentum(self.outer, self.round))
+        factor = np.float32(schedule.outer_momentum(self.spec.outer, self.round))
         self.momentum = factor * self.momentum + gradient
-        self.anchor = self.anchor - np.float32(self.outer.learning_rate) * (gradient + factor * self.momentum)
+        self.anchor = self.anchor - np.float32(self.spec.outer.learning_rate) * (gradient + factor * self.momentum)
         for replica, movement in zip(self.replicas, movements, strict=True):
             replica.land(self.anchor, movement)
 

@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 
 import quality
+import quality_results
 from quality_arms import ARMS, PlainSwarm, Swarm, train
 from quality_setting import QUICK, REPLICAS, Setting, Text, spec_of
 
@@ -101,7 +102,7 @@ def test_an_arm_of_another_setting_is_neither_reused_nor_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder of finished arms belongs to one setting."""
-    monkeypatch.setattr(quality, "read_text", lambda: TEXT)
+    monkeypatch.setattr(quality_results, "read_text", lambda: TEXT)
     (tmp_path / "quick-0-sync.json").write_text('{"setting": {}, "text_sha256": ""}')
     with pytest.raises(SystemExit, match="another setting"):
-        quality.make(tmp_path, "quick", SHORT, 0, "sync")
+        quality_results.make(tmp_path, "quick", ARMS["sync"], SHORT, 0)
