@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from google.protobuf.message import DecodeError
 
 from peer.p2p.transport import FRAME_BYTES, MAX_CALL_BYTES
-from peer.p2p.uplink import Pacer, UplinkMeter
+from peer.p2p.uplink import SMALL_FRAME_BYTES, Pacer, UplinkMeter
 from swarm import errors
 from swarm.errors import NetworkError, ProtocolError, SwarmError
 from swarm.files import Kept
@@ -51,6 +51,7 @@ class Traffic:
     held_bytes: int = 0
     pacer: Pacer = field(default_factory=lambda: Pacer(None))
     uplink: UplinkMeter = field(default_factory=UplinkMeter)
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def hold(self, size: int) -> None:
         """Make room for ``size`` bytes of a request. Raises `NetworkError` where the peer is full."""
@@ -60,6 +61,16 @@ class Traffic:
 
     def release(self, size: int) -> None:
         self.held_bytes -= size
+
+    async def may_leave(self, size: int) -> None:
+        """Wait until a frame of ``size`` bytes may be sent: in the order of asking, and who gives up took no time."""
+        clock = asyncio.get_running_loop().time
+        if size > SMALL_FRAME_BYTES and self.pacer.limit_bps is not None:
+            async with self._turn:
+                await asyncio.sleep(self.pacer.wait_s(clock()))
+                self.pacer.leave(size, clock())
+        else:
+            self.pacer.leave(size, clock())
 
 
 async def send_request(writer: asyncio.StreamWriter, request: Kept, timeout_s: float, traffic: Traffic) -> None:
@@ -134,12 +145,11 @@ async def _receive(
 
 
 async def _send(writer: asyncio.StreamWriter, payload: Kept, traffic: Traffic, prefix: bytes = b"") -> None:
-    start = 0
+    start, frame_bytes = 0, traffic.pacer.frame_bytes(FRAME_BYTES)
     while prefix or start < len(payload):
-        end = min(start + FRAME_BYTES - len(prefix), len(payload))
+        end = min(start + frame_bytes - len(prefix), len(payload))
         frame = Frame(data=prefix + payload[start:end]).SerializeToString()
-        if wait_s := traffic.pacer.wait_s(len(frame), asyncio.get_running_loop().time()):
-            await asyncio.sleep(wait_s)
+        await traffic.may_leave(len(frame))
         writer.write(len(frame).to_bytes(4, "big"))
         writer.write(frame)
         await writer.drain()

@@ -66,7 +66,7 @@ class Calls:
         sending = asyncio.create_task(call_stream.send_request(writer, request, timeout_s, self.traffic))
         try:
             response = await call_stream.receive_response(reader, max_response_bytes, self.traffic)
-            arrived = True
+            arrived = sending.done() and not sending.cancelled() and sending.exception() is None
             return response
         except (OSError, asyncio.IncompleteReadError) as error:
             raise Unreachable(f"{method}: {peer_id_of(peer)} closed the connection") from error

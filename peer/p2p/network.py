@@ -140,7 +140,8 @@ class Network:
         return self._calls.traffic.sent_bytes, self._calls.traffic.received_bytes
 
     def uplink_bps(self) -> int | None:
-        return self._calls.traffic.uplink.bps
+        measured, limit = self._calls.traffic.uplink.bps, self._config.upload_limit_bps
+        return measured if measured is None or limit is None else min(measured, limit)
 
     async def call(
         self, peer: bytes, method: str, request: Kept, *, timeout_s: float, max_response_bytes: int = MAX_CALL_BYTES

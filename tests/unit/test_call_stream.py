@@ -11,6 +11,7 @@ import pytest
 from peer.p2p import call_stream
 from peer.p2p.call_stream import Traffic
 from peer.p2p.transport import FRAME_BYTES
+from peer.p2p.uplink import SMALL_FRAME_BYTES, Pacer
 from swarm.errors import AlreadyRunning, NetworkError, ProtocolError, SwarmError
 from swarm.files import Kept
 from swarm.proto.round_pb2 import Frame
@@ -157,3 +158,32 @@ def test_large_pieces_of_a_request_wait_where_they_are_told_to_and_small_ones_in
     raw = framed(bytes(FRAME_BYTES)) + framed(b"x" * 10) + END
     received(raw, lambda reader: call_stream.receive_request(reader, traffic(1 << 30), keep, pieces))
     assert [len(piece) for piece in pieces] == [FRAME_BYTES, 10] and list(elsewhere) == [FRAME_BYTES]
+
+
+def test_who_gives_up_waiting_for_the_line_takes_no_time_of_it() -> None:
+    """A peer that asks and hangs up again and again must not keep the others from sending."""
+
+    async def main() -> None:
+        counted = Traffic(1 << 30, pacer=Pacer(80_000_000))
+        await counted.may_leave(1 << 20)  # a tenth of a second of the line
+        for _ in range(50):
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(counted.may_leave(1 << 20), 0.0005)
+        started = asyncio.get_running_loop().time()
+        await asyncio.wait_for(counted.may_leave(1 << 20), 2.0)
+        assert asyncio.get_running_loop().time() - started < 1.0
+
+    asyncio.run(main())
+
+
+def test_a_small_frame_does_not_wait_behind_a_large_one_but_is_counted() -> None:
+    """A vote must not take seconds because an average is on its way."""
+
+    async def main() -> None:
+        counted = Traffic(1 << 30, pacer=Pacer(1_000_000))
+        await counted.may_leave(1 << 20)
+        before = counted.pacer.wait_s(0.0)
+        await asyncio.wait_for(counted.may_leave(SMALL_FRAME_BYTES), 0.5)
+        assert counted.pacer.wait_s(0.0) > before > 1.0
+
+    asyncio.run(main())

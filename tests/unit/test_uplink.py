@@ -13,34 +13,34 @@ MIB = 1 << 20
 
 @given(st.lists(st.tuples(st.integers(1, MIB), st.floats(0, 2)), min_size=1, max_size=60))
 def test_frames_never_leave_faster_than_the_limit(frames: list[tuple[int, float]]) -> None:
-    """Whenever they are asked for: at any moment, what left since the beginning fits the limit but for one frame."""
-    limit_bps, now, sent_bytes, pacer = 8_000_000, 0.0, 0, Pacer(8_000_000)
+    """Whoever waits for the line: what left before fits the limit, whatever pauses there were."""
+    now, sent_bytes, pacer = 0.0, 0, Pacer(8_000_000)
     for size, pause in frames:
         now += pause
-        leaves_at = now + pacer.wait_s(size, now)
-        if size > SMALL_FRAME_BYTES:
-            assert 8 * sent_bytes <= limit_bps * leaves_at + 1e-3
+        now += pacer.wait_s(now)
+        assert 8 * sent_bytes <= 8_000_000 * now + 1e-3
+        pacer.leave(size, now)
         sent_bytes += size
 
 
 def test_without_a_limit_nothing_waits() -> None:
     pacer = Pacer(None)
-    assert [pacer.wait_s(100 * MIB, 0.0) for _ in range(3)] == [0.0, 0.0, 0.0]
-
-
-def test_a_small_frame_does_not_wait_behind_a_large_one_but_is_counted() -> None:
-    """A vote must not take seconds because an average is on its way."""
-    pacer = Pacer(8_000_000)
-    assert pacer.wait_s(MIB, 0.0) == 0.0
-    assert pacer.wait_s(SMALL_FRAME_BYTES, 0.0) == 0.0
-    assert pacer.wait_s(MIB, 0.0) == pytest.approx((MIB + SMALL_FRAME_BYTES) / 1e6)
+    pacer.leave(100 * MIB, 0.0)
+    assert pacer.wait_s(0.0) == 0.0 and pacer.frame_bytes(MIB) == MIB
 
 
 def test_a_pause_is_not_saved_up() -> None:
     """After a quiet hour the line is not flooded for an hour."""
     pacer = Pacer(8_000_000)
-    assert pacer.wait_s(MIB, 3600.0) == 0.0
-    assert pacer.wait_s(MIB, 3600.0) == pytest.approx(MIB / 1e6)
+    for _ in range(2):
+        pacer.leave(MIB, 3600.0)
+    assert pacer.wait_s(3600.0) == pytest.approx(2 * MIB / 1e6)
+
+
+@pytest.mark.parametrize(("limit_bps", "size"), [(100_000, SMALL_FRAME_BYTES), (8_000_000, 250_000), (10**9, MIB)])
+def test_a_slow_line_has_small_frames(limit_bps: int, size: int) -> None:
+    """So that nobody waits long for a turn; a frame is never so small that it would wait for none."""
+    assert Pacer(limit_bps).frame_bytes(MIB) == size
 
 
 def burst(meter: UplinkMeter, began_at: float, sizes: list[int], took_s: float) -> None:
@@ -86,3 +86,16 @@ def test_a_lost_call_within_a_burst_does_not_end_it() -> None:
     meter.ended(MIB, 0.5, arrived=False)
     meter.ended(MIB, 1.0, arrived=True)
     assert meter.bps == 8 * MIB
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_receiver_that_is_slow_or_hangs_hides_nothing(answers: bool) -> None:
+    """Nine of ten were served in a second; the tenth takes a minute, or never answers."""
+    meter = UplinkMeter()
+    for _ in range(10):
+        meter.began(MIB, 0.0)
+    for _ in range(9):
+        meter.ended(MIB, 1.0, arrived=True)
+    assert meter.bps == 9 * 8 * MIB, "known while it hangs"
+    meter.ended(MIB, 60.0, arrived=answers)
+    assert meter.bps == 9 * 8 * MIB
