@@ -118,12 +118,6 @@ def _nothing_fits(smallest: MemoryPlan, room: Room, device: str) -> ResourceErro
     )
 
 
-def largest_span(plans: Sequence[MemoryPlan], room: Room, device: str) -> MemoryPlan | None:
-    """The plan with the most layers that fits; of equals the first."""
-    fitting = [planned for planned in plans if fits(planned, room, device)]
-    return max(fitting, key=lambda planned: planned.span.size, default=None)
-
-
 def parse_bytes(text: str) -> int:
     """``8GiB``, ``8 GB``, ``512MiB`` or a number of bytes. Raises `ConfigError`."""
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,3})?)\s*([A-Za-z]{0,3})\s*", text)

@@ -5,14 +5,17 @@ Only wiring: a run file becomes the figures of `peer.training.model`, plans beco
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swarm.errors import ConfigError
+from swarm.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
+    from swarm.fitting import Choice, Room
     from swarm.memory_plan import MemoryPlan, ModelNumbers
     from swarm.run_file import RunFile
 
@@ -38,9 +41,14 @@ def plan(
     rules = _read(run_file)
     working = fitting.working(rules.inner, device)
     words = vocabulary or _prepared_vocabulary(run_file, rules) or DEFAULT_VOCABULARY
-    numbers = _numbers(rules, shards, words, device)
+    numbers_of = functools.cache(lambda batch: _numbers(rules, shards, words, device, batch))
+    numbers = numbers_of(rules.inner.microbatch_sequences)
     pieces = sharding.split(len(numbers.layers), shards or rules.num_shards, memory_plan.piece_values(numbers))
     plans = [memory_plan.plan(numbers, span, working) for span in sharding.spans(pieces)]
+
+    def choose(room: Room) -> Choice:
+        return fitting.choose(numbers_of, pieces, working, rules.inner.microbatch_sequences, room)
+
     values = {
         "run": rules.name,
         "device": device,
@@ -49,7 +57,7 @@ def plan(
         "sequence length": numbers.activations.sequence,
         "shards": len(pieces),
         "spans": [_span_values(planned) for planned in plans],
-        "cards": _cards(plans, device, wanted),
+        "cards": [_card(name, size, choose) for name, size in _sizes(wanted)],
     }
     if json:
         output.print_json(values)
@@ -71,14 +79,12 @@ def _prepared_vocabulary(path: Path, rules: RunFile) -> int:
     return data_manifest.parse(manifest.read_bytes()).vocab_size if manifest.is_file() else 0
 
 
-def _numbers(rules: RunFile, shards: int, vocabulary: int, device: str) -> ModelNumbers:
+def _numbers(rules: RunFile, shards: int, vocabulary: int, device: str, batch: int) -> ModelNumbers:
     from peer.training import model
 
     cut = rules.model_copy(update={"num_shards": shards or rules.num_shards})
     config = model.build_config(cut, vocabulary)
-    return model.measure(
-        config, batch=rules.inner.microbatch_sequences, sequence=rules.data.sequence_length, in_bf16=device == "cuda"
-    )
+    return model.measure(config, batch=batch, sequence=rules.data.sequence_length, in_bf16=device == "cuda")
 
 
 def _span_values(planned: MemoryPlan) -> dict[str, Any]:
@@ -96,20 +102,22 @@ def _span_values(planned: MemoryPlan) -> dict[str, Any]:
     }
 
 
-def _cards(plans: list[MemoryPlan], device: str, wanted: int | None) -> list[dict[str, Any]]:
+def _sizes(wanted: int | None) -> list[tuple[str, int]]:
     from swarm import fitting
 
-    cards = [(name, size * fitting.GIB) for name, size in fitting.CARDS]
-    if wanted is not None:
-        cards = [("--memory", wanted)]
-    rows = []
-    for name, size in cards:
-        room = fitting.Room(device_bytes=size, host_bytes=NO_HOST_LIMIT)
-        best = fitting.largest_span(plans, room, device)
-        num_fitting = sum(fitting.fits(planned, room, device) for planned in plans)
-        span = str(best.span) if best else None
-        rows.append({"card": name, "memory bytes": size, "largest span": span, "spans that fit": num_fitting})
-    return rows
+    return [("--memory", wanted)] if wanted is not None else [(name, gib * fitting.GIB) for name, gib in fitting.CARDS]
+
+
+def _card(name: str, size: int, choose: Callable[[Room], Choice]) -> dict[str, Any]:
+    """What a peer with such a card would choose when it joins."""
+    from swarm import fitting
+
+    row: dict[str, Any] = {"card": name, "memory bytes": size, "largest span": None, "sequences at once": 0}
+    try:
+        choice = choose(fitting.Room(device_bytes=size, host_bytes=NO_HOST_LIMIT))
+    except ResourceError:
+        return row
+    return row | {"largest span": str(choice.plan.span), "sequences at once": choice.batch}
 
 
 def _print(values: dict[str, Any]) -> None:
@@ -134,7 +142,7 @@ def _print(values: dict[str, Any]) -> None:
     rows = [[where, name, gib(size)] for where, sizes in parts for name, size in sizes.items() if size]
     output.table(f"{whole['span']}, by component", ["when", "what", "bytes"], rows)
     cards = [
-        [card["card"], gib(card["memory bytes"]), card["largest span"] or "none", card["spans that fit"]]
+        [card["card"], gib(card["memory bytes"]), card["largest span"] or "none", card["sequences at once"]]
         for card in values["cards"]
     ]
-    output.table("Cards", ["card", "memory", "largest span", "spans that fit"], cards)
+    output.table("Cards", ["card", "memory", "largest span", "sequences at once"], cards)

@@ -46,11 +46,16 @@ def test_a_plan_names_every_span_with_its_components_and_the_cards(path: Path) -
 
 
 def test_memory_asks_about_one_card(path: Path) -> None:
-    cards = json.loads(run(path, "--json", "--memory", "680MiB"))["cards"]
-    assert [(card["card"], card["memory bytes"], card["largest span"]) for card in cards] == [
-        ("--memory", 680 << 20, None)
-    ]
+    cards = json.loads(run(path, "--json", "--memory", "600MiB"))["cards"]
+    assert cards == [{"card": "--memory", "memory bytes": 600 << 20, "largest span": None, "sequences at once": 0}]
     assert json.loads(run(path, "--json", "--memory", "680MiB", "--device", "cpu"))["cards"][0]["largest span"]
+
+
+def test_a_plan_says_what_a_joining_peer_would_choose(path: Path) -> None:
+    """Also where only a part of a microbatch fits at once."""
+    sizes = [json.loads(run(path, "--json", "--memory", f"{mib}MiB"))["cards"][0] for mib in (750, 4096)]
+    assert [card["largest span"] for card in sizes] == ["layers 0-1 + embedding + head"] * 2
+    assert 1 <= sizes[0]["sequences at once"] < sizes[1]["sequences at once"]
 
 
 def test_for_people_there_are_tables(path: Path) -> None:
