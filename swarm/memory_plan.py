@@ -51,6 +51,8 @@ FETCHED_PARTS = 4
 # What averages lost is on disk slice by slice (peer.rounds.reducer_debt): in memory is where, of the last round that
 # was committed and of the next.
 SLICE_VALUES = 1 << 14
+# One table for all matrices (peer.training.dither).
+DITHER_BYTES = 2 << 17
 DEBT_BYTES_PER_SLICE = 2 * 560
 
 
@@ -183,6 +185,7 @@ def _int8_device(
         "moments": values * 2 if eight else values * 2 * FP32_BYTES,
         "scales of moments": 2 * FP32_BYTES * blocks if eight else 0,
         "small vectors": 3 * FP32_BYTES * small,  # with their moments
+        "dither": DITHER_BYTES,
     }
     compute = numbers.activations.compute_bytes
     head = numbers.vocab * numbers.hidden

@@ -30,11 +30,11 @@ def random_noise(num_values: int, generator: torch.Generator) -> torch.Tensor:
 class Dither:
     def __init__(self, generator: torch.Generator) -> None:
         """256 KiB on the generator's device."""
-        self._table = random_noise(TABLE_VALUES, generator)
+        self.table = random_noise(TABLE_VALUES, generator)
 
     def noise(self, num_values: int, step: int) -> torch.Tensor:
         """Odd int16 [n] for the ``step``-th rounding of these values."""
         repeats = -(-num_values // TABLE_VALUES)
-        table = self._table.repeat(repeats) if repeats > 1 else self._table
+        table = self.table.repeat(repeats) if repeats > 1 else self.table
         moved = STRIDE * step % 2**16
         return table[:num_values] + (moved if moved < 2**15 else moved - 2**16)  # modulo 2**16, as int16 adds

@@ -368,9 +368,10 @@ class Int8Replica:
 
     def persistent_tensors(self) -> list[torch.Tensor]:
         """All that the replica keeps on the device between steps, but for buffers of the model (positions)."""
-        moments = [value for state in self._optimizer.state.values() for value in state.values()]
+        states = self._optimizer.state.values()
+        moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
         matrices = [tensor for matrix in self._matrices for tensor in matrix.tensors()]
-        return [*matrices, *self._vectors, *(value for value in moments if isinstance(value, torch.Tensor))]
+        return [self._dither.table, *matrices, *self._vectors, *moments]
 
     def _fresh_optimizer(self) -> torch.optim.Optimizer:
         vectors = self._vectors or [nn.Parameter(torch.zeros(1, device=self._device))]

@@ -45,12 +45,13 @@ def quantise_(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, n
         raise SwarmError("a weight is not finite and cannot be quantised")
     largest.div_(MAX_CODE).clamp_(max=LARGEST_SCALE)
     largest.masked_fill_(largest < SMALLEST_SCALE, 0.0)
-    scales.copy_(largest)
     # Where the scale is 0 the factor must be 0 too, not infinite.
-    scale_blocks_(values, largest.reciprocal_().masked_fill_(scales == 0, 0.0))
+    scale_blocks_(values, largest.reciprocal().masked_fill_(largest == 0, 0.0))
     if noise is not None:
         values.add_(noise.to(torch.float32), alpha=2**-16)
+    # Last, as nothing that may run out of memory may come between the two: new scales would stand above old codes.
     codes.copy_(values.round_().clamp_(-MAX_CODE, MAX_CODE))
+    scales.copy_(largest)
 
 
 def dequantise(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

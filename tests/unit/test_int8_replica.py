@@ -238,8 +238,14 @@ def test_a_gradient_that_is_not_finite_skips_its_matrix_and_marks_the_step(monke
     assert replica.step(batch(), 1e-2).ok
 
 
-def test_the_clipped_gradient_never_exceeds_clip_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    replica = small(clip_norm=0.01)
+@pytest.mark.parametrize("microbatch_sequences", [None, 1])
+def test_no_matrix_is_left_with_more_than_clip_norm(
+    monkeypatch: pytest.MonkeyPatch, microbatch_sequences: int | None
+) -> None:
+    """In any step, whole or in several microbatches; and the whole stays near it once its proportions are known."""
+    built = build("llama")
+    rules = Inner(clip_norm=0.01)
+    replica = Int8Replica(built, model.layout_of(built), rules, CPU, 0, microbatch_sequences)
     clipped: list[float] = []
     real = int8_matrix.Moments.update_
 
@@ -248,10 +254,13 @@ def test_the_clipped_gradient_never_exceeds_clip_norm(monkeypatch: pytest.Monkey
         real(self, weights, gradient, first, update)
 
     monkeypatch.setattr(int8_matrix.Moments, "update_", watch)
-    result = replica.step(batch(), 1e-2)
-    assert result.grad_norm > 0.1
-    assert len(clipped) == len(replica._matrices)
-    assert math.sqrt(sum(norm**2 for norm in clipped)) <= 0.01 * (1 + 1e-5)
+    for number in range(20):
+        clipped.clear()
+        result = replica.step(batch(number), 1e-3)
+        assert result.grad_norm > 0.1 and result.num_microbatches == (1 if microbatch_sequences is None else 4)
+        assert len(clipped) == len(replica._matrices)
+        assert max(clipped) <= 0.01 * (1 + 1e-5)
+        assert 0.005 < math.sqrt(sum(norm**2 for norm in clipped)) < 0.02
 
 
 def test_a_learning_rate_of_zero_moves_no_matrix() -> None:

@@ -21,7 +21,7 @@ from peer.training.span import forward, initial_values, materialise
 from swarm import memory_plan
 from swarm.errors import ResourceError, SwarmError
 from swarm.families import FAMILIES
-from swarm.fitting import GIB, Room, choose, fits, largest_span
+from swarm.fitting import GIB, Room, choose, fits
 from swarm.memory_plan import ModelNumbers, Working, plan
 from swarm.run_spec import Inner
 from swarm.sharding import from_sizes, spans, split, whole
@@ -164,8 +164,9 @@ def test_int8_matrices_take_what_the_plan_says() -> None:
     matrix = int8_matrix.Int8Matrix(shape, Inner(), torch.device("cpu"))
     numbers = replace(numbers_of("llama"), layers=((shape,),), embedding=(), head=(), buffer_bytes=0)
     planned = plan(numbers, whole(1), Working())
-    assert planned.held_bytes == bytes_of(matrix.tensors())
-    assert planned.held_bytes / math.prod(shape) < 3.2
+    held = planned.held_bytes - planned.held["dither"]  # one table for all matrices
+    assert held == bytes_of(matrix.tensors())
+    assert held / math.prod(shape) < 3.2
 
 
 def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer_more() -> None:
@@ -251,11 +252,3 @@ def test_on_cpu_and_mps_device_and_host_share_one_memory() -> None:
     for shared in ("cpu", "mps"):
         for device_bytes, expected in ((needed, False), (int(needed * 1.1), True)):
             assert fits(planned, Room(device_bytes=device_bytes, host_bytes=device_bytes), shared) is expected
-
-
-def test_the_largest_span_of_none_is_none() -> None:
-    numbers = numbers_of("llama")
-    plans = [plan(numbers, span, Working()) for span in spans(from_sizes((3, 4)))]
-    assert largest_span(plans, Room(device_bytes=1, host_bytes=1), "cpu") is None
-    best = largest_span(plans, Room(device_bytes=GIB, host_bytes=GIB), "cpu")
-    assert best is not None and best.span.is_whole
