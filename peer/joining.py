@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from peer.checkpoints.publishing import StateCopy
 from peer.coordinator_client import CoordinatorClient, RunInfo
 from peer.home import Home
 from peer.p2p.chunk_store import ChunkStore, token_shard_source
@@ -25,11 +26,12 @@ from peer.p2p.network import Network, NetworkConfig, open_network
 from peer.p2p.spill import Spill
 from peer.rounds.catch_up import Newcomer, obtain_state
 from peer.rounds.ledger import Ledger, LedgerOptions
+from peer.rounds.resume import resume
 from peer.rounds.shard import Shard
 from peer.rounds.statuses import StatusRules, read_statuses, status_key
 from peer.training.hosting import Hosting, choose_hosting
 from peer.training.trainer import Limits
-from swarm import data_manifest, log
+from swarm import data_manifest, log, schedule
 from swarm.data_manifest import DataManifest
 from swarm.errors import NetworkError, NotFound, Unreachable
 from swarm.identity import Identity, public_key_of
@@ -215,8 +217,31 @@ async def find_holders(joined: Joined) -> list[bytes]:
     return [key for key in dict.fromkeys([*seeds, *others]) if key != joined.identity.public_key]
 
 
-async def starting_state(joined: Joined) -> tuple[LogHead, Shard]:
-    """The state to take part from; asks again while nobody offers one. Raises what the last attempt raised."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Where a peer takes part from. ``due``: checkpoints on the way there, that a crash may have prevented."""
+
+    head: LogHead
+    shard: Shard
+    due: tuple[StateCopy, ...]
+
+
+async def find_start(joined: Joined) -> Start:
+    """A state, the rounds after it that this disk has, and what this peer owed. Raises what the last attempt raised."""
+    head, shard = await _starting_state(joined)
+    rules, due = joined.run.spec, list[StateCopy]()
+
+    def look(head: LogHead, shard: Shard) -> None:
+        if head.round and schedule.is_checkpoint_round(rules, head.round, head.total_tokens):
+            anchor = shard.anchor_on_disk(joined.folder)
+            due.append(StateCopy(head=head, state_digest=shard.state_digest, anchor=anchor))
+
+    head = await asyncio.to_thread(resume, joined.ledger, head, shard, joined.identity.public_key, look)
+    return Start(head=head, shard=shard, due=tuple(due))
+
+
+async def _starting_state(joined: Joined) -> tuple[LogHead, Shard]:
+    """Asks again while nobody offers one."""
     genesis = joined.run.genesis.shards[SHARD]
     newcomer = Newcomer(
         transport=joined.transport,

@@ -21,12 +21,13 @@ from peer.home import locked_identity
 from peer.joining import (
     Joined,
     PeerOptions,
+    Start,
     choose,
     find_holders,
+    find_start,
     join,
     meet_coordinator,
     own_addresses,
-    starting_state,
 )
 from peer.p2p.fetch import fetch_chunk
 from peer.reporting import Reporter
@@ -35,7 +36,6 @@ from peer.rounds.exchange import Exchange
 from peer.rounds.exchange_parts import Committed, ExchangeParts, tell_verdicts
 from peer.rounds.member import Member, MemberParts, Words
 from peer.rounds.planning import evaluator
-from peer.rounds.shard import Shard
 from peer.training import device
 from peer.training.data import ReaderOptions, TokenReader
 from peer.training.feeding import Training
@@ -44,7 +44,6 @@ from peer.training.trainer import Stats
 from swarm import schedule
 from swarm.errors import DivergedError, NetworkError, SwarmError
 from swarm.identity import Identity
-from swarm.log import LogHead
 from swarm.proto.coordinator_pb2 import ReportPayload
 
 LEAVE_TIMEOUT_S = 3.0
@@ -107,14 +106,13 @@ async def _join(options: PeerOptions, identity: Identity, watch: Watch, stack: A
     told = {"peer id": identity.peer_id, "spec": run.spec, "options": options, "hosting": hosting}
     watch(News(kind="joining", values=told))
     joined = await join(options, identity, client, run, stack)
-    head, shard = await starting_state(joined)
-    return Peer(joined, head, shard, watch, hosting)
+    return Peer(joined, await find_start(joined), watch, hosting)
 
 
 class Peer:
-    def __init__(self, joined: Joined, head: LogHead, shard: Shard, watch: Watch, hosting: Hosting | None) -> None:
+    def __init__(self, joined: Joined, start: Start, watch: Watch, hosting: Hosting | None) -> None:
         """``hosting``: None where the peer does not train."""
-        self.joined, self.watch, self.hosting = joined, watch, hosting
+        self.joined, self.watch, self.hosting, self._due = joined, watch, hosting, start.due
         self.spec, self.transport = joined.run.spec, joined.transport
         threads = joined.options.limits.num_threads
         self.device = device.describe(hosting.device, threads) if hosting is not None else "none"
@@ -126,7 +124,7 @@ class Peer:
             ExchangeParts(
                 identity=joined.identity,
                 transport=joined.transport,
-                shard=shard,
+                shard=start.shard,
                 ledger=joined.ledger,
                 chunks=joined.chunks,
                 founders=joined.founders,
@@ -134,7 +132,7 @@ class Peer:
                 run_blocking=asyncio.to_thread,
                 on_commit=self._on_commit,
             ),
-            head,
+            start.head,
         )
         self.member = Member(
             MemberParts(
@@ -160,7 +158,9 @@ class Peer:
         """Serve, train and make rounds, until the run ends or the person does."""
         newest = self.checkpoints.resume(self.spec.run_id, bytes.fromhex(self.spec.publication_key))
         self.words.checkpoint_round = newest
-        await self._offer_checkpoint_again()
+        for copy in self._due:
+            if copy.head.round > newest:
+                self.checkpoints.offer(copy)
         await self._start_training()
         await self.member.serve()  # last: from here on others may open rounds with us
         state = self.exchange.shard.state_digest.hex()
@@ -254,13 +254,6 @@ class Peer:
         self.watch(News(kind="commit", values=values))
         self.reporter.tell_soon()
         self._consider_end()
-
-    async def _offer_checkpoint_again(self) -> None:
-        """A checkpoint that a crash kept from being made or published, where the state still is that of its round."""
-        head = self.exchange.head
-        due = head.round > 0 and schedule.is_checkpoint_round(self.spec, head.round, head.total_tokens)
-        if due and self.words.checkpoint_round < head.round:
-            await self._offer_checkpoint(self.exchange.shard.state_digest)
 
     async def _offer_checkpoint(self, state_digest: bytes) -> None:
         anchor = await self._anchor_on_disk()

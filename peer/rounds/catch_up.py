@@ -18,7 +18,6 @@ from peer.p2p.fetch import FetchLimits, HolderBook, Wanted, fetch_many
 from peer.p2p.transport import Transport
 from peer.rounds import blocks
 from peer.rounds.ledger import Ledger
-from peer.rounds.resume import resume
 from peer.rounds.shard import Shard, StateBuffers, load_state
 from swarm import digest
 from swarm.errors import NetworkError, NotFound, ProtocolError, SwarmError, VerificationError
@@ -80,13 +79,7 @@ async def extend_log(newcomer: Newcomer, holder: bytes) -> None:
 
 
 async def obtain_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[LogHead, Shard]:
-    """Where to start from: the newest state, the rounds after it that this disk has, and what this replica owed."""
-    head, shard = await _newest_state(newcomer, holders)
-    return resume(newcomer.ledger, head, shard, newcomer.transport.public_key), shard
-
-
-async def _newest_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[LogHead, Shard]:
-    """This disk's where replaying is cheaper, otherwise the newest that holders prove."""
+    """The state to start from: this disk's where replaying is cheaper, otherwise the newest that holders prove."""
     for holder in holders:
         try:
             await extend_log(newcomer, holder)

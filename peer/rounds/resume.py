@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +46,15 @@ def save(ledger: Ledger, head: LogHead, shard: Shard) -> None:
         ledger.save_state(head.round, shard)
 
 
-def resume(ledger: Ledger, head: LogHead, shard: Shard, me: bytes) -> LogHead:
-    """Apply to ``shard``, which stands at ``head``, the rounds that lie whole on this disk; gives the head then."""
+OnRound = Callable[[LogHead, Shard], None]
+
+
+def resume(ledger: Ledger, head: LogHead, shard: Shard, me: bytes, on_round: OnRound) -> LogHead:
+    """Apply to ``shard``, which stands at ``head``, the rounds that lie whole on this disk; gives the head then.
+
+    ``on_round`` sees every state on the way, the first among them: nobody else does.
+    """
+    on_round(head, shard)
     for record in _records(ledger, head.round, ledger.head.round):
         try:
             parts = ledger.parts_of(record)
@@ -57,6 +64,7 @@ def resume(ledger: Ledger, head: LogHead, shard: Shard, me: bytes) -> LogHead:
             break  # the exchange tells what that means
         shard.apply(record, parts)
         head = ledger.heads[record.round]
+        on_round(head, shard)
     shard.feedback = _owed(ledger, head, shard.num_values, me)
     return head
 

@@ -24,6 +24,7 @@ from peer.rounds.exchange import Exchange
 from peer.rounds.exchange_parts import Committed, ExchangeParts
 from peer.rounds.ledger import Ledger, LedgerOptions
 from peer.rounds.member import Member, MemberParts, Words
+from peer.rounds.resume import resume
 from peer.rounds.shard import Shard
 from peer.rounds.statuses import ADMISSION_CONTEXT, StatusRules
 from swarm.errors import NotFound
@@ -275,7 +276,8 @@ class SimulatedSwarm:
             peer.key for peer in self.peers.values() if peer.transport.alive and peer.key != transport.public_key
         ]
         with contextlib.suppress(NotFound):
-            return await obtain_state(newcomer, holders)
+            head, shard = await obtain_state(newcomer, holders)
+            return resume(ledger, head, shard, transport.public_key, lambda head, shard: None), shard
         shard = Shard(self.spec, 0, self.anchor.copy())
         ledger.save_state(0, shard)
         return ledger.head, shard

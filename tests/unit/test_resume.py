@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from peer import joining
 from peer.rounds import resume
 from peer.rounds.blocks import Blocks
 from peer.rounds.ledger import Ledger
@@ -15,8 +19,9 @@ from peer.rounds.shard import Shard
 from swarm import digest
 from swarm.log import LogHead, next_head
 from swarm.proto.round_pb2 import Ballot, Commit, PartResult, Record, Rejection, Share, Vote
+from swarm.run_spec import Checkpoints
 from tests.unit.test_ledger import RUN_ID, VOTE_CONTEXT, VOTER, open_ledger
-from tests.unit.test_shard import ALL, NUM_VALUES, make_shard, moved
+from tests.unit.test_shard import ALL, NUM_VALUES, SPEC, make_shard, moved
 
 ME, OTHER = b"m" * 32, b"p" * 32
 SLICES = -(-NUM_VALUES // SLICE_VALUES)
@@ -65,8 +70,10 @@ def commit(
 
 def restarted(folder: Path, head: LogHead) -> tuple[LogHead, Shard]:
     """A process that finds the state of the beginning, and what else lies on its disk."""
-    shard = make_shard()
-    return resume.resume(open_ledger(folder), head, shard, ME), shard
+    shard, seen = make_shard(), list[int]()
+    found = resume.resume(open_ledger(folder), head, shard, ME, lambda head, _: seen.append(head.round))
+    assert seen == list(range(head.round, found.round + 1)), "every state on the way is seen"
+    return found, shard
 
 
 def test_what_was_owed_is_owed_after_a_restart(tmp_path: Path) -> None:
@@ -142,3 +149,24 @@ def test_a_peer_that_never_owed_writes_nothing(tmp_path: Path) -> None:
     ledger = open_ledger(tmp_path)
     resume.save(ledger, ledger.head, make_shard())
     assert not (ledger.folder / "debt").exists()
+
+
+def test_checkpoints_of_rounds_on_the_disk_are_due_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash may have come between a checkpoint's round and the checkpoint, and rounds after it lie here already."""
+    ledger, shard = open_ledger(tmp_path), make_shard()
+    genesis, digests = ledger.head, [shard.state_digest]
+    for _ in range(5):
+        commit(ledger, shard)
+        digests.append(shard.state_digest)
+
+    async def from_the_beginning(joined: Any) -> tuple[LogHead, Shard]:
+        return genesis, make_shard()
+
+    monkeypatch.setattr(joining, "_starting_state", from_the_beginning)
+    spec = SPEC.model_copy(update={"checkpoints": Checkpoints(every_rounds=2), "total_tokens": 1000})
+    identity = SimpleNamespace(public_key=ME)
+    joined: Any = SimpleNamespace(run=SimpleNamespace(spec=spec), ledger=ledger, folder=tmp_path, identity=identity)
+    start = asyncio.run(joining.find_start(joined))
+    assert start.head == ledger.head and start.shard.state_digest == shard.state_digest
+    assert [(copy.head.round, copy.state_digest) for copy in start.due] == [(2, digests[2]), (4, digests[4])]
+    assert not np.array_equal(start.due[0].anchor, start.due[1].anchor), "each is of its own round"

@@ -16,7 +16,7 @@ import pytest
 from peer import runtime
 from peer.coordinator_client import RunInfo
 from peer.home import Home, locked_identity
-from peer.joining import Joined, PeerOptions
+from peer.joining import Joined, PeerOptions, Start
 from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.fetch import HolderBook
 from peer.rounds.exchange import ROUND_METHOD
@@ -211,7 +211,7 @@ def make_peer(folder: Path, transport: Transport, identity: Identity, run_of: tu
         ledger=Ledger(folder / "shard-0", head, chunks, LedgerOptions()),
         book=HolderBook(random.Random(0)),
     )
-    return Peer(joined, head, shard, unheard, None)
+    return Peer(joined, Start(head=head, shard=shard, due=()), unheard, None)
 
 
 async def until(condition: Callable[[], Any], what: str) -> None:
