@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bench_models import MIDDLE, QUICK, Side, build_side, random_tokens
 from report import print_result
 
-from peer.training import int8_matrix, int8_modules, int8_replica, quantized
+from peer.training import dither, int8_matrix, int8_modules, int8_replica, quantized
 
 OURS, RIVAL = "int8 replica", "fp32 AdamW"
 # Sequences per step: the curve. The figure of merit is that of the last but one.
@@ -87,6 +87,7 @@ def where_time_goes(side: Side, tokens: np.ndarray, device: torch.device) -> dic
     watched = [
         (int8_matrix.Moments, "update_", "AdamW in 8 bits (bitsandbytes)"),
         (quantized, "quantise_", "write back (stochastic rounding)"),
+        (dither.Dither, "noise", "noise for rounding"),
         (quantized, "dequantise", "dequantise"),
         (int8_matrix, "_norm", "norms for clipping"),
         (int8_replica, "cross_entropy", "head and loss"),
