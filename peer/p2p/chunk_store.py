@@ -111,7 +111,8 @@ def read_range(place: FileRange) -> bytes | None:
 class ChunkStore:
     """Blobs named by their SHA-256 in ``folder``, at most ``max_bytes`` of them. Safe to use from several threads.
 
-    ``read_in_thread=False`` makes `handle_chunk` read on the event loop, for simulations whose clock is not real.
+    ``read_in_thread=False`` makes `handle_chunk` and `keep` work on the event loop, for simulations whose clock is not
+    real.
     """
 
     def __init__(self, folder: Path, max_bytes: int, *, read_in_thread: bool = True) -> None:
@@ -158,6 +159,13 @@ class ChunkStore:
             self._sizes[digest] = len(data)
             self._sizes.move_to_end(digest)
         return digest
+
+    async def keep(self, data: bytes) -> None:
+        """`put` beside the event loop: a disk's sync takes as long as a chunk's way over a fast link."""
+        if self._read_in_thread:
+            await asyncio.to_thread(self.put, data)
+        else:
+            self.put(data)
 
     def get(self, digest: bytes) -> bytes | None:
         """The bytes with this digest, verified, from the store or a source. A damaged file is removed."""

@@ -166,6 +166,10 @@ async def _fetch_chunks(newcomer: Newcomer, reply: StateReply, donors: Sequence[
                 raise VerificationError("a chunk of a state is not as large as its place")
             room[:] = data
 
+    async def keep_fetched(item: Wanted, data: bytes) -> None:
+        await keep(item, data)
+        await newcomer.chunks.keep(data)  # while others are on their way; and it is not fetched again after a kill
+
     wanted = []
     for item in places:
         data = newcomer.chunks.get(item)
@@ -173,9 +177,10 @@ async def _fetch_chunks(newcomer: Newcomer, reply: StateReply, donors: Sequence[
             wanted.append(Wanted(item, digest.STATE_CHUNK_BYTES))
         else:
             await keep(Wanted(item, len(data)), data)
-    await fetch_many(newcomer.transport, wanted, donors, keep, FetchLimits(), newcomer.book)
+    await fetch_many(newcomer.transport, wanted, donors, keep_fetched, FetchLimits(), newcomer.book)
     return buffers
 
 
 def _state_is_cheaper(newcomer: Newcomer, shard: Shard, missed_rounds: int) -> bool:
-    return missed_rounds * shard.codec.encoded_size(shard.num_values) > 8 * shard.num_values
+    state_bytes = sum(len(view) for view in shard.state_bytes())
+    return missed_rounds * shard.codec.encoded_size(shard.num_values) > state_bytes

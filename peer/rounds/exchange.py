@@ -286,6 +286,8 @@ class Exchange:
     async def _fetch(self, machine: RoundMachine, action: Fetch) -> None:
         async with self._fetches:
             holders = list(dict.fromkeys([*self.live_peers, *action.holders]))
+            turn = action.digest[0] % max(1, len(holders))  # not every part from the same uplink
+            holders = holders[turn:] + holders[:turn]
             data = await obtain(self.parts, action, holders, machine.settings.reduce_timeout_s)
             self._event(machine, lambda now: machine.on_fetched(action.digest, data, now))
 

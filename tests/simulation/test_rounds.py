@@ -164,6 +164,28 @@ def test_a_killed_volunteer_restarts_from_its_own_disk(tmp_path: Path) -> None:
     run(scenario())
 
 
+def test_missed_rounds_are_fetched_from_several_holders(tmp_path: Path) -> None:
+    """Whoever comes back does not take every part from the same uplink."""
+
+    async def scenario() -> None:
+        swarm = await start(tmp_path)
+        await swarm.until_round(5, ["v0", "v1", "v2"])
+        swarm.kill("v1")
+        await swarm.until_round(9, ["seed", "v0", "v2"])
+        asked: set[bytes] = set()
+
+        def note(sender: bytes, to: bytes, method: str, request: bytes) -> None:
+            if method == "chunk" and sender == swarm.peers["v1"].key:
+                asked.add(to)
+
+        swarm.network.before_delivery.append(note)
+        await swarm.restart("v1")
+        await swarm.until_round(11, ["seed", "v0", "v1", "v2"])
+        assert len(asked) >= 2
+
+    run(scenario())
+
+
 def test_a_stalled_volunteer_is_waited_for_only_so_long_and_catches_up(tmp_path: Path) -> None:
     async def scenario() -> None:
         swarm = await start(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from swarm.digest import sha256
 from swarm.errors import NotFound
 from swarm.identity import Identity
 from swarm.log import LogHead, genesis_head
-from swarm.proto.round_pb2 import LogReply, LogRequest
+from swarm.proto.round_pb2 import ChunkReply, ChunkRequest, LogReply, LogRequest
 from tests.simulation.memory_transport import MemoryNetwork
 from tests.simulation.virtual_time import run
 from tests.unit.test_ledger import GENESIS, SHARD, commit_after
@@ -36,12 +37,12 @@ class World:
         self.network = MemoryNetwork()
         self.donors: list[bytes] = []
 
-    async def donor(self, states: dict[int, Shard], *, lacks_chunks: bool = False) -> None:
+    async def donor(self, states: dict[int, Shard], *, lacks_chunks: bool = False, rounds: int = 14) -> None:
         identity = Identity(bytes([100 + len(self.network.peers)]) * 32)
         folder = self.folder / identity.peer_id
         chunks = ChunkStore(folder / "chunks", 1 << 28, read_in_thread=False)
         ledger = make_ledger(folder, chunks)
-        for number, before in enumerate(STATES_BEFORE):
+        for number, before in enumerate(STATES_BEFORE[:rounds]):
             data = b"average of round %d" % number
             commit, head = commit_after(ledger.head, data, before.state_digest)
             ledger.append(commit, head, {sha256(data): data})
@@ -106,6 +107,52 @@ def test_a_state_whose_chunks_nobody_has_is_passed_over_for_the_next_newest(tmp_
             await world.donor({2: AFTER_ROUND_2}, lacks_chunks=True)
         head, shard = await world.obtain()
         assert head.round == 1 and shard.state_digest == AFTER_ROUND_1.state_digest
+
+    run(main())
+
+
+def test_chunks_that_came_before_a_newcomer_failed_are_not_fetched_again(tmp_path: Path) -> None:
+    """Each is on its disk as soon as it is here, whatever becomes of the others."""
+
+    async def main() -> None:
+        world = World(tmp_path)
+        await world.donor({2: AFTER_ROUND_2})
+        anchor, momentum = ({*chunks} for chunks in AFTER_ROUND_2.chunk_digests())
+        lacking, asked = {*momentum}, list[bytes]()
+        donor = world.network.peers[world.donors[0]]
+        whole = donor._handlers[CHUNK_METHOD]
+
+        async def handle(caller: bytes, request: bytes) -> bytes:
+            asked.append(ChunkRequest.FromString(request).digest)
+            if asked[-1] in lacking:
+                await asyncio.sleep(1.0)  # the others are here by then
+                return ChunkReply().SerializeToString()
+            return await whole(caller, request)
+
+        await donor.serve(CHUNK_METHOD, handle)
+        with pytest.raises(NotFound):
+            await world.obtain()
+        assert anchor < {*asked}
+        lacking.clear()
+        asked.clear()
+        head, _ = await world.obtain()
+        assert head.round == 2 and {*asked} == momentum
+
+    run(main())
+
+
+@pytest.mark.parametrize(("missed", "fetched"), [(4, False), (6, True)])
+def test_a_state_is_fetched_once_replaying_would_take_more_bytes(tmp_path: Path, missed: int, fetched: bool) -> None:
+    """A state takes 5.02 bytes a value, a round in int8 1.02."""
+
+    async def main() -> None:
+        world = World(tmp_path)
+        await world.donor({0: SHARD}, rounds=missed)
+        await world.obtain()
+        world.donors.clear()
+        await world.donor({0: SHARD, 2: AFTER_ROUND_2}, rounds=missed)
+        head, _ = await world.obtain()
+        assert head.round == (2 if fetched else 0)
 
     run(main())
 
