@@ -36,9 +36,13 @@ DISK_BYTES = 8 << 30
 
 
 def ours(pipe: Connection, place: Place) -> None:
+    serve_side(pipe, place, _OurSide(place), ("begin", "prepare", "arm", "go", "end"))
+
+
+def serve_side(pipe: Connection, place: Place, side: Any, names: tuple[str, ...]) -> None:
+    """Answer the commands ``names`` with methods of ``side``, on a loop that goes on between them."""
     settle_in(place)
     loop = asyncio.new_event_loop()
-    side = _OurSide(place)
 
     def command(work: Callable[..., Awaitable[dict[str, Any]]]) -> Callable[..., dict[str, Any]]:
         def run(*arguments: Any) -> dict[str, Any]:
@@ -47,14 +51,13 @@ def ours(pipe: Connection, place: Place) -> None:
         return run
 
     async def live() -> None:
-        commands = {name: command(getattr(side, name)) for name in ("begin", "prepare", "arm", "go", "end")}
-        await asyncio.to_thread(serve, pipe, place, commands)
+        await asyncio.to_thread(serve, pipe, place, {name: command(getattr(side, name)) for name in names})
         await side.end()
 
     loop.run_until_complete(live())
 
 
-class _StubTrainer:
+class StubTrainer:
     """Offers the same movement each round and says the tokens that it was told to."""
 
     def __init__(self, movement: np.ndarray) -> None:
@@ -68,25 +71,68 @@ class _StubTrainer:
         return None
 
 
-class _Watch:
-    """A transport that notes when this peer opened a round."""
+class Watch:
+    """A transport that notes when this peer opened a round, and says so to ``on_open`` (round number)."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, on_open: Callable[[int], None] = lambda number: None) -> None:
         self._network = network
+        self._on_open = on_open
         self.opened = 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._network, name)
 
     async def call(self, peer: bytes, method: str, request: bytes, **keywords: Any) -> bytes:
-        is_small = method == ROUND_METHOD and len(request) < 1 << 16
-        if is_small and not self.opened and RoundMessage.FromString(request).WhichOneof("body") == "open":
-            self.opened = time.monotonic()
+        is_small = method == ROUND_METHOD and isinstance(request, bytes) and len(request) < 1 << 16
+        if is_small and (message := RoundMessage.FromString(request)).WhichOneof("body") == "open":
+            self.opened = self.opened or time.monotonic()
+            self._on_open(message.round)
         return await self._network.call(peer, method, request, **keywords)
 
 
 def identity_of(place: Place, peer: int) -> Identity:
     return Identity(f"{place.folder.parent.name}:{peer}".encode().ljust(32, b".")[:32])
+
+
+def genesis_of(spec: RunSpec, keys: list[bytes], shard: Shard) -> Genesis:
+    """The run begins at ``shard``; an odd number of peers decide its first round."""
+    voters = sorted(keys)[: len(keys) - 1 + len(keys) % 2]
+    state = ShardGenesis(state_digest=shard.state_digest, num_values=shard.num_values)
+    return Genesis(run_id=spec.run_id, voters=voters, shards=[state])
+
+
+def member_of(exchange: Exchange, place: Place, lifetime_s: float) -> Member:
+    """The replica around ``exchange``: everybody is a founder, and statuses live for ``lifetime_s``."""
+    parts = exchange.parts
+    return Member(
+        MemberParts(
+            identity=parts.identity,
+            transport=parts.transport,
+            exchange=exchange,
+            ledger=parts.ledger,
+            chunks=parts.chunks,
+            rules=StatusRules(
+                run_id=parts.shard.spec.run_id,
+                publication_key=bytes(32),
+                founders=parts.founders,
+                lifetime_s=lifetime_s,
+            ),
+            words=Words(trains=True, upload_bps=place.upload_bps),
+            clock=time.time,
+        )
+    )
+
+
+async def open_place(place: Place, initial_peers: tuple[str, ...]) -> Network:
+    """The network of a peer at its place, in touch with ``initial_peers``."""
+    config = NetworkConfig(
+        run_id=RUN_ID,
+        clock=time.time,
+        directory_keys=(status_key(0),),
+        host_maddrs=(f"/ip4/{place.address}/tcp/{place.port}",),
+        initial_peers=initial_peers,
+    )
+    return await open_network(config, identity_of(place, place.index))
 
 
 class _OurSide:
@@ -99,18 +145,11 @@ class _OurSide:
         self._exchange: Any = None
         self._member: Any = None
         self._job: asyncio.Task[None] | None = None
-        self._trainer = _StubTrainer(np.zeros(0, np.float32))
+        self._trainer = StubTrainer(np.zeros(0, np.float32))
         self._commits: asyncio.Queue[tuple[float, Committed]] = asyncio.Queue()
 
     async def begin(self, meet: str) -> dict[str, Any]:
-        config = NetworkConfig(
-            run_id=RUN_ID,
-            clock=time.time,
-            directory_keys=(status_key(0),),
-            host_maddrs=(f"/ip4/{self._place.address}/tcp/0",),
-            initial_peers=(meet,) if meet else (),
-        )
-        self._network = await open_network(config, identity_of(self._place, self._place.index))
+        self._network = await open_place(self._place, (meet,) if meet else ())
         return {"meet": self._network.addresses[0]}
 
     async def prepare(self, num_values: int) -> dict[str, Any]:
@@ -120,26 +159,20 @@ class _OurSide:
         folder = place.folder / str(num_values)
         shutil.rmtree(folder, ignore_errors=True)
         keys = [identity_of(place, peer).public_key for peer in range(place.peers)]
-        spec = _spec(num_values, place)
+        spec = spec_of(f"values-{num_values}-{place.folder.parent.name}", place, reduce_timeout_s=place.timeout_s)
         shard = Shard(spec, 0, np.zeros(num_values, np.float32))
-        genesis = Genesis(
-            run_id=spec.run_id,
-            voters=sorted(keys)[: place.peers - 1 + place.peers % 2],
-            shards=[ShardGenesis(state_digest=shard.state_digest, num_values=num_values)],
-        )
-        identity = identity_of(place, place.index)
         chunks = ChunkStore(folder / "chunks", DISK_BYTES)
-        head = genesis_head(genesis, 0)
+        head = genesis_head(genesis_of(spec, keys, shard), 0)
         # The state is written every few rounds, beside the next one: not part of a round.
         ledger = Ledger(folder / "shard-0", head, chunks, LedgerOptions(state_every_rounds=10**6))
-        self._trainer = _StubTrainer(vector(place.index, num_values))
-        self._watch = _Watch(self._network)  # type: ignore[arg-type]
+        self._trainer = StubTrainer(vector(place.index, num_values))
+        self._watch = Watch(self._network)  # type: ignore[arg-type]
 
         async def on_commit(committed: Committed) -> None:
             self._commits.put_nowait((time.monotonic(), committed))
 
         parts = ExchangeParts(
-            identity=identity,
+            identity=identity_of(place, place.index),
             transport=self._watch,
             shard=shard,
             ledger=ledger,
@@ -150,19 +183,7 @@ class _OurSide:
             on_commit=on_commit,
         )
         self._exchange = Exchange(parts, head)
-        rules = StatusRules(run_id=spec.run_id, publication_key=bytes(32), founders=tuple(keys), lifetime_s=30.0)
-        self._member = Member(
-            MemberParts(
-                identity=identity,
-                transport=self._watch,
-                exchange=self._exchange,
-                ledger=ledger,
-                chunks=chunks,
-                rules=rules,
-                words=Words(trains=True, upload_bps=place.upload_bps),
-                clock=time.time,
-            )
-        )
+        self._member = member_of(self._exchange, place, lifetime_s=30.0)
         await self._member.serve()
         self._job = asyncio.create_task(self._member.run())
         return {}
@@ -207,20 +228,22 @@ class _OurSide:
             self._commits.get_nowait()
 
 
-def _spec(num_values: int, place: Place) -> RunSpec:
+def spec_of(name: str, place: Place, *, robust: str = "clip_and_drop", **rounds: float | str) -> RunSpec:
     """Plain averaging, so that the anchor is the average; a round opens when every peer has told its tokens."""
+    settings = {
+        "tokens_per_round": ROUND_TOKENS * place.peers,
+        "takeover_timeout_s": 20.0,
+        "status_interval_s": 2.0,
+        **rounds,
+    }
     return RunSpec(
-        name=f"values-{num_values}-{place.folder.parent.name}"[:63],
+        name=name[:63],
         total_tokens=10**15,
         organizer_key="00" * 32,
         publication_key="00" * 32,
         model={"family": "llama"},
         data={"manifest_digest": "0" * 64, "tokenizer_digest": "0" * 64},
         outer={"learning_rate": 1.0, "momentum": 0.0},
-        rounds={
-            "tokens_per_round": ROUND_TOKENS * place.peers,
-            "reduce_timeout_s": place.timeout_s,
-            "takeover_timeout_s": 20.0,
-            "status_interval_s": 2.0,
-        },
+        rounds=settings,
+        robust={"rule": robust},
     )

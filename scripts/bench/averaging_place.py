@@ -29,7 +29,7 @@ PATTERN_VALUES = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a peer runs: its number among ``peers``, its namespace and address, the interface that counts."""
+    """Where a peer runs: its number among ``peers``, its namespace ("": ours), address, the interface that counts."""
 
     index: int
     peers: int
@@ -39,6 +39,10 @@ class Place:
     folder: Path
     timeout_s: float
     upload_bps: int = 10**9
+    port: int = 0
+    """to listen on; 0: any"""
+    begins_anew: bool = True
+    """nothing is left on disk of a life before"""
 
 
 def vector(peer: int, num_values: int) -> np.ndarray:
@@ -54,19 +58,28 @@ def error_of(average: np.ndarray, peers: int) -> float:
     return float(np.linalg.norm(seen - true) / np.linalg.norm(true))
 
 
+def shares_in(average: np.ndarray, peers: int) -> list[float]:
+    """How much of each peer's vector is in ``average``: 1 / peers where all count alike. Vectors are independent."""
+    seen = average[:PATTERN_VALUES]
+    vectors = [vector(peer, len(seen)) for peer in range(peers)]
+    return [float(seen @ mine / (mine @ mine)) for mine in vectors]
+
+
 def settle_in(place: Place) -> None:
     """Enter the namespace, end with the benchmark, use one thread."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    descriptor = os.open(f"/run/netns/{place.namespace}", os.O_RDONLY)
-    if libc.setns(descriptor, CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "the namespace cannot be entered")
-    os.close(descriptor)
+    if place.namespace:
+        descriptor = os.open(f"/run/netns/{place.namespace}", os.O_RDONLY)
+        if libc.setns(descriptor, CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "the namespace cannot be entered")
+        os.close(descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    shutil.rmtree(place.folder, ignore_errors=True)
-    place.folder.mkdir(parents=True)
+    if place.begins_anew:
+        shutil.rmtree(place.folder, ignore_errors=True)
+    place.folder.mkdir(parents=True, exist_ok=True)
 
 
 def usage(place: Place) -> dict[str, Any]:

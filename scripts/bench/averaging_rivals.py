@@ -6,6 +6,7 @@ hivemind's search for a group is not counted: time begins when every peer has it
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
 from datetime import timedelta
@@ -16,7 +17,7 @@ import hivemind
 import psutil
 import torch
 import torch.distributed
-from averaging_place import Place, error_of, serve, settle_in, vector
+from averaging_place import Place, error_of, serve, settle_in, shares_in, vector
 from hivemind.averaging.control import AveragingStage
 from hivemind.compression import BlockwiseQuantization
 
@@ -123,5 +124,11 @@ class _HivemindSide:
         self._step.result(timeout=self._place.timeout_s)
         ended = time.monotonic()
         with self._averager.get_tensors() as tensors:
-            error = error_of(tensors[0].numpy(), self._place.peers)
-        return {"began": began, "ended": ended, "error_of_average": error}
+            values = tensors[0].numpy()
+            return {
+                "began": began,
+                "ended": ended,
+                "error_of_average": error_of(values, self._place.peers),
+                "shares": shares_in(values, self._place.peers),
+                "tensor_digest": hashlib.sha256(values.data).hexdigest(),
+            }

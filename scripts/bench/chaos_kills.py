@@ -1,0 +1,92 @@
+"""What a killed peer costs a round: rounds with a kill and rounds without in turns, on one loopback.
+
+Every other victim leads the round; a quarter die before it opens, the others in any of its phases.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from typing import Any
+
+from chaos_faults import KILL, Fault
+from chaos_run import Run
+from chaos_swarm import START_S
+
+from peer.rounds.planning import leader_order
+
+SHARE_OF_LEADERS = 0.5
+SHARE_OF_EARLY = 0.25
+
+
+class Kills:
+    def __init__(self, run: Run, seed: int) -> None:
+        self._run = run
+        self._rng = random.Random(seed)
+        self.healthy: list[float] = []
+        self.killed: list[tuple[float, str]] = []
+        """(seconds of the round, who died when)"""
+
+    def healthy_round(self) -> None:
+        run, swarm = self._run, self._run.swarm
+        number = run.gather(run.setting.peers)
+        run.train()
+        swarm.wait(lambda: run.all_at(number, swarm.up), START_S, f"round {number}")
+        self.healthy.append(swarm.ended(number) - swarm.opened[number])
+        run.judge()
+
+    def round_with_a_kill(self) -> None:
+        """Counted where the kill came before the survivors had the round."""
+        run, swarm, rng = self._run, self._run.swarm, self._rng
+        number = run.gather(run.setting.peers)
+        leads, early = rng.random() < SHARE_OF_LEADERS, rng.random() < SHARE_OF_EARLY
+        order, at_s = self._order(number, leads), rng.uniform(0.0, statistics.median(self.healthy))
+        run.train()
+        since = time.monotonic()
+        if not early:
+            swarm.wait(lambda: number in swarm.opened, START_S, f"round {number} opens")
+            since = swarm.opened[number]
+        swarm.schedule(Fault(kind=KILL, at_s=at_s, lasts_s=0.1, order=order), since)
+        over = lambda: not swarm.hurt and run.all_at(number, swarm.up)  # noqa: E731
+        swarm.wait(over, 2 * START_S, f"round {number} with a kill")
+        died_at, ended = swarm.killed_at[order[0]], swarm.ended(number)
+        if ended > died_at:
+            who = f"{'leader' if leads else 'another'}, {died_at - swarm.opened[number]:+.2f} s from the opening"
+            self.killed.append((ended - min(died_at, swarm.opened[number]), who))
+        run.judge()
+
+    def _order(self, number: int, leads: bool) -> tuple[int, ...]:
+        """The victim first: whoever leads the round, or anybody else."""
+        by_key = {self._run.swarm.key(peer): peer for peer in self._run.swarm.voters()}
+        leader = by_key[leader_order(sorted(by_key), 0, number)[0]]
+        others = [peer for peer in range(self._run.setting.peers) if peer != leader]
+        others = self._rng.sample(others, len(others))
+        return (leader, *others) if leads else (*others, leader)
+
+    def figures(self) -> dict[str, Any]:
+        usual_s = statistics.median(self.healthy)
+        for seconds, who in sorted(self.killed):
+            print(f"# killed: {who}: a round of {seconds:.2f} s; healthy: {usual_s:.2f} s", flush=True)
+        costs = [seconds - usual_s for seconds, _ in self.killed]
+        return {
+            "kill_cost_s": {"median": round(statistics.median(costs), 3), "worst": round(max(costs), 3)},
+            "kills_within_a_round": len(costs),
+            "healthy_round_s": round(usual_s, 3),
+        }
+
+
+def measure(run: Run, kills: int, seed: int) -> dict[str, Any]:
+    """``kills`` rounds with one, after as many without, in turns."""
+    measured = Kills(run, seed)
+    try:
+        run.begin()
+        for _ in range(2):
+            measured.healthy_round()
+        measured.healthy.pop(0)  # the first round is among strangers
+        for _ in range(kills):
+            measured.round_with_a_kill()
+            measured.healthy_round()
+    finally:
+        run.swarm.close()
+    return measured.figures()
