@@ -32,7 +32,7 @@ from peer.training.model import build_config, build_model, layout_of
 from swarm import schedule
 from swarm.digest import sha256
 from swarm.proto.round_pb2 import Member, OpenRound, PartResult, Record, Share
-from swarm.run_spec import RunSpec
+from swarm.run_spec import Robust, RunSpec
 
 NUM_CURVE_POINTS = 8
 # A point of the curve but the last is judged on so many fewer sequences.
@@ -53,7 +53,7 @@ class Arm:
     has_wire: bool = False
     """contributions and averages are encoded, and what that loses is owed, as in a run; else plain fp32 averages"""
     codecs: tuple[str, str] | None = None
-    """of contributions and of averages, where they are not the setting's"""
+    """of contributions and of averages, where they are not the setting's; then reducers clip and drop nothing"""
     is_synchronous: bool = False
 
 
@@ -95,9 +95,9 @@ def spec_for(arm: Arm, setting: Setting) -> RunSpec:
     if arm.codecs is None:
         return spec
     contributions, averages = arm.codecs
-    # A copy that nothing checks: run specs have no sparse averages.
+    # A copy that nothing checks: run specs have no sparse averages. Clipping would be a second thing that differs.
     rounds = spec.rounds.model_copy(update={"contribution_codecs": (contributions,), "wire_codec": averages})
-    return spec.model_copy(update={"rounds": rounds})
+    return spec.model_copy(update={"rounds": rounds, "robust": Robust(rule="none")})
 
 
 def synchronous(spec: RunSpec, setting: Setting, text: Text, seed: int) -> Iterator[tuple[int, Float32]]:

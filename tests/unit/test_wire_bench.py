@@ -48,6 +48,15 @@ def test_the_bytes_of_a_round_are_those_that_members_and_reducers_encode(
     assert wire.bytes_per_round(arm, swarm.shards[0].num_values) == sent / REPLICAS
 
 
+def test_a_wire_differs_from_its_fp32_twin_in_nothing_else() -> None:
+    """Same replicas, plain averages, and no contribution is clipped or dropped."""
+    setting = wire.setting_of(wire.FULL, 36)
+    twin, mine = spec_for(wire.FP32, setting), spec_for(wire.WIRES["topk"], setting)
+    assert (mine.rounds.wire_codec, mine.rounds.ladder, mine.robust.rule) == ("topk", ("topk",), "none")
+    assert (mine.inner, mine.outer, mine.total_tokens) == (twin.inner, twin.outer, twin.total_tokens)
+    assert mine.rounds.model_copy(update={"wire_codec": "int4", "contribution_codecs": None}) == twin.rounds
+
+
 def test_fp32_in_rounds_of_one_step_saves_nothing_and_longer_rounds_save_their_length() -> None:
     """The measure of all reductions is a ring all-reduce of fp32 every step."""
     assert wire.traffic(wire.FP32, wire.setting_of(TINY, 1))[1] == 1
