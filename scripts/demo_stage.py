@@ -149,29 +149,32 @@ class Stage:
         if code:
             raise DemoFailed(f"swarm {arguments[0]} ended with exit code {code}")
 
-    def swarm_json(self, *arguments: object, quiet: bool = False) -> dict[str, Any]:
-        """What a command prints with ``--json``."""
+    def swarm_json(self, *arguments: object, quiet: bool = False, within: Sequence[str] = ()) -> dict[str, Any]:
+        """What a command prints with ``--json``; ``within`` as in `start`."""
         if not quiet:
             self._show((*arguments, "--json"))
-        values: dict[str, Any] = json.loads(self.run(self._command((*arguments, "--json"))))
+        values: dict[str, Any] = json.loads(self.run([*within, *self._command((*arguments, "--json"))]))
         return values
 
     def run(self, command: Sequence[str]) -> str:
         """What another command prints. Raises `DemoFailed` where it does not exit with 0."""
-        if command[0] != SWARM:
+        if SWARM not in command:
             print(f"$ {shlex.join(command)}")
         done = subprocess.run(command, cwd=self.folder, env=self._environment, capture_output=True, text=True)
         if done.returncode:
             raise DemoFailed(f"{shlex.join(command[:3])} ended with exit code {done.returncode}: {done.stderr}")
         return done.stdout.strip()
 
-    def start(self, name: str, *arguments: object) -> Program:
-        """Start a command that goes on beside the demo. In a session of its own: Ctrl-C reaches it through us."""
+    def start(self, name: str, *arguments: object, within: Sequence[str] = ()) -> Program:
+        """Start a command that goes on beside the demo. In a session of its own: Ctrl-C reaches it through us.
+
+        ``within``: what it is started by, such as ``ip netns exec NAME``.
+        """
         self._show((*arguments, "&"))
         log = self.folder / "logs" / f"{name}.jsonl"
         with log.open("wb") as out, log.with_suffix(".errors").open("wb") as errors:
             process = subprocess.Popen(
-                self._command(arguments),
+                [*within, *self._command(arguments)],
                 cwd=self.folder,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
