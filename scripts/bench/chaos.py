@@ -1,6 +1,6 @@
 """Rounds in which peers are killed, stalled and cut off: real processes, real libp2p, real disks.
 
-    .venv/bin/python scripts/bench/chaos.py [--quick] [--seed N] [--rounds N] [--sides ours,hivemind]
+    .venv/bin/python scripts/bench/chaos.py [--quick] [--seed N] [--rounds N] [--sides ours,kills,hivemind]
 
 Five peers make rounds of a small shard. In each round one or two of them are killed (and start again from their own
 disks), stalled with all their processes, or cut off, one way or both, for up to three seconds. The keys:
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few rounds of each kind, under 60 s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, help="rounds under faults")
-    parser.add_argument("--sides", default="ours,hivemind")
+    parser.add_argument("--sides", default="ours,kills,hivemind")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the laboratory is taken down
     sides = arguments.sides.split(",")
@@ -117,6 +117,7 @@ def main() -> None:
         lab = stack.enter_context(Lab([Link()] * PEERS)) if reason is None else None
         if "ours" in sides:
             figures |= under_faults(lab, plan(arguments.seed, rounds, PEERS, kinds), arguments.seed, folder / "ours")
+        if "kills" in sides:
             loopback = Setting(lab=None, folder=folder / "loopback", peers=LOOPBACK_PEERS, rules=PLAIN_RULES)
             figures |= chaos_kills.measure(Run(loopback, arguments.seed), kills, arguments.seed)
         if "hivemind" in sides:

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 from averaging_place import Place
 from averaging_rivals import hivemind_averager
-from chaos_faults import KILL, Fault
+from chaos_faults import KILL, LATEST_S, Fault
 
 from scripts.netlab.lab import Lab
 
@@ -108,7 +108,8 @@ class HivemindSwarm:
         began = time.monotonic()
         for peer in peers:
             self._pipes[peer].send(("go",))
-        time.sleep(max(0.0, began + fault.at_s * healthy_s - time.monotonic()))
+        at_s = fault.at_s / LATEST_S * healthy_s
+        time.sleep(max(0.0, began + at_s - time.monotonic()))
         for peer in victims:
             self.signal(peer, signal.SIGKILL if fault.kind == KILL else signal.SIGSTOP)
         if victims and fault.kind != KILL:
@@ -117,7 +118,6 @@ class HivemindSwarm:
                 self.signal(peer, signal.SIGCONT)
         survivors = [peer for peer in peers if fault.kind != KILL or peer not in victims]
         answers = self.answers(survivors, began + LIMIT_S + GRACE_S - time.monotonic())
-        seconds = time.monotonic() - began
         ok = {peer: answer for peer, answer in answers.items() if "error" not in answer}
         groups = Counter(answer["tensor_digest"] for answer in ok.values())
         shares = [answer["shares"] for answer in ok.values()]
@@ -134,7 +134,7 @@ class HivemindSwarm:
         for peer in peers:
             if peer not in answers:
                 self.restart(peer)
-        return outcome, seconds
+        return outcome, max((answer["ended"] for answer in ok.values()), default=time.monotonic()) - began
 
 
 def _are_alike(one: list[float], other: list[float]) -> bool:
