@@ -82,7 +82,7 @@ class ExchangeParts:
 class Lookout:
     """Who is asked whether it lives: whoever is awaited at two looks in a row. In a short round nobody is."""
 
-    EVERY_S = 0.5
+    EVERY_S = 0.25
     AFTER_A_QUESTION_S = 1.0
 
     def __init__(self) -> None:

@@ -274,4 +274,4 @@ def test_who_is_awaited_at_two_looks_is_asked_once_a_second() -> None:
     for tenth in range(31):
         awaited = {b"a", b"b"} if tenth < 3 else {b"a"}
         asked += [(tenth / 10, peer) for peer in lookout.asks(lambda a=awaited: a, tenth / 10)]  # type: ignore[misc]
-    assert asked == [(0.5, b"a"), (1.5, b"a"), (2.5, b"a")]
+    assert asked == [(0.3, b"a"), (1.3, b"a"), (2.3, b"a")]
