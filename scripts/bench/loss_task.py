@@ -40,13 +40,13 @@ class Task:
     vocab_size: int = 1024
     learning_rate: float = 4e-3
     beta2: float = 0.99
-    total_tokens: int = 600_000
+    total_tokens: int = 1_000_000
     warmup_tokens: int = 40_000
     first_tokens_per_round: int = 4_096
     tokens_per_round: int = 24_576
     growth_rounds: int = 30
     wire_codec: str = "int4"
-    accumulations: tuple[tuple[int, int], ...] = ((2, 600_000), (8, 1_200_000), (32, 2_400_000))
+    accumulations: tuple[tuple[int, int], ...] = ((8, 1_000_000), (32, 2_000_000))
     timed_steps: int = 6
     alone_s: float = 30.0
     max_files: int = 10_000
