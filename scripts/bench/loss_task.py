@@ -48,6 +48,7 @@ class Task:
     wire_codec: str = "int4"
     accumulations: tuple[tuple[int, int], ...] = ((8, 1_000_000), (32, 2_000_000))
     timed_steps: int = 6
+    hivemind_s: float = 120.0
     alone_s: float = 30.0
     max_files: int = 10_000
 
@@ -99,8 +100,9 @@ QUICK = Task(
     **{"total_tokens": 16_384, "warmup_tokens": 1_000, "tokens_per_round": 4_096, "first_tokens_per_round": 2_048},
     **{
         "growth_rounds": 2,
-        "accumulations": ((1, 16_384), (32, 65_536)),
+        "accumulations": ((32, 65_536),),
         "timed_steps": 2,
+        "hivemind_s": 10.0,
         "alone_s": 3.0,
         "max_files": 40,
     },

@@ -21,6 +21,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
+import contextlib
 import dataclasses
 import multiprocessing
 import shutil
@@ -57,8 +58,8 @@ BYTES_PER_VALUE = {"hivemind": 2, "ddp": 4}
 AVERAGED = 0.9
 
 
-def measure(rival: str, lab: Lab, task: Task, data: Path, folder: Path) -> dict[int, dict[str, float | None]]:
-    """Accumulation -> seconds per step on the links, and megabytes that a peer sends in one."""
+def measure(rival: str, accumulation: int, lab: Lab, task: Task, data: Path, folder: Path) -> dict[str, Any]:
+    """Seconds per step on the links and megabytes that a peer sends in one, or why there are none."""
     context = multiprocessing.get_context("fork")
     pipes, processes = [], []
     for peer in range(task.peers):
@@ -68,7 +69,7 @@ def measure(rival: str, lab: Lab, task: Task, data: Path, folder: Path) -> dict[
             namespace=lab.namespace(peer),
             address=lab.address(peer),
             device="eth0",
-            folder=folder / rival / str(peer),
+            folder=folder / f"{rival}-{accumulation}" / str(peer),
             timeout_s=TIMEOUT_S,
         )
         mine, theirs = context.Pipe()
@@ -82,22 +83,28 @@ def measure(rival: str, lab: Lab, task: Task, data: Path, folder: Path) -> dict[
             ask(pipes, "begin", lab.address(0))
         else:
             ask(pipes[1:], "begin", ask(pipes[:1], "begin", "")[0]["meet"])
-        return {k: timed(pipes, k) for k, _ in task.accumulations}
+        before = ask(pipes, "usage")
+        answers = ask(pipes, "steps", accumulation)
+        sent = [b["sent_bytes"] - a["sent_bytes"] for a, b in zip(before, ask(pipes, "usage"), strict=True)]
+    except (RuntimeError, OSError, EOFError) as error:
+        return {"seconds": None, "sent_mb": None, "failure": str(error)}
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join(GRACE_S)
+        close(pipes, processes)
+    steps = 1 + min(len(answer["seconds"]) for answer in answers)  # the first has none before it to be timed from
+    return {"seconds": seconds_per_step(answers), "sent_mb": round(max(sent) / steps / 1e6, 3)}
 
 
-def timed(pipes: list[Any], accumulation: int) -> dict[str, float | None]:
-    """One setting of a rival; every timed step has one before it, which is counted in bytes alone."""
-    before = ask(pipes, "usage")
-    answers = ask(pipes, "steps", accumulation)
-    after = ask(pipes, "usage")
-    steps = 1 + min(len(answer["seconds"]) for answer in answers)
-    sent = max(b["sent_bytes"] - a["sent_bytes"] for a, b in zip(before, after, strict=True))
-    return {"seconds": seconds_per_step(answers), "sent_mb": round(sent / steps / 1e6, 3)}
+def close(pipes: list[Any], processes: list[Any]) -> None:
+    """Ask peers to end, and insist."""
+    for pipe in pipes:
+        with contextlib.suppress(OSError):
+            pipe.send(("stop",))
+    deadline = time.monotonic() + GRACE_S
+    for process in processes:
+        process.join(max(0.1, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 def ask(pipes: list[Any], *command: Any) -> list[dict[str, Any]]:
@@ -124,7 +131,7 @@ def rivals(lab: Lab, task: Task, data: Path, folder: Path) -> dict[str, Any]:
     print(f"synchronous steps to a loss of {task.target_loss}: {steps}", flush=True)
     found: dict[str, Any] = {"steps_to_loss": steps}
     for rival in RIVALS:
-        per_step = measure(rival, lab, task, data, folder)
+        per_step = {k: measure(rival, k, lab, task, data, folder) for k, _ in task.accumulations}
         least_mb = AVERAGED * 2 * (task.peers - 1) / task.peers * BYTES_PER_VALUE[rival] * num_values / 1e6
         times = {
             k: seconds * count
@@ -164,7 +171,7 @@ def keys_of(ours: dict[str, Any], found: dict[str, Any], tokens_per_s_alone: flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, two peers and a few steps")
     options = parser.parse_args()
     reason = why_not()
     if reason is not None:
