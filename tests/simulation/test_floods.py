@@ -80,7 +80,7 @@ def test_a_stranger_cannot_leave_messages_for_the_next_round(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("quiet", ["nobody trains", "nobody hears anybody"])
-def test_in_a_quiet_minute_the_clock_is_looked_at_about_once_a_second(
+def test_in_a_quiet_minute_the_clock_is_looked_at_a_few_times_a_second(
     tmp_path: Path, quiet: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks: dict[int, int] = defaultdict(int)
@@ -101,6 +101,6 @@ def test_in_a_quiet_minute_the_clock_is_looked_at_about_once_a_second(
         await asyncio.sleep(40)
         monkeypatch.setattr(RoundMachine, "on_tick", counting)
         await asyncio.sleep(60)
-        assert 0 < sum(ticks.values()) <= len(NAMES) * 130
+        assert 0 < sum(ticks.values()) <= len(NAMES) * 250
 
     run(scenario())
