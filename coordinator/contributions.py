@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from google.protobuf.message import DecodeError
 
@@ -86,9 +87,8 @@ class Ledger:
         if row is None or raw is None:
             return self._genesis
         record = Record.FromString(Commit.FromString(raw).record)
-        return LogHead(
-            run_id=self.head.run_id,
-            shard=SHARD,
+        return replace(
+            self._genesis,
             round=row.round,
             log_digest=row.log_digest,
             voters=tuple(record.next_voters),

@@ -219,7 +219,8 @@ class Peer:
         """Tell the others, stop the trainer, end every task: all within 10 s."""
         self.words.leaving = True
         with contextlib.suppress(SwarmError, asyncio.TimeoutError, TimeoutError):
-            await asyncio.wait_for(asyncio.gather(self.member.tell(), self.reporter.tell()), LEAVE_TIMEOUT_S)
+            told = asyncio.gather(self.exchange.hearing.leave(), self.member.tell(), self.reporter.tell())
+            await asyncio.wait_for(told, LEAVE_TIMEOUT_S)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

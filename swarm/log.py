@@ -1,12 +1,13 @@
 """The log of a shard: which commits prove themselves, given the one before.
 
 Pure: a head and a commit in, the next head out, or a named error. A commit is valid when it extends the head's log
-digest, names the right round, and carries votes of one ballot by a majority of the voters that the head names.
+digest, names the right round, and carries votes of one ballot by a majority of the voters that the head names, or of
+those whom the votes do not declare gone (docs/decisions/0013).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from google.protobuf.message import DecodeError
@@ -20,6 +21,8 @@ from swarm.proto.round_pb2 import Commit, PartResult, Record, Rejection, Share, 
 GENESIS_CONTEXT = "genesis"
 VOTE_CONTEXT = "vote"
 MAX_VOTERS = 7
+# Fewer voters than this: founders outweigh the others.
+SMALL_SWARM = 5
 MAX_PARTS = 64
 MAX_MEMBERS = 64
 MAX_RECORD_BYTES = 512 * 1024
@@ -36,10 +39,28 @@ class LogHead:
     log_digest: bytes
     voters: tuple[bytes, ...]
     total_tokens: int
+    founders: tuple[bytes, ...] = ()
+    """the voters that the genesis names"""
 
-    @property
-    def majority(self) -> int:
-        return len(self.voters) // 2 + 1
+    def decides(self, signers: Collection[bytes], gone: Collection[bytes] = ()) -> bool:
+        """Whether ``signers`` are a majority of the voters but for those who are ``gone``."""
+        weights = {voter: self.weight(voter) for voter in self.voters if voter not in gone}
+        return 2 * sum(weight for voter, weight in weights.items() if voter in signers) > sum(weights.values())
+
+    def may_be_gone(self, gone: Sequence[bytes]) -> bool:
+        """Whether a ballot may name these, in order, as gone: there is a rest, and it cannot decide otherwise."""
+        rest = set(self.voters) - set(gone)
+        known = list(gone) == sorted(set(gone) & set(self.voters))
+        return not gone or (known and bool(rest) and not self.decides(rest))
+
+    def weight(self, voter: bytes) -> int:
+        """1; in a small swarm a founder weighs as much as all who are none, and one more."""
+        others = len(set(self.voters) - set(self.founders))
+        return 1 + others if len(self.voters) < SMALL_SWARM and voter in self.founders else 1
+
+    def is_behind(self, other: LogHead) -> bool:
+        """Whether ``other``, on another branch, is the one to follow: more tokens, then the lower digest."""
+        return (-other.total_tokens, other.log_digest) < (-self.total_tokens, self.log_digest)
 
 
 def parse_genesis(signed: Signed, run_id: bytes, organizer_key: bytes, num_shards: int) -> Genesis:
@@ -65,6 +86,7 @@ def genesis_head(genesis: Genesis, shard: int) -> LogHead:
         log_digest=digest.log_genesis(genesis.run_id, shard),
         voters=tuple(genesis.voters),
         total_tokens=0,
+        founders=tuple(genesis.voters),
     )
 
 
@@ -124,18 +146,16 @@ def verify_vote(signed: Signed, head: LogHead, record_digest: bytes | None = Non
         raise ProtocolError("a vote cannot be read") from error
     if (vote.shard, vote.round) != (head.shard, head.round + 1):
         raise ProtocolError(f"a vote for round {vote.round} instead of {head.round + 1}")
+    if signed.signer in vote.gone or not head.may_be_gone(vote.gone):
+        raise ProtocolError("a vote that declares voters gone who cannot be")
     if record_digest is not None and vote.record_digest != record_digest:
         raise ProtocolError("a vote for another record")
     return vote
 
 
-def canonical(commit: Commit) -> Commit:
+def canonical(commit: Commit, head: LogHead) -> Commit:
     """``commit`` reduced to its proof: the record and the votes of one ballot's majority. It must verify."""
-    ballots: dict[tuple[int, bytes], dict[bytes, Signed]] = {}
-    for signed in commit.votes:
-        ballot = Vote.FromString(signed.payload).ballot
-        ballots.setdefault((ballot.number, ballot.leader), {})[signed.signer] = signed
-    votes = max(ballots.items(), key=lambda item: (len(item[1]), item[0]))[1]
+    votes, _ = _proof(commit, head)
     return Commit(
         record=commit.record,
         votes=[
@@ -145,19 +165,37 @@ def canonical(commit: Commit) -> Commit:
     )
 
 
+def gone_of(commit: Commit, head: LogHead) -> tuple[bytes, ...]:
+    """The voters that a verified ``commit`` went on without: not empty where it began a branch."""
+    return _proof(commit, head)[1]
+
+
 def verify_commit(head: LogHead, commit: Commit) -> tuple[Record, LogHead]:
     """The record that ``commit`` proves, and the head after it."""
     record = parse_record(commit.record, head)
     if len(commit.votes) > MAX_VOTERS:
         raise ProtocolError("a commit with too many votes")
     record_digest = digest.sha256(commit.record)
-    ballots: dict[tuple[int, bytes], set[bytes]] = {}
     for signed in commit.votes:
-        vote = verify_vote(signed, head, record_digest)
-        ballots.setdefault((vote.ballot.number, vote.ballot.leader), set()).add(signed.signer)
-    if max((len(signers) for signers in ballots.values()), default=0) < head.majority:
+        verify_vote(signed, head, record_digest)
+    if not _proof(commit, head)[0]:
         raise VerificationError(f"round {record.round}: no majority of its voters signed the commit")
     return record, next_head(head, commit.record, record)
+
+
+def _proof(commit: Commit, head: LogHead) -> tuple[dict[bytes, Signed], tuple[bytes, ...]]:
+    """The votes of one ballot that decide, and whom they go on without; no votes where none do.
+
+    Of several such ballots the one that misses the fewest voters, then that of most votes.
+    """
+    ballots: dict[tuple[tuple[bytes, ...], int, bytes], dict[bytes, Signed]] = {}
+    for signed in commit.votes:
+        vote = Vote.FromString(signed.payload)
+        key = (tuple(vote.gone), vote.ballot.number, vote.ballot.leader)
+        ballots.setdefault(key, {})[signed.signer] = signed
+    deciding = {key: votes for key, votes in ballots.items() if head.decides(votes, key[0])}
+    best = max(deciding, key=lambda key: (-len(key[0]), len(deciding[key]), key), default=None)
+    return ({}, ()) if best is None else (deciding[best], best[0])
 
 
 def next_head(head: LogHead, raw: bytes, record: Record) -> LogHead:

@@ -157,6 +157,7 @@ def _sized(name: str, model: Model, *, parameters: int, learning_rate: float) ->
             growth_rounds=_ROUNDS_PER_RUN // 20,
             reduce_timeout_s=_reduce_timeout_s(parameters),
             takeover_timeout_s=60.0,
+            lease_s=max(300.0, 2 * _reduce_timeout_s(parameters)),
         ),
         checkpoints=Checkpoints(every_rounds=_ROUNDS_PER_RUN // 20),
     )

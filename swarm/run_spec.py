@@ -143,12 +143,21 @@ class Rounds(Section):
         20.0, gt=0, le=3600, description="seconds of silence after which the next peer leads the round"
     )
     status_interval_s: float = Field(5.0, gt=0, le=100, description="seconds between a peer's words about itself")
+    lease_s: float = Field(
+        300.0, gt=0, le=86400, description="seconds of silence after which the others may go on without a majority"
+    )
     max_members: int = Field(64, ge=1, le=64, description="peers that take part in one round at most")
 
     @model_validator(mode="after")
     def _growth(self) -> Rounds:
         if self.first_tokens_per_round is not None and self.first_tokens_per_round > self.tokens_per_round:
             raise ValueError("first_tokens_per_round must not exceed tokens_per_round")
+        return self
+
+    @model_validator(mode="after")
+    def _leases(self) -> Rounds:
+        if self.lease_s < self.reduce_timeout_s + 2 * self.takeover_timeout_s:
+            raise ValueError("lease_s must be at least reduce_timeout_s and two takeover_timeout_s: one round's faults")
         return self
 
     @model_validator(mode="after")

@@ -33,6 +33,11 @@ def tokens_of_round(rounds: Rounds, round_number: int) -> int:
     return round(first + (rounds.tokens_per_round - first) * share)
 
 
+def max_weight_tokens(rounds: Rounds, round_number: int) -> int:
+    """What one contribution to round ``round_number`` may weigh: four times the round."""
+    return 4 * tokens_of_round(rounds, round_number)
+
+
 def is_checkpoint_round(spec: RunSpec, round_number: int, total_tokens: int) -> bool:
     """Whether a checkpoint is published after this round: at the spec's cadence, and when the run ends."""
     return round_number % spec.checkpoints.every_rounds == 0 or is_finished(spec, total_tokens)

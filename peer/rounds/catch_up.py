@@ -17,6 +17,7 @@ from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.fetch import FetchLimits, HolderBook, Wanted, fetch_many
 from peer.p2p.transport import Transport
 from peer.rounds import blocks
+from peer.rounds.codec import Float32
 from peer.rounds.ledger import Ledger
 from peer.rounds.shard import Shard, StateBuffers, load_state
 from swarm import digest
@@ -73,7 +74,7 @@ async def extend_log(newcomer: Newcomer, holder: bytes) -> None:
         page = await fetch_commits(newcomer.transport, holder, newcomer.shard, newcomer.ledger.head.round + 1)
         for commit in page.values():
             _, head = verify_commit(newcomer.ledger.head, commit)
-            newcomer.ledger.append(canonical(commit), head, {})
+            newcomer.ledger.append(canonical(commit, newcomer.ledger.head), head, {})
         if len(page) < COMMITS_PER_PAGE:
             return
 
@@ -89,14 +90,29 @@ async def obtain_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[Lo
     if own is not None and not _state_is_cheaper(newcomer, own[1], newcomer.ledger.head.round - own[0].round):
         return own
     try:
-        return await _fetch_state(newcomer, holders)
+        return await fetch_state(newcomer, holders)
     except SwarmError:
         if own is None:
             raise
         return own
 
 
-async def _fetch_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[LogHead, Shard]:
+async def fetch_anchor(newcomer: Newcomer, round_number: int, holders: Sequence[bytes]) -> Float32:
+    """The anchor after one round, from this disk or from who kept that state; `NotFound` where nobody did."""
+    own = newcomer.ledger.read_state(round_number, newcomer.num_values)
+    if own is not None:
+        return own.anchor
+    for holder in holders:
+        try:
+            reply = await _ask_for_offer(newcomer, holder, round_number)
+            return (await _fetch_chunks(newcomer, reply, holders)).anchor
+        except SwarmError as error:
+            log.info("a holder lacks the state after round %d: %s", round_number, error)
+    raise NotFound(f"nobody has the state after round {round_number}")
+
+
+async def fetch_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[LogHead, Shard]:
+    """The newest state that holders offer and the log proves; `NotFound` where there is none."""
     offers: dict[int, StateReply] = {}
     for holder in holders:
         try:
@@ -119,12 +135,15 @@ async def _fetch_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[Lo
     raise NotFound("nobody offers a state that the log proves", "check that a seed peer or a volunteer is running")
 
 
-async def _ask_for_offer(newcomer: Newcomer, holder: bytes) -> StateReply:
-    """What a holder offers, once the log on our disk names the digest of exactly these chunks."""
+async def _ask_for_offer(newcomer: Newcomer, holder: bytes, after_round: int = 0) -> StateReply:
+    """What a holder offers, once the log on our disk names the digest of exactly these chunks.
+
+    ``after_round``: the state after this very round; 0: its newest.
+    """
     raw = await newcomer.transport.call(
         holder,
         STATE_METHOD,
-        StateRequest(shard=newcomer.shard).SerializeToString(),
+        StateRequest(shard=newcomer.shard, after_round=after_round).SerializeToString(),
         timeout_s=CALL_TIMEOUT_S,
         max_response_bytes=MAX_STATE_REPLY_BYTES,
     )
@@ -132,6 +151,8 @@ async def _ask_for_offer(newcomer: Newcomer, holder: bytes) -> StateReply:
         reply = StateReply.FromString(raw)
     except DecodeError as error:
         raise ProtocolError("an offer of a state cannot be read") from error
+    if after_round not in (0, reply.round):
+        raise NotFound(f"the state after round {after_round} is not offered")
     sizes = (4 * newcomer.num_values, blocks.size_bytes(newcomer.num_values))
     offered = (len(reply.anchor_chunks), len(reply.momentum_chunks))
     if offered != tuple(map(digest.num_chunks, sizes)):

@@ -10,13 +10,16 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
 from peer.p2p.spill import Spill
 from peer.rounds import resume
+from peer.rounds.branches import Branch
+from peer.rounds.catch_up import Newcomer
 from peer.rounds.exchange_parts import (
     Committed,
     EarlyMessages,
@@ -27,19 +30,21 @@ from peer.rounds.exchange_parts import (
     obtain,
     round_settings,
 )
+from peer.rounds.hearing import Hearing
+from peer.rounds.mending import debt_of, describe, heir, record_incident, state_of_branch
+from peer.rounds.replica import Replica
 from peer.rounds.round import RoundMachine
 from peer.rounds.round_actions import Action, Apply, Fetch, Persist, Reduce, Send, TakeSnapshot, View
 from peer.rounds.shard import ReplicaSnapshot
 from swarm.errors import DiskFull, DivergedError, NetworkError, ProtocolError, ResourceError, SwarmError, Unreachable
 from swarm.files import Kept
-from swarm.log import LogHead, next_head, tokens_by_peer
-from swarm.proto.round_pb2 import Commit, OpenRound, Part, RoundMessage
+from swarm.log import LogHead, gone_of, next_head, tokens_by_peer
+from swarm.proto.round_pb2 import Commit, Part, RoundMessage
 
 ROUND_METHOD = "round"
-PING_METHOD = "ping"
-PING_TIMEOUT_S = 5.0
 CONTROL_TIMEOUT_S = 10.0
 MAX_FETCHES = 4
+LEAST_WAIT_S = 0.001
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,9 +60,6 @@ class Exchange:
         """set when there is something to tell or to ask at once: a round ended, or somebody is further on"""
         self.live_peers: tuple[bytes, ...] = ()
         """who may hold what we lack, by the newest statuses"""
-        self._uncounted_from = parts.trainer.tokens if parts.trainer is not None else 0
-        self._snapshot: ReplicaSnapshot | None = None
-        self._snapshot_lock = asyncio.Lock()
         self._state_lock = asyncio.Lock()
         self._spill = Spill(parts.ledger.folder)
         self.shard.reducer_debt.keep = self._spill.put
@@ -65,6 +67,9 @@ class Exchange:
         # One part at a time is in memory, encoded, averaged or made a message of; and as few are being fetched.
         self._at_work = asyncio.Lock()
         self._fetches = asyncio.Semaphore(MAX_FETCHES)
+        self.replica = Replica(parts, self._at_work)
+        self.hearing = Hearing(parts.transport, applied, self.shard.spec.rounds.lease_s, parts.lease_clock)
+        self._asking: set[bytes] = set()
         self._lookout = Lookout()
         self._round_began_at: float | None = None
         self._known_commits: dict[int, tuple[bytes, Commit]] = {}
@@ -79,15 +84,11 @@ class Exchange:
         """The round that is worked towards."""
         return self.head.round + 1
 
-    @property
-    def tokens(self) -> int:
-        """Tokens trained here that no commit has counted yet."""
-        return self.parts.trainer.tokens - self._uncounted_from if self.parts.trainer is not None else 0
-
     # ---- events from outside ------------------------------------------------------------------------------------
 
     async def handle_round(self, sender: bytes, request: bytes) -> bytes:
         """Transport handler of method ``round``: one `RoundMessage`; the answer is empty."""
+        self.hearing.heard(sender)
         try:
             message = RoundMessage.FromString(request)
         except DecodeError as error:
@@ -99,6 +100,7 @@ class Exchange:
         if message.round > self.round:
             self._keep_early(sender, message, request)
             return b""
+        self._machine.standing = self.hearing.standing()
         try:
             self._do(self._machine.on_message(sender, message, self._now()))
         except DivergedError as error:
@@ -129,12 +131,8 @@ class Exchange:
 
     async def reset_replica(self) -> None:
         """Put the replica back onto the anchor, with fresh moments; what it had offered in this round stays offered."""
-        if self.parts.trainer is None:
-            return
         async with self._state_lock:
-            await self.parts.trainer.land(self.shard.anchor, None, self.round)
-            if self._snapshot is not None:
-                self._snapshot.was_reset = True
+            await self.replica.reset(self.round)
 
     async def run(self) -> None:
         """Drive the machine's clock until cancelled; raises what went wrong beyond repair."""
@@ -144,9 +142,10 @@ class Exchange:
                 if self._failure is not None:
                     raise self._failure
                 wakeup = self._machine.next_wakeup()
-                timeout = Lookout.EVERY_S if wakeup is None else min(Lookout.EVERY_S, max(0.0, wakeup - self._now()))
+                until_wakeup = Lookout.EVERY_S if wakeup is None else wakeup - self._now()
+                timeout = min(Lookout.EVERY_S, max(LEAST_WAIT_S, until_wakeup))
                 try:
-                    await asyncio.wait_for(self._wake.wait(), timeout or 0.001)
+                    await asyncio.wait_for(self._wake.wait(), timeout)
                 except (TimeoutError, asyncio.TimeoutError):
                     self._event(self._machine, self._machine.on_tick)
                 self._wake.clear()
@@ -157,19 +156,25 @@ class Exchange:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _ask_who_is_awaited(self, machine: RoundMachine) -> None:
-        """A peer that died with its messages delivered would be waited for until the deadline: ask whether it lives."""
-        for peer in self._lookout.asks(machine.awaited, self._now()):
+        """Ask for leases; and a peer that died with its messages delivered would be waited for until the deadline."""
+        awaited = self._lookout.asks(machine.awaited, self._now())
+        for peer in {*awaited, *self.hearing.due()} - self._asking:
             task = asyncio.get_running_loop().create_task(self._ask(machine, peer))
             self._tasks.add(task)
             task.add_done_callback(self._done)
 
     async def _ask(self, machine: RoundMachine, peer: bytes) -> None:
+        self._asking.add(peer)
         try:
-            await self.parts.transport.call(peer, PING_METHOD, b"", timeout_s=PING_TIMEOUT_S, max_response_bytes=64)
+            if await self.hearing.ask(peer):
+                self.behind.set()
         except Unreachable:
-            self._event(machine, lambda now: machine.on_gone(peer, now))
+            if peer in machine.awaited():  # and not only asked for a lease: it may be back long before the round opens
+                self._event(machine, lambda now: machine.on_ended(peer, now))
         except SwarmError as error:
-            log.debug("an awaited peer is slow: %s", error)
+            log.debug("a peer that was asked is slow: %s", error)
+        finally:
+            self._asking.discard(peer)
 
     # ---- actions ------------------------------------------------------------------------------------------------
 
@@ -193,7 +198,7 @@ class Exchange:
         if isinstance(action, Send):
             await self._send(machine, action)
         elif isinstance(action, Persist):
-            if not await self._persist(machine.settings.round, action):
+            if not await self._persist(machine, action):
                 return
             for answer in action.then:
                 await self._send(machine, answer)
@@ -206,7 +211,9 @@ class Exchange:
         elif isinstance(action, Fetch):
             await self._fetch(machine, action)
         else:
-            await self._apply(action)
+            async with self._state_lock:
+                if machine is self._machine:  # and not of a branch that was given up meanwhile
+                    await self._apply_locked(action)
 
     async def _send(self, machine: RoundMachine, send: Send) -> None:
         if send.to == self.parts.identity.public_key:
@@ -215,10 +222,12 @@ class Exchange:
         timeout_s, request = machine.settings.reduce_timeout_s, await self._request(send)
         if send.encoded is None:
             timeout_s = min(CONTROL_TIMEOUT_S, timeout_s)
+        asked_at = self.hearing.clock()
         try:
             await self.parts.transport.call(
                 send.to, ROUND_METHOD, request, timeout_s=timeout_s, max_response_bytes=1024
             )
+            self.hearing.answered(send.to, asked_at)
         except NetworkError as error:
             log.debug("round %d: %s", machine.settings.round, error)
             self._event(machine, lambda now: machine.on_unreachable(send.to, now))
@@ -232,12 +241,14 @@ class Exchange:
         async with self._at_work:
             return await self._blocking(lambda: self._spill.put(send.full().SerializeToString()))
 
-    async def _persist(self, round_number: int, action: Persist) -> bool:
+    async def _persist(self, machine: RoundMachine, action: Persist) -> bool:
         """In the order of asking; False where the round is over and no vote counts any more."""
         async with self._persist_lock:
+            if machine is not self._machine:
+                return False
             try:
                 await self._blocking(
-                    lambda: self.parts.ledger.save_acceptor(round_number, action.acceptor, action.parts)
+                    lambda: self.parts.ledger.save_acceptor(machine.settings.round, action.acceptor, action.parts)
                 )
             except ProtocolError as error:
                 log.debug("%s", error)
@@ -245,13 +256,9 @@ class Exchange:
         return True
 
     async def _take_snapshot(self, machine: RoundMachine, action: TakeSnapshot) -> None:
-        """One snapshot per round: a later attempt offers the same, so that no movement can be counted twice."""
         snapshot, encoded = None, list[Kept]()
         try:
-            async with self._snapshot_lock:
-                if self._snapshot is None and machine is self._machine and not machine.finished:
-                    self._snapshot = await self._new_snapshot(machine, action.open)
-            snapshot = self._snapshot
+            snapshot = await self._offer(machine, len(action.open.members))
             if snapshot is not None and snapshot.tokens:
                 for part in action.open.parts:
                     async with self._at_work:
@@ -266,22 +273,16 @@ class Exchange:
         weight, codec = snapshot.offer_to(action.ballot) if snapshot is not None and encoded else (0, "")
         self._event(machine, lambda now: machine.on_snapshot(action.ballot, weight, codec, encoded, now))
 
+    async def _offer(self, machine: RoundMachine, num_members: int) -> ReplicaSnapshot | None:
+        round_s = None if self._round_began_at is None else self._now() - self._round_began_at
+        return await self.replica.offer(
+            lambda: machine is self._machine and not machine.finished,
+            lambda: choose_codec(self.shard, machine, num_members, round_s),
+            machine.settings.max_weight_tokens,
+        )
+
     def _encoded(self, snapshot: ReplicaSnapshot, part: Part) -> Kept:
         return self._spill.put(self.shard.encode(snapshot, part))
-
-    async def _new_snapshot(self, machine: RoundMachine, opened: OpenRound) -> ReplicaSnapshot | None:
-        trainer = self.parts.trainer
-        if trainer is None:
-            return None
-        round_s = None if self._round_began_at is None else self._now() - self._round_began_at
-        codec = choose_codec(self.shard, machine, len(opened.members), round_s)
-        movement, tokens = await trainer.snapshot()
-        uncounted = min(tokens - self._uncounted_from, machine.settings.max_weight_tokens)
-        snapshot = await self._blocking(lambda: self.shard.offer(movement, uncounted, codec))
-        if snapshot is None:
-            log.warning("round %d: the replica is not finite; nothing to contribute", machine.settings.round)
-        # A commit may have landed meanwhile: then this snapshot is of a round that is over.
-        return snapshot if machine is self._machine and not machine.finished else None
 
     async def _fetch(self, machine: RoundMachine, action: Fetch) -> None:
         async with self._fetches:
@@ -294,6 +295,7 @@ class Exchange:
     def _event(self, machine: RoundMachine, event: Callable[[float], list[Action]]) -> None:
         """Feed an outcome back, unless its round is over. What a peer got wrong is its own affair."""
         if machine is self._machine:
+            machine.standing = self.hearing.standing()
             try:
                 self._do(event(self._now()))
             except DivergedError as error:
@@ -303,59 +305,57 @@ class Exchange:
 
     # ---- the end of a round -------------------------------------------------------------------------------------
 
-    async def _apply(self, action: Apply) -> None:
-        async with self._state_lock:
-            await self._apply_locked(action)
-
     async def _apply_locked(self, action: Apply) -> None:
         """First the disk, then the shared state, then the replica; the next round begins before the state is saved."""
         head = next_head(self.head, action.commit.record, action.record)
+        if gone_of(action.commit, self.head):  # a branch: where it is given up for another, this state is wanted
+            await self._blocking(lambda: self.parts.ledger.save_state(self.head.round, self.shard))
         if self.parts.ledger.head.round < head.round:
             await self._blocking(lambda: self.parts.ledger.append(action.commit, head, action.parts))
         else:
             await self._blocking(lambda: self.parts.ledger.keep_parts(head.round, action.parts))
-        counted = await self._land(action) and self.parts.identity.public_key in tokens_by_peer(action.record)
-        self.head, self._snapshot, self._round_began_at = head, None, self._now()
-        self._machine = self._new_machine()
-        self._begin_round()
+        counted = await self.replica.land(action) and self.parts.identity.public_key in tokens_by_peer(action.record)
+        self.replica.begin()
+        self._begin_round(head)
         state, refused = self.shard.state_digest, self._refusals.take()
         told = Committed(record=action.record, head=head, state_digest=state, counted=counted, refused=refused)
         await self.parts.on_commit(told)
         await self._blocking(lambda: resume.save(self.parts.ledger, head, self.shard))
 
-    def _begin_round(self) -> None:
+    async def switch(self, branch: Branch, newcomer: Newcomer, holders: Sequence[bytes]) -> None:
+        """Give up our commits since the fork, and stand on ``branch``; nothing happens where our log went on meanwhile.
+
+        Raises `DivergedError` where its state is not to be had: the disk has its log by then.
+        """
+        async with self._state_lock, self._persist_lock:
+            ledger = self.parts.ledger
+            if ledger.head != branch.instead_of:
+                return
+            self._machine.finished = True
+            incident = describe(branch, ledger, int(time.time()))
+            log.error("incident: %s", incident)
+            debt = None
+            if heir(branch, ledger) == self.parts.identity.public_key:
+                debt = await debt_of(branch, newcomer, holders, self.head)
+            await self._blocking(lambda: record_incident(ledger.folder, incident))
+            await self._blocking(lambda: ledger.replace_tail(branch.fork, branch.tail))
+            head, fresh = await state_of_branch(newcomer, holders)
+            await self.replica.move(fresh, debt, head)
+            await self._blocking(lambda: resume.save(ledger, head, self.shard))
+            self._known_commits.clear()
+            self._begin_round(head)
+        self.parts.on_incident(incident)
+
+    def _begin_round(self, head: LogHead) -> None:
         """What others said of this round while we were in the last, and a commit of it that is known already."""
-        machine = self._machine
+        self.head, self._round_began_at = head, self._now()
+        self.hearing.begin(head)
+        machine = self._machine = self._new_machine()
         for sender, message in self._early.take():
             self._event(machine, lambda now, s=sender, m=message: machine.on_message(s, m, now))  # type: ignore[misc]
         self._use_known_commit()
         self.behind.set()
         self._wake.set()
-
-    async def _land(self, action: Apply) -> bool:
-        """Advance the shared state, then the replica; what the commit did not take is owed. True where it took any."""
-        trainer, me = self.parts.trainer, self.parts.identity.public_key
-        if trainer is None:
-            await self._blocking(lambda: self.shard.apply(action.record, action.parts))
-            return False
-        async with self._snapshot_lock:
-            snapshot = self._snapshot
-            if snapshot is None:  # we were not in this round: all that we trained stays owed
-                movement, _ = await trainer.snapshot()
-                snapshot = await self._blocking(lambda: self.shard.offer(movement, 0))
-
-        def apply() -> bool:
-            taken = snapshot is not None and self.shard.settle(action.record, action.parts, snapshot, me)
-            self.shard.apply(action.record, action.parts)
-            return taken
-
-        async with self._at_work:
-            taken = bool(await self._blocking(apply))
-        if taken and snapshot is not None:
-            self._uncounted_from += min(snapshot.tokens, tokens_by_peer(action.record).get(me, snapshot.tokens))
-        movement_then = None if snapshot is None or snapshot.was_reset else snapshot.movement
-        await trainer.land(self.shard.anchor, movement_then, action.record.round + 1)
-        return taken
 
     def _use_known_commit(self) -> bool:
         for number in [number for number in self._known_commits if number < self.round]:
@@ -368,6 +368,7 @@ class Exchange:
             return True
         holder, commit = known
         message = RoundMessage(shard=self.shard.index, round=self.round, commit=commit)
+        self._machine.standing = self.hearing.standing()
         try:
             self._do(self._machine.on_message(holder, message, self._now()))
         except DivergedError as error:

@@ -12,8 +12,10 @@ from peer.p2p.fetch import fetch_chunk
 from peer.p2p.spill import Spill
 from peer.p2p.transport import Transport
 from peer.rounds.codec import Float32
+from peer.rounds.hearing import clock_that_counts_sleep
 from peer.rounds.ladder import Uplink, choose_rung
 from peer.rounds.ledger import Ledger
+from peer.rounds.mending import Incident
 from peer.rounds.round import RoundMachine
 from peer.rounds.round_actions import Fetch, RoundSettings
 from peer.rounds.shard import Shard
@@ -77,6 +79,8 @@ class ExchangeParts:
     trainer: Trainer | None
     run_blocking: Callable[[Callable[[], Any]], Awaitable[Any]]
     on_commit: Callable[[Committed], Awaitable[None]]
+    on_incident: Callable[[Incident], None] = lambda incident: None
+    lease_clock: Callable[[], float] = clock_that_counts_sleep
 
 
 class Lookout:
@@ -141,7 +145,6 @@ class Refusals:
 def round_settings(parts: ExchangeParts, head: LogHead, spill: Spill) -> RoundSettings:
     """What the round after ``head`` goes by, as the replica of ``parts`` sees it."""
     shard, rounds = parts.shard, parts.shard.spec.rounds
-    tokens = schedule.tokens_of_round(rounds, head.round + 1)
     return RoundSettings(
         me=parts.identity.public_key,
         head=head,
@@ -154,8 +157,8 @@ def round_settings(parts: ExchangeParts, head: LogHead, spill: Spill) -> RoundSe
         check_contribution=shard.check_contribution,
         check_part=shard.check_part,
         sign_vote=lambda payload: parts.identity.sign(VOTE_CONTEXT, head.run_id, payload),
-        round_tokens=tokens,
-        max_weight_tokens=4 * tokens,
+        round_tokens=schedule.tokens_of_round(rounds, head.round + 1),
+        max_weight_tokens=schedule.max_weight_tokens(rounds, head.round + 1),
         max_members=rounds.max_members,
         may_vote=head.round == parts.ledger.head.round,  # not while replaying what is decided
         reduce_timeout_s=rounds.reduce_timeout_s,

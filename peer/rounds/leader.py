@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peer.rounds.attempt import Attempt
+from peer.rounds.leases import Standing
 from peer.rounds.paxos import NO_BALLOT, Ballot, Proposer, ballot_of, to_message
 from peer.rounds.planning import choose_members, choose_voters, leader_order, split_parts, takeover_rank
 from peer.rounds.round_actions import Outbox, RoundSettings, View
@@ -30,6 +31,8 @@ from swarm.proto.round_pb2 import (
 
 MAX_REFUSED_STEP = 1000
 """a refusal that tells of a ballot further up is not believed"""
+MIN_BRANCH_REPLICAS = 2
+"""a replica that hears of nobody else has lost its network, and trains on without deciding anything"""
 
 
 class Leader:
@@ -37,7 +40,9 @@ class Leader:
         self.settings = settings
         self.seen: Ballot = promised
         """the highest ballot that anybody was seen to lead"""
-        self._order = leader_order(settings.head.voters, settings.head.shard, settings.round)
+        self.standing = Standing()
+        self._gone: tuple[bytes, ...] = ()
+        """whom our ballot goes on without"""
         self._proposer: Proposer | None = None
         self._try_at: float | None = None
         self._resend_at = 0.0
@@ -46,7 +51,7 @@ class Leader:
         self._votes: dict[bytes, Signed] = {}
         self._silent: set[bytes] = set()
         """members that were of no use to an earlier attempt of this round"""
-        self._gone: set[bytes] = set()
+        self._ended: set[bytes] = set()
         """who could not be reached at all in this round"""
 
     def saw(self, ballot: Ballot, now: float) -> None:
@@ -57,26 +62,26 @@ class Leader:
         if self._proposer is not None and self._proposer.ballot < ballot:
             self._give_up()
         if self.settings.is_voter:
-            rank = takeover_rank(self._order, self.settings.me, ballot[1])
+            rank = takeover_rank(self._order(), self.settings.me, ballot[1])
             self._try_at = now + self.settings.reduce_timeout_s + rank * self.settings.takeover_timeout_s
 
     def awaited(self, view: View) -> set[bytes]:
-        """Voters that lead, or may, before us: were they gone, it would be our turn."""
+        """Voters that lead, or may, before us: had they ended, it would be our turn."""
         waits = self._proposer is None and self._try_at is not None and self._may_lead(view)
-        return set(self._ahead()) - self._gone if waits else set()
+        return set(self._ahead()) - self._ended if waits else set()
 
-    def on_gone(self, peer: bytes, now: float) -> None:
-        """``peer`` cannot be reached. Once whoever leads is gone, those who come before us and live have a turn each.
+    def on_ended(self, peer: bytes, now: float) -> None:
+        """``peer`` cannot be reached. Once whoever leads has ended, those who come before us and live have a turn each.
 
         Only once a round for each peer: two voters that cannot hear each other must not interrupt each other for ever.
         """
-        if peer in self._gone:
+        if peer in self._ended:
             return
-        self._gone.add(peer)
+        self._ended.add(peer)
         ahead = self._ahead()
-        nobody_leads = self.seen == NO_BALLOT or self.seen[1] in self._gone
+        nobody_leads = self.seen == NO_BALLOT or self.seen[1] in self._ended
         if peer in ahead and nobody_leads and self._proposer is None and self._try_at is not None:
-            turns = sum(voter not in self._gone for voter in ahead)
+            turns = sum(voter not in self._ended for voter in ahead)
             self._try_at = min(self._try_at, now + turns * self.settings.takeover_timeout_s)
 
     def wakeups(self, view: View) -> list[float]:
@@ -91,6 +96,8 @@ class Leader:
         """Do the next thing that a leader, or a voter who should become one, does now."""
         if self._proposer is not None and now >= (self._try_at or 0.0):
             self._give_up()  # our own ballot took too long; a higher one follows
+        if self._proposer is not None and not self.standing.may_decide(self.settings.head, self._gone):
+            self._give_up()  # our leases ran out, or somebody whom we declared gone is back
         if self._proposer is None:
             self._take_over_when_due(now, view, out)
         elif self._proposal is not None:
@@ -122,7 +129,7 @@ class Leader:
         if self._proposer is None or self._proposal is None:
             return
         vote = verify_vote(signed, self.settings.head, sha256(self._proposal[0]))
-        if ballot_of(vote.ballot) == self._proposer.ballot:
+        if ballot_of(vote.ballot) == self._proposer.ballot and tuple(vote.gone) == self._gone:
             self._votes[signed.signer] = signed
 
     def on_refusal(self, sender: bytes, message: Refusal, now: float) -> None:
@@ -136,30 +143,42 @@ class Leader:
         """From whoever leads (or should, first) to the last voter before us."""
         if not self.settings.is_voter:
             return []
-        start = self._order.index(self.seen[1]) if self.seen[1] in self._order else 0
-        order = self._order[start:] + self._order[:start]
+        order = self._order()
+        start = order.index(self.seen[1]) if self.seen[1] in order else 0
+        order = order[start:] + order[:start]
         return order[: order.index(self.settings.me)]
 
     def _may_lead(self, view: View) -> bool:
-        return self.settings.is_voter and (view.ready or self.seen != NO_BALLOT)
+        gone = self.standing.gone(self.settings.head)
+        if not self.settings.is_voter or not self.standing.may_decide(self.settings.head, gone):
+            return False
+        alone = bool(gone) and len(view.candidates) < MIN_BRANCH_REPLICAS
+        return not alone and (view.ready or self.seen != NO_BALLOT)
+
+    def _order(self) -> list[bytes]:
+        gone = self.standing.gone(self.settings.head)
+        order = leader_order(self.settings.head, self.settings.round)
+        return [voter for voter in order if voter not in gone]
 
     def _take_over_when_due(self, now: float, view: View, out: Outbox) -> None:
         if not self._may_lead(view):
             return
         if self._try_at is None:
-            rank = takeover_rank(self._order, self.settings.me, None)
+            rank = takeover_rank(self._order(), self.settings.me, None)
             self._try_at = now + rank * self.settings.takeover_timeout_s
         if now >= self._try_at:
             ballot = (self.seen[0] + 1, self.settings.me)
-            self._proposer = Proposer(ballot, self.settings.head.majority)
+            gone = self._gone = self.standing.gone(self.settings.head)
+            self._proposer = Proposer(ballot, lambda voters: self.settings.head.decides(voters, gone))
             self.saw(ballot, now)
             self._send_prepare(now, self._proposer, out)
 
     def _send_prepare(self, now: float, proposer: Proposer, out: Outbox) -> None:
-        message = self._message(proposer.ballot, prepare=Prepare(log_digest=self.settings.head.log_digest))
+        prepare = Prepare(log_digest=self.settings.head.log_digest, gone=self._gone)
+        message = self._message(proposer.ballot, prepare=prepare)
         # Ourselves first, the others once our own promise is on disk: a ballot is never used twice, even after a crash.
         mine = self.settings.me
-        asked = self.settings.head.voters if mine in proposer.promises else (mine,)
+        asked = self._voters() if mine in proposer.promises else [mine]
         for voter in asked:
             if voter not in proposer.promises:
                 out.send(voter, message)
@@ -170,11 +189,11 @@ class Leader:
         if adopted is not None:
             self._propose(adopted[0], adopted[1], now)
             return
-        useful = [c for c in view.candidates if c.key not in self._silent | self._gone]
+        useful = [c for c in view.candidates if c.key not in self._silent | self._ended]
         members = choose_members(useful, self.settings.max_members, self.settings.me)
         if not any(member.contributes for member in members) or not view.ready:
             self._silent.clear()
-            self._gone.clear()
+            self._ended.clear()
             self._resend_at = now + self.settings.resend_s
             return
         bandwidth = {candidate.key: candidate.upload_bps for candidate in view.candidates}
@@ -230,7 +249,7 @@ class Leader:
         if self._proposal is None:
             return
         record, holders = self._proposal
-        if len(self._votes) >= self.settings.head.majority:
+        if self.settings.head.decides(self._votes, self._gone):
             votes = [self._votes[key] for key in sorted(self._votes)]
             message = self._message(proposer.ballot, commit=Commit(record=record, votes=votes, holders=holders))
             members = attempt.members if attempt is not None else []
@@ -238,11 +257,16 @@ class Leader:
                 out.send(peer, message)
             self._give_up()
         elif now >= self._resend_at:
-            message = self._message(proposer.ballot, accept=Accept(record=record, holders=holders))
-            for voter in self.settings.head.voters:
+            message = self._message(proposer.ballot, accept=Accept(record=record, holders=holders, gone=self._gone))
+            for voter in self._voters():
                 if voter not in self._votes:
                     out.send(voter, message)
             self._resend_at = now + self.settings.resend_s
+
+    def _voters(self) -> list[bytes]:
+        """Whose votes are wanted: nobody else's where our own decides."""
+        head, me = self.settings.head, self.settings.me
+        return [me] if head.decides([me], self._gone) else [v for v in head.voters if v not in self._gone]
 
     def _give_up(self) -> None:
         self._proposer = None

@@ -14,7 +14,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from peer.rounds.shard import Shard, StateBuffers, load_state
 from swarm import digest
 from swarm.errors import DigestError, DiskFull, NotFound, ProtocolError
 from swarm.files import Kept, disk_errors, fsync_folder, write_durably
-from swarm.log import LogHead, verify_commit
+from swarm.log import LogHead, gone_of, verify_commit
 from swarm.proto.round_pb2 import Commit, Record, StateReply
 from swarm.run_spec import RunSpec
 
@@ -52,6 +52,8 @@ class Ledger:
         self._states: dict[int, StateReply] = {}
         self._voted_round = 0
         self._archived_from = 1
+        self._fork: int | None = None
+        """the round after which the newest branch in our log began: its state is kept, as peers of another may ask"""
         self.heads: list[LogHead] = [genesis_head]
         """heads[r] is the head after round r"""
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,6 +88,7 @@ class Ledger:
             "promised": [acceptor.promised[0], acceptor.promised[1].hex()],
             "accepted": [acceptor.accepted[0], acceptor.accepted[1].hex()],
             "record": acceptor.record.hex(),
+            "log_digest": self.head.log_digest.hex(),
         }
         body = json.dumps(fields).encode()
         write_durably(self._folder / "acceptor", zlib.crc32(body).to_bytes(4, "big") + body)
@@ -103,6 +106,9 @@ class Ledger:
         if zlib.crc32(raw[4:]).to_bytes(4, "big") != raw[:4]:
             raise DigestError(f"{path} is damaged", "this replica must not vote: move its folder away and join again")
         fields = json.loads(raw[4:])
+        before = fields["round"] - 1
+        if before <= self.head.round and self.heads[before].log_digest.hex() != fields["log_digest"]:
+            return 0, Acceptor()  # of a branch that was given up
         (promised, promised_by), (accepted, accepted_by) = fields["promised"], fields["accepted"]
         acceptor = Acceptor(
             promised=(promised, bytes.fromhex(promised_by)),
@@ -122,18 +128,45 @@ class Ledger:
 
     def append(self, commit: Commit, head: LogHead, parts: Mapping[bytes, Kept]) -> None:
         """Make a verified commit (`swarm.log.canonical`) and its parts durable; ``head`` is the head after it."""
-        body = commit.SerializeToString()
-        if len(body) > MAX_COMMIT_BYTES:
-            raise ProtocolError(f"a commit of {len(body)} bytes is too large")
+        frame = _frame(commit)
         self.keep_parts(head.round, parts)
         with disk_errors(self._log_path), open(self._log_path, "ab") as file:
             offset = file.tell()
-            file.write(_FRAME.pack(len(body), zlib.crc32(body)) + body)
+            file.write(frame)
             file.flush()
             os.fsync(file.fileno())
+        self._note(commit, offset, head)
+        self._chunks.unpin(self._group("vote", head.round))
+
+    def replace_tail(self, fork: LogHead, tail: Sequence[tuple[Commit, LogHead]]) -> None:
+        """Commits after ``fork`` give way to the verified ``tail``: after a crash the log is one or the other.
+
+        The states of what goes, go first: the new log alone could not tell its last one from ours. The vote goes last:
+        it is of no use with the new log, and is needed with the old.
+        """
+        frames = [(_frame(commit), commit, head) for commit, head in tail]
+        for number in [number for number in self._states if number > fork.round]:
+            self._drop_state(number)
+        fsync_folder(self._folder)
+        kept = self._log_path.read_bytes()[: [*self._offsets, None][fork.round]]
+        write_durably(self._log_path, kept + b"".join(frame for frame, _, _ in frames))
+        for number in range(fork.round + 1, self.head.round + 1):
+            self._chunks.unpin(self._group("round", number))
+        self._chunks.unpin(self._group("vote", self._voted_round))
+        del self._offsets[fork.round :], self.heads[fork.round + 1 :]
+        self._fork = None if self._fork is None or self._fork >= fork.round else self._fork
+        offset = len(kept)
+        for frame, commit, head in frames:
+            self._note(commit, offset, head)
+            offset += len(frame)
+        (self._folder / "acceptor").unlink(missing_ok=True)
+        self._voted_round = 0
+
+    def _note(self, commit: Commit, offset: int, head: LogHead) -> None:
+        if gone_of(commit, self.head):
+            self._fork = self.head.round
         self._offsets.append(offset)
         self.heads.append(head)
-        self._chunks.unpin(self._group("vote", head.round))
 
     def keep_parts(self, round_number: int, parts: Mapping[bytes, Kept]) -> None:
         """Keep the averages of a round; an archive whose disk limit is reached gives up its oldest rounds."""
@@ -188,8 +221,13 @@ class Ledger:
         self._states[round_number] = reply
         self._forget_old()
 
-    def offer_state(self) -> StateReply:
-        """The newest state that the log itself proves: the commit after it names its digest (or genesis does)."""
+    def offer_state(self, after_round: int = 0) -> StateReply:
+        """The newest state that the log itself proves: the commit after it names its digest (or genesis does).
+
+        Or that ``after_round``, where one is named; nothing where it is not here.
+        """
+        if after_round:
+            return self._states.get(after_round, StateReply())
         proven = [number for number in self._states if number == 0 or number < self.head.round]
         return self._states[max(proven)] if proven else StateReply()
 
@@ -200,10 +238,15 @@ class Ledger:
             expected = digest.state_digest(reply.anchor_chunks, reply.momentum_chunks)
             if number >= len(self.heads) or not self._may_be(number, expected):
                 continue
-            buffers = StateBuffers(num_values)
-            if self._read_chunks(reply, buffers):
+            buffers = self.read_state(number, num_values)
+            if buffers is not None:
                 return self.heads[number], load_state(spec, index, buffers, expected)
         return None
+
+    def read_state(self, number: int, num_values: int) -> StateBuffers | None:
+        """The bytes of the state after a round; None where it is not here, or not whole."""
+        buffers, reply = StateBuffers(num_values), self._states.get(number)
+        return buffers if reply is not None and self._read_chunks(reply, buffers) else None
 
     def _read_chunks(self, reply: StateReply, buffers: StateBuffers) -> bool:
         """Fill ``buffers``; False where a chunk is not here, or they are not of this size."""
@@ -236,8 +279,7 @@ class Ledger:
                 fsync_folder(self._folder)
                 return
             record, head = verify_commit(self.head, commit)
-            self._offsets.append(offset)
-            self.heads.append(head)
+            self._note(commit, offset, head)
             self._chunks.pin(self._group("round", head.round), [part.digest for part in record.parts if part.digest])
             offset += _FRAME.size + _FRAME.unpack_from(raw, offset)[0]
 
@@ -268,12 +310,15 @@ class Ledger:
 
     def _forget_old(self) -> None:
         kept = sorted(self._states)[-KEPT_STATES:]
-        for number in sorted(set(self._states) - set(kept)):
-            del self._states[number]
-            (self._folder / f"state-{number}").unlink(missing_ok=True)
-            self._chunks.unpin(self._group("state", number))
+        for number in sorted(set(self._states) - {*kept, self._fork}):
+            self._drop_state(number)
         if not self._options.archive and kept:
             self._release_rounds(kept[0] + 1)
+
+    def _drop_state(self, number: int) -> None:
+        del self._states[number]
+        (self._folder / f"state-{number}").unlink(missing_ok=True)
+        self._chunks.unpin(self._group("state", number))
 
     def _release_rounds(self, before: int) -> None:
         for number in range(self._archived_from, before):
@@ -282,3 +327,10 @@ class Ledger:
 
     def _group(self, kind: str, round_number: int) -> str:
         return f"{self._folder.name}:{kind}:{round_number}"
+
+
+def _frame(commit: Commit) -> bytes:
+    body = commit.SerializeToString()
+    if len(body) > MAX_COMMIT_BYTES:
+        raise ProtocolError(f"a commit of {len(body)} bytes is too large")
+    return _FRAME.pack(len(body), zlib.crc32(body)) + body

@@ -17,21 +17,25 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from peer.p2p.chunk_store import CHUNK_METHOD, ChunkStore
+from peer.p2p.fetch import HolderBook
 from peer.p2p.transport import Transport
-from peer.rounds.catch_up import COMMITS_PER_PAGE, LOG_METHOD, STATE_METHOD, fetch_commits
-from peer.rounds.exchange import PING_METHOD, ROUND_METHOD, Exchange
+from peer.rounds.branches import fetch_branch, standing_apart
+from peer.rounds.catch_up import COMMITS_PER_PAGE, LOG_METHOD, STATE_METHOD, Newcomer, fetch_commits
+from peer.rounds.exchange import ROUND_METHOD, Exchange
+from peer.rounds.hearing import PING_METHOD
 from peer.rounds.ledger import Ledger
 from peer.rounds.statuses import StatusRules, further_on, make_view, read_statuses, sign_status, status_key
 from swarm import schedule
 from swarm.errors import ProtocolError, SwarmError
 from swarm.identity import Identity
 from swarm.proto.common_pb2 import Signed
-from swarm.proto.round_pb2 import LogReply, LogRequest, StateRequest, Status
+from swarm.proto.round_pb2 import LogReply, LogRequest, Record, StateRequest, Status
 
 CONNECT_TIMEOUT_S = 5.0
 SECOND_DIAL_S = 1.0
 MAX_DIALS = 16
 LEAST_PAUSE_S = 0.2
+MAX_BRANCHES_ASKED = 3
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +71,8 @@ class Member:
         self.parts = parts
         self.statuses: dict[bytes, Status] = {}
         self._connected: set[bytes] = set()
+        self._apart: set[bytes] = set()
+        """peers further on whose commits did not follow ours"""
         self._jobs: dict[str, asyncio.Task[None]] = {}
         self._rng = random.Random(parts.identity.public_key)
 
@@ -77,7 +83,7 @@ class Member:
         await transport.serve(CHUNK_METHOD, self.parts.chunks.handle_chunk)
         await transport.serve(LOG_METHOD, self._handle_log)
         await transport.serve(STATE_METHOD, self._handle_state)
-        await transport.serve(PING_METHOD, _answer_ping)
+        await transport.serve(PING_METHOD, exchange.hearing.handle_ping)
 
     async def run(self) -> None:
         """Until cancelled; raises what the exchange cannot repair."""
@@ -100,7 +106,8 @@ class Member:
             round=exchange.round,
             log_digest=exchange.head.log_digest,
             state_digest=exchange.shard.state_digest,
-            tokens=exchange.tokens,
+            tokens=exchange.replica.tokens,
+            committed_tokens=exchange.head.total_tokens,
             tokens_per_s=words.tokens_per_s,
             upload_bps=self.parts.transport.uplink_bps() or words.upload_bps,
             trains=words.trains,
@@ -131,7 +138,12 @@ class Member:
             # Connections come before the round: who cannot be reached yet would only be waited for.
             reached = {peer: status for peer, status in self.statuses.items() if peer in self._connected}
             exchange.set_view(make_view(reached, self.status(), self.parts.identity.public_key, target))
+        for job in self._jobs.values():
+            if job.done():
+                job.result()  # raises what it could not repair
         self._beside("catch up", self._catch_up)
+        if standing_apart(self.statuses, self.parts.ledger, self._apart):
+            self._beside("mend", self._mend)
 
     async def _tell_and_look_for_ever(self) -> None:
         interval_s = self.parts.exchange.shard.spec.rounds.status_interval_s
@@ -184,8 +196,39 @@ class Member:
             except SwarmError as error:
                 log.info("could not catch up: %s", error)
                 continue
+            self._apart.discard(holder)
             if commits and exchange.offer_commits(holder, commits):
                 return
+            if commits:
+                self._apart.add(holder)
+
+    async def _mend(self) -> None:
+        """Others stand on another branch: whoever proves that more was committed there is followed."""
+        parts, exchange = self.parts, self.parts.exchange
+        for holder in standing_apart(self.statuses, parts.ledger, self._apart)[:MAX_BRANCHES_ASKED]:
+            try:
+                branch = await fetch_branch(parts.transport, holder, parts.ledger, exchange.shard.spec)
+            except SwarmError as error:
+                log.info("no branch to be followed: %s", error)
+                continue
+            if branch is not None:
+                holders = [holder, *(peer for peer in self.statuses if peer != holder)]
+                self._apart.clear()
+                return await exchange.switch(branch, self._newcomer(), holders)
+
+    def _newcomer(self) -> Newcomer:
+        parts, shard = self.parts, self.parts.exchange.shard
+        first = Record.FromString(parts.ledger.commits(1, 1)[0].record)
+        return Newcomer(
+            transport=parts.transport,
+            ledger=parts.ledger,
+            chunks=parts.chunks,
+            spec=shard.spec,
+            shard=shard.index,
+            genesis_digest=first.state_digest,
+            num_values=shard.num_values,
+            book=HolderBook(self._rng),
+        )
 
     async def _handle_log(self, caller: bytes, request: bytes) -> bytes:
         try:
@@ -204,8 +247,4 @@ class Member:
             raise ProtocolError("a request for a state cannot be read") from error
         if wanted.shard != self.parts.exchange.shard.index:
             raise ProtocolError("a request for a state that is not here")
-        return self.parts.ledger.offer_state().SerializeToString()
-
-
-async def _answer_ping(caller: bytes, request: bytes) -> bytes:
-    return b""
+        return self.parts.ledger.offer_state(wanted.after_round).SerializeToString()

@@ -7,6 +7,7 @@ the caller's: nothing that these functions return may be sent before the new sta
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 from swarm.proto import round_pb2
@@ -49,7 +50,8 @@ class Proposer:
     """A leader's count of promises for one ballot."""
 
     ballot: Ballot
-    majority: int
+    decides: Callable[[Collection[bytes]], bool]
+    """whether these voters are a majority"""
     promises: dict[bytes, tuple[Ballot, bytes]] = field(default_factory=dict)
 
     def on_promise(self, voter: bytes, accepted: Ballot, record: bytes) -> None:
@@ -57,7 +59,7 @@ class Proposer:
 
     @property
     def prepared(self) -> bool:
-        return len(self.promises) >= self.majority
+        return self.decides(self.promises)
 
     def adopted(self) -> tuple[bytes, list[bytes]] | None:
         """(record, voters that accepted it) that must be proposed again; None where the leader is free."""

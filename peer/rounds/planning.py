@@ -10,13 +10,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from swarm.log import MAX_PARTS, MAX_VOTERS
+from swarm.log import MAX_PARTS, MAX_VOTERS, SMALL_SWARM, LogHead
 from swarm.proto.round_pb2 import Member, Part
 
 # Wire blocks are a divisor of this, so a part never splits a block.
 SLICE_VALUES = 16384
-# Fewer live replicas than this: founders decide alone.
-SMALL_SWARM = 5
 MAX_UPLINK_RATIO = 4
 # 8 MiB of fp32, of which a replica has a part at once. A large shard has larger ones, as their number is bounded.
 MAX_PART_SLICES = 128
@@ -47,10 +45,17 @@ def part_values(part_first_slice: int, part_num_slices: int, num_values: int) ->
     return slice(start, min(num_values, start + part_num_slices * SLICE_VALUES))
 
 
-def leader_order(voters: Sequence[bytes], shard: int, round_number: int) -> list[bytes]:
-    """Voters by rendezvous hash (Thaler and Ravishankar 1998): the first leads, the next take over in turn."""
-    key = shard.to_bytes(4, "big") + round_number.to_bytes(8, "big")
-    return sorted(voters, key=lambda voter: hashlib.sha256(b"leader" + key + voter).digest())
+def leader_order(head: LogHead, round_number: int) -> list[bytes]:
+    """Voters by rendezvous hash (Thaler and Ravishankar 1998): the first leads, the next take over in turn.
+
+    In a small swarm founders come first: they need nobody else's vote.
+    """
+    key = head.shard.to_bytes(4, "big") + round_number.to_bytes(8, "big")
+
+    def place(voter: bytes) -> tuple[int, bytes]:
+        return -head.weight(voter), hashlib.sha256(b"leader" + key + voter).digest()
+
+    return sorted(head.voters, key=place)
 
 
 def takeover_rank(order: Sequence[bytes], me: bytes, after: bytes | None) -> int:
@@ -101,16 +106,16 @@ def choose_voters(
 ) -> list[bytes]:
     """Who decides the next round: founders that are present, then voters that stay, then others by rendezvous hash.
 
-    An odd number, so that every voter counts; at most 7. In a small swarm only the founders, where one is present:
-    volunteers go for good more often than a seed peer does not come back (docs/decisions/0009).
+    An odd number, so that every voter counts; at most 7. All of a small swarm, where a founder is present: it outweighs
+    the others until its lease has run out (docs/decisions/0013).
     """
 
     def preference(key: bytes) -> tuple[bool, bool, bytes]:
         return key not in founders, key not in current, hashlib.sha256(seed.to_bytes(8, "big") + key).digest()
 
     ranked = sorted(set(present), key=preference)[:MAX_VOTERS]
-    if len(ranked) < SMALL_SWARM:
-        ranked = [key for key in ranked if key in founders] or ranked
+    if len(ranked) < SMALL_SWARM and any(key in founders for key in ranked):
+        return sorted(ranked)
     size = len(ranked) if len(ranked) % 2 else len(ranked) - 1
     return sorted(ranked[: max(1, size)])
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from peer.rounds.attempt import Attempt, check_open
 from peer.rounds.leader import Leader, round_message
+from peer.rounds.leases import Standing
 from peer.rounds.paxos import NO_BALLOT, Acceptor, Ballot, ballot_of, to_message
 from peer.rounds.round_actions import Action, Apply, Fetch, Outbox, Persist, RoundSettings, Send, TakeSnapshot, View
 from swarm.digest import sha256
@@ -46,6 +47,8 @@ class RoundMachine:
         self.settings = settings
         self.acceptor = acceptor or Acceptor()
         self.view = View()
+        self.standing = Standing()
+        """what leases allow now: the edge keeps it up to date, before each event"""
         self.attempt: Attempt | None = None
         self.finished = False
         self._leader = Leader(settings, self.acceptor.promised)
@@ -54,7 +57,7 @@ class RoundMachine:
         self._fetching: dict[bytes, float] = {}
         """digest -> when to ask again; 0 while it is asked for"""
         self._wanted: set[bytes] = set()
-        self._to_accept: tuple[Ballot, bytes, tuple[bytes, ...]] | None = None
+        self._to_accept: tuple[Ballot, Accept] | None = None
         self._decided: tuple[Commit, Record, tuple[bytes, ...]] | None = None
 
     # ---- events -------------------------------------------------------------------------------------------------
@@ -117,9 +120,9 @@ class RoundMachine:
             self.attempt.unreachable.add(peer)
         return self._run(now)
 
-    def on_gone(self, peer: bytes, now: float) -> list[Action]:
+    def on_ended(self, peer: bytes, now: float) -> list[Action]:
         """There is no way to this peer, or no such process any more: it is not asked in this round again."""
-        self._leader.on_gone(peer, now)
+        self._leader.on_ended(peer, now)
         return self.on_unreachable(peer, now)
 
     def is_newest(self, ballot: Ballot) -> bool:
@@ -152,6 +155,7 @@ class RoundMachine:
                 self._handle(self.settings.me, out.to_self.pop(0), now, out)
             self._reduce_what_is_due(now, out)
             if self.settings.is_voter and self._decided is None:
+                self._leader.standing = self.standing
                 self._leader.step(now, self.view, self.attempt, out)
             self._accept_when_complete(now, out)
             self._apply_when_complete(now, out)
@@ -193,6 +197,7 @@ class RoundMachine:
         self._check_leader(sender, ballot)
         if message.log_digest != self.settings.head.log_digest:
             raise ProtocolError("the ballot extends another log than ours")
+        self._check_standing(message.gone)
         promised = self.acceptor.promise(ballot)
         if promised is None:
             return self._refuse(sender, out)
@@ -207,20 +212,24 @@ class RoundMachine:
         self._check_leader(sender, ballot)
         if ballot < self.acceptor.promised:
             return self._refuse(sender, out)
+        self._check_standing(message.gone)
         record = parse_record(message.record, self.settings.head)
         self._check_record(record)
         self._leader.saw(ballot, now)
         self._fetching = {key: at for key, at in self._fetching.items() if not at}  # what is under way ends by itself
-        self._to_accept = (ballot, message.record, (sender, *message.holders[:64]))
+        self._to_accept = (ballot, message)
 
     def _accept_when_complete(self, now: float, out: Outbox) -> None:
         if self._to_accept is None:
             return
-        ballot, raw, holders = self._to_accept
+        ballot, message = self._to_accept
+        raw, gone = message.record, tuple(message.gone)
         record = parse_record(raw, self.settings.head)
-        if not self._fetch_missing(record, holders, now, out):
+        if not self._fetch_missing(record, (ballot[1], *message.holders[:64]), now, out):
             return
         self._to_accept = None
+        if not self.standing.may_decide(self.settings.head, gone):
+            return  # it was long in coming; the leader asks again
         accepted = self.acceptor.accept(ballot, raw)
         if accepted is None:
             return self._refuse(ballot[1], out)
@@ -229,6 +238,7 @@ class RoundMachine:
             round=self.settings.round,
             ballot=to_message(ballot),
             record_digest=sha256(raw),
+            gone=gone,
         )
         signed = self.settings.sign_vote(vote.SerializeToString())
         parts = {part.digest: self._parts[part.digest] for part in record.parts if part.digest}
@@ -246,6 +256,14 @@ class RoundMachine:
             raise ProtocolError("a ballot by somebody who may not lead this round")
         if not self.settings.is_voter:
             raise ProtocolError("we are no voter of this round")
+
+    def _check_standing(self, gone: Sequence[bytes]) -> None:
+        """Raise `ProtocolError` unless leases allow us to promise and vote in a ballot that goes on without these."""
+        if self.settings.me in gone or not self.settings.head.may_be_gone(gone):
+            raise ProtocolError("a ballot that declares voters gone who cannot be")
+        if not self.standing.may_decide(self.settings.head, tuple(gone)):
+            why = "some of whom it declares gone were heard" if gone else "our own ran out, and we are catching up"
+            raise ProtocolError(f"leases do not allow us to vote in this ballot: {why}")
 
     def _check_record(self, record: Record) -> None:
         if record.state_digest != self.settings.state_digest:
@@ -329,7 +347,7 @@ class RoundMachine:
                 f"round {record.round} starts from another state than ours",
                 "join again: the state that the log proves is fetched",
             )
-        self._decided = (canonical(commit), record, (sender, *commit.holders[:64]))
+        self._decided = (canonical(commit, self.settings.head), record, (sender, *commit.holders[:64]))
 
     def _apply_when_complete(self, now: float, out: Outbox) -> None:
         if self._decided is None:

@@ -204,6 +204,20 @@ class Shard:
             self.feedback.write(values, owed, record.round)
         return taken
 
+    def owe(self, round_number: int, *movements: Movement) -> None:
+        """Book movements that no commit has counted: they go into the next pseudo-gradient."""
+        if self.feedback is None:
+            self.feedback = Blocks(self.num_values)
+        for tile in tiles(slice(0, self.num_values)):
+            owed = self.owed(tile)
+            for movement in movements:
+                owed -= movement[tile]
+            self.feedback.write(tile, owed, round_number)
+
+    def become(self, other: Shard) -> None:
+        """Take over the state of ``other``; what is owed stays."""
+        self.anchor, self.momentum, self.state_digest = other.anchor, other.momentum, other.state_digest
+
     def owed(self, values: slice) -> Float32:
         """What no commit has counted yet of what was offered. ``values`` is made of whole blocks."""
         if self.feedback is None:

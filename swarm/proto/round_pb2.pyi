@@ -14,7 +14,7 @@ class Frame(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("shard", "round", "log_digest", "state_digest", "tokens", "tokens_per_s", "upload_bps", "trains", "leaving", "sent_unix_ms", "admission", "addresses", "checkpoint_round")
+    __slots__ = ("shard", "round", "log_digest", "state_digest", "tokens", "tokens_per_s", "upload_bps", "trains", "leaving", "sent_unix_ms", "admission", "addresses", "checkpoint_round", "committed_tokens")
     SHARD_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     LOG_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class Status(_message.Message):
     ADMISSION_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_ROUND_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     shard: int
     round: int
     log_digest: bytes
@@ -41,7 +42,8 @@ class Status(_message.Message):
     admission: _common_pb2.Signed
     addresses: _containers.RepeatedScalarFieldContainer[str]
     checkpoint_round: int
-    def __init__(self, shard: _Optional[int] = ..., round: _Optional[int] = ..., log_digest: _Optional[bytes] = ..., state_digest: _Optional[bytes] = ..., tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., upload_bps: _Optional[int] = ..., trains: _Optional[bool] = ..., leaving: _Optional[bool] = ..., sent_unix_ms: _Optional[int] = ..., admission: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., addresses: _Optional[_Iterable[str]] = ..., checkpoint_round: _Optional[int] = ...) -> None: ...
+    committed_tokens: int
+    def __init__(self, shard: _Optional[int] = ..., round: _Optional[int] = ..., log_digest: _Optional[bytes] = ..., state_digest: _Optional[bytes] = ..., tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., upload_bps: _Optional[int] = ..., trains: _Optional[bool] = ..., leaving: _Optional[bool] = ..., sent_unix_ms: _Optional[int] = ..., admission: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., addresses: _Optional[_Iterable[str]] = ..., checkpoint_round: _Optional[int] = ..., committed_tokens: _Optional[int] = ...) -> None: ...
 
 class Ballot(_message.Message):
     __slots__ = ("number", "leader")
@@ -130,10 +132,12 @@ class Average(_message.Message):
     def __init__(self, part: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ..., encoded: _Optional[bytes] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ...) -> None: ...
 
 class Prepare(_message.Message):
-    __slots__ = ("log_digest",)
+    __slots__ = ("log_digest", "gone")
     LOG_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
     log_digest: bytes
-    def __init__(self, log_digest: _Optional[bytes] = ...) -> None: ...
+    gone: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, log_digest: _Optional[bytes] = ..., gone: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Promise(_message.Message):
     __slots__ = ("accepted_ballot", "accepted_record")
@@ -144,24 +148,28 @@ class Promise(_message.Message):
     def __init__(self, accepted_ballot: _Optional[_Union[Ballot, _Mapping]] = ..., accepted_record: _Optional[bytes] = ...) -> None: ...
 
 class Accept(_message.Message):
-    __slots__ = ("record", "holders")
+    __slots__ = ("record", "holders", "gone")
     RECORD_FIELD_NUMBER: _ClassVar[int]
     HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
     record: bytes
     holders: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, record: _Optional[bytes] = ..., holders: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    gone: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, record: _Optional[bytes] = ..., holders: _Optional[_Iterable[bytes]] = ..., gone: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Vote(_message.Message):
-    __slots__ = ("shard", "round", "ballot", "record_digest")
+    __slots__ = ("shard", "round", "ballot", "record_digest", "gone")
     SHARD_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BALLOT_FIELD_NUMBER: _ClassVar[int]
     RECORD_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
     shard: int
     round: int
     ballot: Ballot
     record_digest: bytes
-    def __init__(self, shard: _Optional[int] = ..., round: _Optional[int] = ..., ballot: _Optional[_Union[Ballot, _Mapping]] = ..., record_digest: _Optional[bytes] = ...) -> None: ...
+    gone: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, shard: _Optional[int] = ..., round: _Optional[int] = ..., ballot: _Optional[_Union[Ballot, _Mapping]] = ..., record_digest: _Optional[bytes] = ..., gone: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("promised", "reason")
@@ -247,6 +255,18 @@ class RoundMessage(_message.Message):
     refusal: Refusal
     def __init__(self, shard: _Optional[int] = ..., round: _Optional[int] = ..., ballot: _Optional[_Union[Ballot, _Mapping]] = ..., open: _Optional[_Union[OpenRound, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, _Mapping]] = ..., average: _Optional[_Union[Average, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., promise: _Optional[_Union[Promise, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., vote: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
 
+class PingRequest(_message.Message):
+    __slots__ = ("leaving",)
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
+    leaving: bool
+    def __init__(self, leaving: _Optional[bool] = ...) -> None: ...
+
+class PingReply(_message.Message):
+    __slots__ = ("round",)
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    def __init__(self, round: _Optional[int] = ...) -> None: ...
+
 class LogRequest(_message.Message):
     __slots__ = ("shard", "first_round", "max_commits")
     SHARD_FIELD_NUMBER: _ClassVar[int]
@@ -264,10 +284,12 @@ class LogReply(_message.Message):
     def __init__(self, commits: _Optional[_Iterable[_Union[Commit, _Mapping]]] = ...) -> None: ...
 
 class StateRequest(_message.Message):
-    __slots__ = ("shard",)
+    __slots__ = ("shard", "after_round")
     SHARD_FIELD_NUMBER: _ClassVar[int]
+    AFTER_ROUND_FIELD_NUMBER: _ClassVar[int]
     shard: int
-    def __init__(self, shard: _Optional[int] = ...) -> None: ...
+    after_round: int
+    def __init__(self, shard: _Optional[int] = ..., after_round: _Optional[int] = ...) -> None: ...
 
 class StateReply(_message.Message):
     __slots__ = ("round", "anchor_chunks", "momentum_chunks")

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from peer.rounds.leases import Leases, Standing
 from peer.rounds.paxos import Acceptor
 from peer.rounds.planning import Candidate
 from peer.rounds.round import RoundMachine
@@ -18,8 +19,8 @@ from swarm.digest import sha256
 from swarm.errors import SwarmError
 from swarm.files import Kept
 from swarm.identity import Identity
-from swarm.log import VOTE_CONTEXT, LogHead, verify_commit
-from swarm.proto.round_pb2 import Average, Record, RoundMessage
+from swarm.log import VOTE_CONTEXT, LogHead, gone_of, verify_commit
+from swarm.proto.round_pb2 import Average, Record, RoundMessage, Vote
 
 RUN_ID = b"r" * 20
 STATE = b"s" * 32
@@ -54,6 +55,10 @@ class Machine:
     applied: Apply | None = None
     writes: list[Persist] = field(default_factory=list)
     life: int = 0
+    leases: Leases | None = None
+    heard_at: dict[bytes, float] = field(default_factory=dict)
+    """what its leases must go by, noted beside them"""
+    asleep: bool = False
 
     @property
     def key(self) -> bytes:
@@ -63,7 +68,10 @@ class Machine:
 class Machines:
     """``voters`` of ``size`` replicas decide; the last replica only receives, as a seed peer does."""
 
-    def __init__(self, size: int, voters: int, rng: random.Random, max_members: int = 64) -> None:
+    def __init__(
+        self, size: int, voters: int, rng: random.Random, max_members: int = 64, lease_s: float = 100_000.0
+    ) -> None:
+        self.lease_s = lease_s
         self.rng = rng
         self.max_members = max_members
         self.now = 0.0
@@ -75,11 +83,16 @@ class Machines:
             log_digest=b"l" * 32,
             voters=tuple(peer.key for peer in self.peers[-voters:]),
             total_tokens=100,
+            founders=(),
         )
         self.waiting: list[Waiting] = []
         self.cut: set[tuple[bytes, bytes]] = set()
         """(from, to): messages that a partition holds back, in one direction"""
+        self.lost_kinds: set[str] = set()
+        """messages of these kinds never arrive"""
         self.commits: set[bytes] = set()
+        self.branches: set[bytes] = set()
+        """of the commits: those that went on without somebody"""
         for peer in self.peers:
             self._start(peer)
 
@@ -104,6 +117,9 @@ class Machines:
             takeover_timeout_s=6.0,
         )
         peer.machine = RoundMachine(settings, peer.durable)
+        peer.machine.standing = Standing(held=frozenset(self.head.voters), present=True)  # until leases say otherwise
+        peer.leases = Leases(peer.key, self.head, self.lease_s, self.now)
+        peer.heard_at = dict.fromkeys(self.head.voters, self.now)
         view = View(
             candidates=tuple(Candidate(key=p.key, trains=p.trains, upload_bps=1) for p in self.peers), ready=True
         )
@@ -133,11 +149,41 @@ class Machines:
         self.now += elapsed_s
         for peer in self.peers:
             self._later(peer, lambda p=peer: self._machine(p).on_tick(self.now))
+            self._later(peer, lambda p=peer: self._ping(p))
+
+    def _ping(self, peer: Machine) -> list[Action]:
+        """Ask for leases, as the edge does at every look at the clock."""
+        for voter in self._leases(peer).due(self.now):
+            target = self.peer(voter)
+            ping = lambda t=target: self._answer(t, peer, self.now)  # noqa: E731
+            self.waiting.append(Waiting(target, target.life, ping, peer.key, "ping"))
+        return []
+
+    def _answer(self, peer: Machine, asker: Machine, asked_at: float) -> list[Action]:
+        """``asker`` called ``peer``: it has a lease from now on, and knows it when the answer is there."""
+        self._leases(peer).heard(asker.key, self.now)
+        peer.heard_at[asker.key] = self.now
+        further_on = peer.applied is not None
+
+        def arrive() -> list[Action]:
+            self._leases(asker).answered(peer.key, asked_at, further_on)
+            return []
+
+        self.waiting.append(Waiting(asker, asker.life, arrive, peer.key, "answer"))
+        return []
+
+    def sleep(self, peer: Machine, elapsed_s: float) -> None:
+        """``peer``'s machine sleeps while the others go on; its clock counts that."""
+        peer.asleep = True
+        until = self.now + elapsed_s
+        while self.now < until:
+            self.go_on()
+        peer.asleep = False
 
     def hear_that_it_is_gone(self, peer: Machine, other: bytes) -> None:
         """``peer`` asked whether ``other`` lives, and there was no way to it. Nobody asks itself."""
         if other != peer.key:
-            self._later(peer, lambda: self._machine(peer).on_gone(other, self.now))
+            self._later(peer, lambda: self._machine(peer).on_ended(other, self.now))
 
     def separate(self, one: set[bytes], other: set[bytes]) -> None:
         """From now on nothing that ``one`` says reaches ``other``."""
@@ -171,12 +217,13 @@ class Machines:
         self.pass_time(0.2)
 
     def _is_held(self, item: Waiting) -> bool:
-        return item.sender is not None and (item.sender, item.peer.key) in self.cut
+        return item.peer.asleep or (item.sender is not None and (item.sender, item.peer.key) in self.cut)
 
     def _happen(self, item: Waiting) -> None:
         peer = item.peer
-        if item.life != peer.life or peer.applied is not None:
+        if item.life != peer.life or (peer.applied is not None and item.kind not in ("ping", "answer")):
             return
+        self._machine(peer).standing = self._leases(peer).standing(self.now)
         try:
             actions = item.event()
         except SwarmError:
@@ -189,6 +236,7 @@ class Machines:
         if isinstance(action, Send):
             self._send(peer, action)
         elif isinstance(action, Persist):
+            self._check_vote(peer, action)
             peer.writes.append(action)  # writes happen in order, whenever they happen
             self._later(peer, lambda: self._write(peer))
         elif isinstance(action, TakeSnapshot):
@@ -205,6 +253,13 @@ class Machines:
         elif isinstance(action, Apply):
             self._apply(peer, action)
 
+    def _check_vote(self, peer: Machine, action: Persist) -> None:
+        """Whoever goes on without somebody has not heard of it for a lease."""
+        for send in action.then:
+            if send.message.WhichOneof("body") == "vote":
+                for voter in Vote.FromString(send.message.vote.payload).gone:
+                    assert self.now - peer.heard_at[voter] >= self.lease_s, "a lease was broken"
+
     def _write(self, peer: Machine) -> list[Action]:
         action = peer.writes.pop(0)
         peer.durable = action.acceptor
@@ -217,6 +272,8 @@ class Machines:
         peer.applied = action
         peer.stored.update(action.parts)
         self.commits.add(sha256(action.commit.record))
+        if gone_of(action.commit, self.head):
+            self.branches.add(sha256(action.commit.record))
 
     def _tell_who_is_behind(self) -> None:
         """Whoever has the commit hands it to whoever lacks it, as statuses and the log make sure of."""
@@ -229,8 +286,15 @@ class Machines:
                 self._later(peer, lambda p=peer, h=holder: self._machine(p).on_message(h.key, message, self.now))
 
     def _send(self, sender: Machine, send: Send) -> None:
-        target = next(peer for peer in self.peers if peer.key == send.to)
-        arrival = lambda: self._machine(target).on_message(sender.key, send.full(), self.now)  # noqa: E731
+        target, asked_at = self.peer(send.to), self.now
+
+        def arrival() -> list[Action]:
+            if target is not sender:
+                self._answer(target, sender, asked_at)
+            return self._machine(target).on_message(sender.key, send.full(), self.now)
+
+        if send.message.WhichOneof("body") in self.lost_kinds and target is not sender:
+            return
         # What a replica hands to itself crosses no network.
         by = None if target is sender else sender.key
         self.waiting.append(Waiting(target, target.life, arrival, by, send.message.WhichOneof("body") or ""))
@@ -245,6 +309,13 @@ class Machines:
 
     def _later(self, peer: Machine, event: Event) -> None:
         self.waiting.append(Waiting(peer, peer.life, event))
+
+    def peer(self, key: bytes) -> Machine:
+        return next(peer for peer in self.peers if peer.key == key)
+
+    def _leases(self, peer: Machine) -> Leases:
+        assert peer.leases is not None
+        return peer.leases
 
     def _machine(self, peer: Machine) -> RoundMachine:
         assert peer.machine is not None

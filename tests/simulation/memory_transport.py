@@ -110,7 +110,8 @@ class MemoryTransport:
     async def lookup(self, key: str) -> Mapping[bytes, bytes]:
         now = asyncio.get_running_loop().time()
         records = self._network.directory.get(key, {})
-        return {peer: value for peer, (expires, value) in records.items() if expires > now}
+        heard = {peer for peer in records if (peer, self._key) not in self._network.blocked}
+        return {peer: value for peer, (expires, value) in records.items() if expires > now and peer in heard}
 
     def traffic(self) -> tuple[int, int]:
         return self._sent, self._received

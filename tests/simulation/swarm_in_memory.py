@@ -24,6 +24,7 @@ from peer.rounds.exchange import Exchange
 from peer.rounds.exchange_parts import Committed, ExchangeParts
 from peer.rounds.ledger import Ledger, LedgerOptions
 from peer.rounds.member import Member, MemberParts, Words
+from peer.rounds.mending import Incident
 from peer.rounds.resume import resume
 from peer.rounds.shard import Shard
 from peer.rounds.statuses import ADMISSION_CONTEXT, StatusRules
@@ -104,6 +105,8 @@ class SimulatedPeer:
     member: Member
     digests: dict[int, bytes] = field(default_factory=dict)
     commits: list[Committed] = field(default_factory=list)
+    incidents: list[tuple[Incident, np.ndarray]] = field(default_factory=list)
+    """with what the peer owed right after"""
     tasks: list[asyncio.Task[Any]] = field(default_factory=list)
 
     @property
@@ -132,6 +135,10 @@ class SimulatedSwarm:
         )
         self.peers: dict[str, SimulatedPeer] = {}
         self.history: dict[int, set[bytes]] = {}
+        self.anchors: dict[bytes, np.ndarray] = {}
+        """by log digest"""
+        self.slept_s: dict[str, float] = {}
+        """how far the clocks of peers that slept are ahead of the loop's"""
 
     @property
     def rules(self) -> StatusRules:
@@ -222,7 +229,12 @@ class SimulatedSwarm:
         async def on_commit(committed: Committed) -> None:
             peer.commits.append(committed)
             peer.digests[committed.head.round] = committed.state_digest
+            self.anchors[committed.head.log_digest] = peer.exchange.shard.anchor.copy()
             self.history.setdefault(committed.head.round, set()).add(committed.state_digest)
+
+        def on_incident(incident: Incident) -> None:
+            owed = peer.exchange.shard.owed(slice(0, self.num_values))
+            peer.incidents.append((incident, owed))
 
         exchange = Exchange(
             ExchangeParts(
@@ -235,6 +247,8 @@ class SimulatedSwarm:
                 trainer=trainer,
                 run_blocking=run_inline,
                 on_commit=on_commit,
+                on_incident=on_incident,
+                lease_clock=lambda: asyncio.get_running_loop().time() + self.slept_s.get(name, 0.0),
             ),
             head,
         )

@@ -74,7 +74,7 @@ def assert_counted_once(peer: SimulatedPeer) -> None:
     """All that the commits counted of a volunteer, and what waits, is what it trained."""
     counted = sum(tokens_by_peer(committed.record).get(peer.key, 0) for committed in peer.commits)
     assert peer.trainer is not None
-    assert counted + peer.exchange.tokens == peer.trainer.tokens
+    assert counted + peer.exchange.replica.tokens == peer.trainer.tokens
     assert counted > 0
 
 
@@ -88,7 +88,7 @@ def test_tokens_above_what_a_contribution_may_weigh_wait_for_the_next_round(
         await swarm.until_round(4, NAMES)
         peer = swarm.peers["v0"]
         weights = [tokens_by_peer(committed.record).get(peer.key, 0) for committed in peer.commits]
-        assert max(weights) == 5 < peer.exchange.tokens
+        assert max(weights) == 5 < peer.exchange.replica.tokens
         assert_counted_once(peer)
 
     run(scenario())

@@ -230,3 +230,99 @@ def test_a_part_that_is_gone_is_named(tmp_path: Path) -> None:
     ledger.append(commit, head, {})
     with pytest.raises(NotFound, match="round 1"):
         ledger.parts_of(Record.FromString(commit.record))
+
+
+# ---- another branch -------------------------------------------------------------------------------------------------
+
+
+def branch_after(ledger: Ledger, fork_round: int, rounds: int) -> tuple[LogHead, list[tuple[Commit, LogHead]]]:
+    """Another log from ``fork_round`` on."""
+    fork = head = ledger.heads[fork_round]
+    tail = []
+    for number in range(rounds):
+        commit, head = commit_after(head, b"branch %d" % number)
+        tail.append((commit, head))
+    return fork, tail
+
+
+def test_a_tail_is_replaced_and_found_again(tmp_path: Path) -> None:
+    """Commits from the fork on are the branch's, and the vote and the states of what was given up are gone."""
+    ledger = open_ledger(tmp_path)
+    fill(ledger, 6)
+    ledger.save_state(3, SHARD)
+    ledger.save_state(6, SHARD)
+    ledger.save_acceptor(7, Acceptor(promised=(3, b"l" * 32)), {})
+    fork, tail = branch_after(ledger, 4, 5)
+    ledger.replace_tail(fork, tail)
+    for found in (ledger, open_ledger(tmp_path)):
+        assert found.head == tail[-1][1] and found.head.round == 9
+        assert found.commits(5, 100) == [commit for commit, _ in tail]
+        assert len(found.commits(1, 4)) == 4
+        assert found.load_acceptor(7) == found.load_acceptor(10) == Acceptor()
+        assert found.offer_state().round == 3 and not found.offer_state(6).anchor_chunks
+    ledger.save_acceptor(10, Acceptor(promised=(1, b"l" * 32)), {})
+    commit, head = commit_after(ledger.head, b"next")
+    ledger.append(commit, head, {})
+    assert open_ledger(tmp_path).head == head
+
+
+@pytest.mark.parametrize("fork_round", [0, 3, 6])
+def test_a_branch_may_be_shorter_and_leave_anywhere(tmp_path: Path, fork_round: int) -> None:
+    ledger = open_ledger(tmp_path)
+    fill(ledger, 6)
+    fork, tail = branch_after(ledger, fork_round, 2)
+    ledger.replace_tail(fork, tail)
+    assert open_ledger(tmp_path).heads == ledger.heads and ledger.head.round == fork_round + 2
+
+
+@pytest.mark.parametrize("moment", ["before the log", "after the log"])
+def test_a_crash_while_a_tail_is_replaced_leaves_one_log_and_the_vote_that_belongs_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """With the old log the vote still binds; with the new one it is nobody's."""
+    cast = Acceptor(promised=(3, b"l" * 32))
+    ledger = open_ledger(tmp_path)
+    fill(ledger, 6)
+    ledger.save_state(6, SHARD)
+    ledger.save_acceptor(7, cast, {})
+    fork, tail = branch_after(ledger, 4, 5)
+
+    def crash(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if moment == "before the log":
+            patched.setattr("peer.rounds.ledger.write_durably", crash)
+        else:
+            patched.setattr(Path, "unlink", lambda self, **_: crash() if self.name == "acceptor" else None)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.replace_tail(fork, tail)
+    found = open_ledger(tmp_path)
+    assert (found.head.round, found.load_acceptor(7)) == ((6, cast) if moment == "before the log" else (9, Acceptor()))
+
+
+def test_the_state_of_a_fork_is_kept_for_those_who_may_ask(tmp_path: Path) -> None:
+    """However many rounds the branch goes on, and after a restart."""
+    head = LogHead(
+        run_id=RUN_ID,
+        shard=0,
+        round=0,
+        log_digest=digest.log_genesis(RUN_ID, 0),
+        voters=(VOTER.public_key, b"x" * 32, b"y" * 32),
+        total_tokens=0,
+    )
+    ledger = Ledger(tmp_path / "shard-0", head, ChunkStore(tmp_path / "chunks", 1 << 28), LedgerOptions())
+    ledger.save_state(0, SHARD)
+    commit, after = commit_after(head, b"branch")
+    vote = Vote.FromString(commit.votes[0].payload)
+    vote.gone.extend([b"x" * 32, b"y" * 32])
+    signed = VOTER.sign(VOTE_CONTEXT, RUN_ID, vote.SerializeToString())
+    ledger.append(Commit(record=commit.record, votes=[signed]), after, {})
+    fill(ledger, 9)
+    for number in (2, 4, 6, 8):
+        ledger.save_state(number, SHARD)
+    found = Ledger(tmp_path / "shard-0", head, ChunkStore(tmp_path / "chunks", 1 << 28), LedgerOptions())
+    for number in (10, 12):
+        found.save_state(number, SHARD)
+    assert found.read_state(0, SHARD.num_values) is not None
+    assert found.read_state(4, SHARD.num_values) is None

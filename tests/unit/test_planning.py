@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -19,16 +20,35 @@ from peer.rounds.planning import (
     split_parts,
     takeover_rank,
 )
+from swarm.log import LogHead
 from swarm.proto.round_pb2 import Member
 
 KEYS = [bytes([i]) * 32 for i in range(1, 12)]
 
 
+def head(voters: Sequence[bytes]) -> LogHead:
+    return LogHead(
+        run_id=b"r" * 20,
+        shard=0,
+        round=0,
+        log_digest=bytes(32),
+        voters=tuple(voters),
+        total_tokens=0,
+        founders=(KEYS[0],),
+    )
+
+
 def test_everybody_computes_the_same_order_and_rounds_rotate_the_leader() -> None:
-    orders = [leader_order(KEYS[:5], 0, number) for number in range(1, 60)]
+    orders = [leader_order(head(KEYS[:5]), number) for number in range(1, 60)]
     assert all(sorted(order) == KEYS[:5] for order in orders)
-    assert orders == [leader_order(list(reversed(KEYS[:5])), 0, number) for number in range(1, 60)]
+    assert orders == [leader_order(head(list(reversed(KEYS[:5]))), number) for number in range(1, 60)]
     assert {order[0] for order in orders} == set(KEYS[:5])
+
+
+def test_the_founder_of_a_small_swarm_leads_first() -> None:
+    """It needs nobody else's vote; in a larger swarm it is one among others."""
+    small = [leader_order(head(KEYS[:4]), number)[0] for number in range(1, 30)]
+    assert set(small) == {KEYS[0]}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +118,7 @@ def test_members_that_only_receive_average_nothing() -> None:
     ("case", "present", "founders", "current", "expected"),
     [
         ("alone", [0], [0], [0], [0]),
-        ("a small swarm: the founder decides, whoever of the others goes", [0, 1, 2, 3], [0], [0], [0]),
+        ("a small swarm: all, as the founder outweighs the others", [0, 1, 2, 3], [0], [0], [0, 1, 2, 3]),
         ("a small swarm without its founder: an odd number of the others", [1, 2, 3, 4], [0], [0], 3),
         ("five: all", [0, 1, 2, 3, 4], [0], [0], [0, 1, 2, 3, 4]),
         ("a founder that is away is not named", [1, 2, 3, 4, 5], [0], [0, 1, 2], [1, 2, 3, 4, 5]),

@@ -26,7 +26,7 @@ def ready(machines: Machines) -> View:
 
 def first_leader(machines: Machines) -> Machine:
     """The voter that leads without waiting."""
-    key = leader_order(machines.head.voters, machines.head.shard, machines.head.round + 1)[0]
+    key = leader_order(machines.head, machines.head.round + 1)[0]
     return next(peer for peer in machines.peers if peer.key == key)
 
 
@@ -66,6 +66,7 @@ def test_a_leader_that_crashed_after_its_promise_never_takes_the_same_ballot_aga
     actions = machine_of(leader).on_view(ready(machines), 0.0)
     promise = next(action for action in actions if isinstance(action, Persist))
     restarted = RoundMachine(machine_of(leader).settings, promise.acceptor)
+    restarted.standing = machine_of(leader).standing
     taken = []
     for now in range(60):
         taken += [a for a in restarted.on_view(ready(machines), float(now)) if isinstance(a, Persist)]
@@ -215,7 +216,7 @@ TAKEOVER_TIMEOUT_S = 6.0
 
 def in_turn(machines: Machines) -> list[Machine]:
     """The voters in the order in which they lead."""
-    order = leader_order(machines.head.voters, machines.head.shard, machines.head.round + 1)
+    order = leader_order(machines.head, machines.head.round + 1)
     return [next(peer for peer in machines.peers if peer.key == key) for key in order]
 
 
@@ -231,10 +232,10 @@ def test_once_whoever_leads_is_gone_the_next_that_lives_takes_over_at_once() -> 
     for peer, before in ((second, {first.key}), (third, {first.key, second.key})):
         machine_of(peer).on_view(ready(machines), 0.0)
         assert machine_of(peer).awaited() == before
-    assert ballots(machine_of(second).on_gone(first.key, 1.0)) == [1]
-    assert ballots(machine_of(third).on_gone(first.key, 1.0)) == []
+    assert ballots(machine_of(second).on_ended(first.key, 1.0)) == [1]
+    assert ballots(machine_of(third).on_ended(first.key, 1.0)) == []
     assert machine_of(third).next_wakeup() == 1.0 + TAKEOVER_TIMEOUT_S
-    assert ballots(machine_of(third).on_gone(second.key, 2.0)) == [1]
+    assert ballots(machine_of(third).on_ended(second.key, 2.0)) == [1]
 
 
 def test_a_leader_that_is_out_of_reach_for_one_voter_is_interrupted_by_it_only_once() -> None:
@@ -242,14 +243,14 @@ def test_a_leader_that_is_out_of_reach_for_one_voter_is_interrupted_by_it_only_o
     machines = Machines(8, 7, random.Random(1))
     leader, second = in_turn(machines)[0].key, machine_of(in_turn(machines)[1])
     second.on_view(ready(machines), 0.0)
-    assert ballots(second.on_gone(leader, 1.0)) == [1]
+    assert ballots(second.on_ended(leader, 1.0)) == [1]
     prepare = RoundMessage(
         round=machines.head.round + 1,
         ballot=to_message((2, leader)),
         prepare=Prepare(log_digest=machines.head.log_digest),
     )
     assert ballots(second.on_message(leader, prepare, 2.0)) == [2], "it promises"
-    assert ballots(second.on_gone(leader, 3.0)) == []
+    assert ballots(second.on_ended(leader, 3.0)) == []
     assert second.next_wakeup() == 2.0 + REDUCE_TIMEOUT_S + TAKEOVER_TIMEOUT_S
 
 

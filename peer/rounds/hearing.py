@@ -1,0 +1,93 @@
+"""The edge of leases: asks peers whether they live, and notes who called and who answered.
+
+Decides nothing; `peer.rounds.leases` does. Holds the clock: one that counts sleep, so that a voter whose machine slept
+knows that its leases ran out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from google.protobuf.message import DecodeError
+
+from peer.p2p.transport import Transport
+from peer.rounds.leases import Leases, Standing
+from swarm.errors import NetworkError, ProtocolError
+from swarm.log import LogHead
+from swarm.proto.round_pb2 import PingReply, PingRequest
+
+PING_METHOD = "ping"
+PING_TIMEOUT_S = 5.0
+
+
+def clock_that_counts_sleep() -> float:
+    """Seconds; on Linux CLOCK_BOOTTIME, elsewhere a monotonic clock that counts sleep by itself."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+class Hearing:
+    def __init__(
+        self, transport: Transport, head: LogHead, lease_s: float, clock: Callable[[], float] = clock_that_counts_sleep
+    ) -> None:
+        self._transport, self.clock = transport, clock
+        self._head = head
+        self.leases = Leases(transport.public_key, head, lease_s, clock())
+
+    def begin(self, head: LogHead) -> None:
+        """The round after ``head`` begins."""
+        self._head = head
+        self.leases.begin(head, self.clock())
+
+    def standing(self) -> Standing:
+        return self.leases.standing(self.clock())
+
+    def heard(self, peer: bytes) -> None:
+        self.leases.heard(peer, self.clock())
+
+    def answered(self, peer: bytes, asked_at: float) -> None:
+        """``peer`` answered a call that was made at ``asked_at`` by our clock."""
+        self.leases.answered(peer, asked_at)
+
+    def due(self) -> list[bytes]:
+        """Voters whose lease has to be asked for now."""
+        return self.leases.due(self.clock())
+
+    async def ask(self, peer: bytes) -> bool:
+        """Ask for the lease of ``peer``; True where it works towards a later round. Raises `SwarmError`."""
+        asked_at = self.clock()
+        try:
+            raw = await self._transport.call(peer, PING_METHOD, b"", timeout_s=PING_TIMEOUT_S, max_response_bytes=64)
+        except NetworkError:
+            self.leases.failed(peer)
+            raise
+        try:
+            further_on = PingReply.FromString(raw).round > self._head.round + 1
+        except DecodeError as error:
+            raise ProtocolError("an answer to a ping cannot be read") from error
+        self.leases.answered(peer, asked_at, further_on)
+        return further_on
+
+    async def leave(self) -> None:
+        """Vote no more, and tell the voters, so that they need not wait for our lease to run out."""
+        self.leases.leave()
+        request = PingRequest(leaving=True).SerializeToString()
+        tell = [
+            self._transport.call(voter, PING_METHOD, request, timeout_s=PING_TIMEOUT_S, max_response_bytes=64)
+            for voter in self._head.voters
+            if voter != self._transport.public_key
+        ]
+        await asyncio.gather(*tell, return_exceptions=True)  # whoever is not told waits for our lease to run out
+
+    async def handle_ping(self, caller: bytes, request: bytes) -> bytes:
+        """Transport handler of method ``ping``."""
+        try:
+            leaving = PingRequest.FromString(request).leaving
+        except DecodeError as error:
+            raise ProtocolError("a ping cannot be read") from error
+        if leaving:
+            self.leases.left(caller)
+        else:
+            self.heard(caller)
+        return PingReply(round=self._head.round + 1).SerializeToString()
