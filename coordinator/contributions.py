@@ -22,7 +22,8 @@ from swarm.proto import coordinator_pb2 as pb
 from swarm.proto.round_pb2 import Commit, Record, Share
 
 SHARD = 0  # this version trains a run as one shard
-MAX_COMMITS_PER_REQUEST = 64
+# A branch is taken whole or not at all, so this is how far back a fork may lie, if 16 MiB hold its commits.
+MAX_COMMITS_PER_REQUEST = 1024
 MAX_ROUNDS_SHOWN = 1000
 MAX_PEERS_SHOWN = 1000
 MAX_TOKENS = 2**63 - 1
@@ -46,41 +47,51 @@ class Ledger:
     def record(self, commits: Sequence[Commit], now_unix_ms: int) -> int:
         """Record consecutive commits, all or none; those recorded already change nothing.
 
-        Returns the first round whose commit is wanted next. Raises `ProtocolError`, `SignatureError` and
-        `VerificationError` for commits that do not prove themselves or that contradict the recorded ones.
+        Commits of another branch, from the fork on, take the place of the recorded ones where more tokens are behind
+        them (`LogHead.is_behind`), as among peers; either way that is an incident. Returns the first round whose commit
+        is wanted next. Raises `ProtocolError`, `SignatureError` and `VerificationError` for commits that do not prove
+        themselves, or that are of the branch that is not followed.
         """
         if len(commits) > MAX_COMMITS_PER_REQUEST:
             raise ProtocolError(f"{len(commits)} commits in a request; at most {MAX_COMMITS_PER_REQUEST}")
-        head = self.head
+        head, fork = self.head, None
         new: list[NewCommit] = []
         for commit in commits:
-            if _round_of(commit) <= self.head.round:
-                self._check_repeated(commit)
-            else:
-                record, head = log.verify_commit(head, commit)
-                new.append(_new_commit(commit, record, head, now_unix_ms))
-        if new:
+            number = _round_of(commit)
+            if fork is None and number <= self.head.round:
+                if self._is_recorded(number, commit):
+                    continue
+                head = fork = self._head_before(number)
+            record, head = log.verify_commit(head, commit)
+            new.append(_new_commit(commit, record, head, now_unix_ms))
+        if fork is not None:
+            self._change_branch(fork, head, new)
+        elif new:
             self._store.append(new)
             self.head = head
         return self.next_round_wanted
 
-    def _check_repeated(self, commit: Commit) -> None:
-        number = _round_of(commit)
+    def _is_recorded(self, number: int, commit: Commit) -> bool:
         recorded = self._store.round(SHARD, number)
-        record_digest = digest.sha256(commit.record)
-        if recorded is not None and recorded.record_digest == record_digest:
-            return
-        log.verify_commit(self._head_before(number), commit)
+        return recorded is not None and recorded.record_digest == digest.sha256(commit.record)
+
+    def _change_branch(self, fork: LogHead, head: LogHead, new: Sequence[NewCommit]) -> None:
+        followed = self.head.is_behind(head)
+        kept, given_up = (head, self.head) if followed else (self.head, head)
         _logger.error(
-            "incident: round %d was decided twice, records %s (kept) and %s (refused), both with a majority's votes",
-            number,
-            recorded.record_digest.hex() if recorded else "none",
-            record_digest.hex(),
+            "incident: round %d was decided twice; the branch to round %d (log digest %s, %d tokens) is followed,"
+            " that to round %d (%s, %d tokens) is not",
+            fork.round + 1,
+            *(kept.round, kept.log_digest.hex(), kept.total_tokens),
+            *(given_up.round, given_up.log_digest.hex(), given_up.total_tokens),
         )
-        raise VerificationError(
-            f"round {number} is recorded with another result: the swarm has split",
-            "join again with the state of the recorded branch",
-        )
+        if not followed:
+            raise VerificationError(
+                f"round {fork.round + 1} is recorded with another result: the swarm has split",
+                "peers of this branch follow the other by themselves once they hear of it",
+            )
+        self._store.replace_from(fork.round + 1, new)
+        self.head = head
 
     def _head_before(self, number: int) -> LogHead:
         row, raw = self._store.round(SHARD, number - 1), self._store.commit(SHARD, number - 1)

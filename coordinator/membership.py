@@ -7,6 +7,7 @@ himself, to `coordinator.contributions`. The functions that take a `Store` write
 from __future__ import annotations
 
 import hmac
+import logging
 import math
 from collections.abc import Collection, Sequence
 
@@ -29,10 +30,12 @@ MAX_CLOCK_DIFFERENCE_S = 300
 MAX_PEERS = 100_000
 MAX_SEED_ADDRESSES = 16
 MAX_NAME_CHARACTERS = 64
+MAX_INCIDENT_CHARACTERS = 512
 MAX_ADDRESS_CHARACTERS = 256
 MAX_LOSS = 1e6
 MAX_COUNT = 2**53
 _MAX_ADDRESSES_PER_PEER = 8
+_logger = logging.getLogger(__name__)
 
 
 def admit(run: Run, store: Store, request: Signed, now_unix_ms: int) -> Signed:
@@ -75,6 +78,9 @@ def report(run: Run, store: Store, request: Signed, now_unix_ms: int) -> None:
     check_fresh(payload.sent_unix_ms, now_unix_ms)
     check_seed_addresses(payload.seed_addresses, request.signer, run.seed_peers)
     row = checked_report(payload)
+    if payload.incident:
+        check_name(payload.incident, "report: incident", MAX_INCIDENT_CHARACTERS)
+        _logger.error("incident told by %s: %s", peer_id_of(request.signer), payload.incident)
     if row.reported_unix_ms <= peer.reported_unix_ms:
         return
     store.report(request.signer, row, now_unix_ms)
@@ -101,10 +107,10 @@ def check_fresh(sent_unix_ms: int, now_unix_ms: int) -> None:
         )
 
 
-def check_name(text: str, what: str) -> None:
+def check_name(text: str, what: str, most: int = MAX_NAME_CHARACTERS) -> None:
     """Refuse text that is too long or that would move a terminal's cursor."""
-    if len(text) > MAX_NAME_CHARACTERS or not text.isprintable():
-        raise ProtocolError(f"{what}: not printable text of at most {MAX_NAME_CHARACTERS} characters")
+    if len(text) > most or not text.isprintable():
+        raise ProtocolError(f"{what}: not printable text of at most {most} characters")
 
 
 def check_seed_addresses(addresses: Sequence[str], peer_key: bytes, seed_peers: Collection[bytes]) -> None:

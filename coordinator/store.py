@@ -244,10 +244,18 @@ class Store:
     def append(self, new: Sequence[NewCommit]) -> None:
         """Record commits and their contributions, all or none; `VerificationError` where a round has one."""
         with self._transaction() as connection:
-            for item in new:
-                connection.execute(commits.insert().values(**asdict(item.row), commit=item.commit))
-                for key, tokens in item.tokens.items():
-                    _credit(connection, item.row, key, tokens)
+            _record(connection, new)
+
+    def replace_from(self, first_round: int, new: Sequence[NewCommit]) -> None:
+        """Forget the rounds from ``first_round`` on with what they credited, and record ``new`` instead, at once."""
+        with self._transaction() as connection:
+            shard = new[0].row.shard
+            credited = (contributions.c.shard == shard, contributions.c.round >= first_round)
+            for row in connection.execute(sa.select(contributions).where(*credited)).all():
+                _update_peer(connection, row.peer_key, tokens=peers.c.tokens - row.tokens)
+            connection.execute(contributions.delete().where(*credited))
+            connection.execute(commits.delete().where(commits.c.shard == shard, commits.c.round >= first_round))
+            _record(connection, new)
 
     def commit(self, shard: int, round_number: int) -> bytes | None:
         """The serialised Commit of a round, None where it is not recorded."""
@@ -360,6 +368,13 @@ def _add_losses(
     oldest_kept = connection.execute(rounds.offset(MAX_REPORTS_PER_PEER - 1).limit(1)).scalar()
     if oldest_kept is not None:
         connection.execute(reports.delete().where(mine, reports.c.round < oldest_kept))
+
+
+def _record(connection: sa.Connection, new: Sequence[NewCommit]) -> None:
+    for item in new:
+        connection.execute(commits.insert().values(**asdict(item.row), commit=item.commit))
+        for key, tokens in item.tokens.items():
+            _credit(connection, item.row, key, tokens)
 
 
 def _credit(connection: sa.Connection, row: RoundRow, key: bytes, tokens: int) -> None:

@@ -16,7 +16,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peer.checkpoints.publishing import StateCopy
+from peer.checkpoints.checkpoint import CheckpointParts
+from peer.checkpoints.publishing import StateCopy, Template
 from peer.coordinator_client import CoordinatorClient, RunInfo
 from peer.home import Home
 from peer.p2p.chunk_store import ChunkStore, token_shard_source
@@ -25,6 +26,7 @@ from peer.p2p.lasting_transport import LastingTransport
 from peer.p2p.network import Network, NetworkConfig, open_network
 from peer.p2p.spill import Spill
 from peer.rounds.catch_up import Newcomer, obtain_state
+from peer.rounds.codec import Float32
 from peer.rounds.ledger import Ledger, LedgerOptions
 from peer.rounds.resume import resume
 from peer.rounds.shard import Shard
@@ -48,6 +50,7 @@ MAX_TOLD_ADDRESSES = 8
 RETRY_S = 1.5
 USUAL_UPLOAD_BPS = 20_000_000
 DEFAULT_DISK_BYTES = 50 << 30
+KEPT_BY_VOLUNTEER, KEPT_BY_SEED = 1, 100
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +112,34 @@ class Joined:
             founders=self.founders,
             lifetime_s=max(MIN_STATUS_LIFETIME_S, STATUS_LIFETIME_INTERVALS * interval_s),
         )
+
+
+def checkpoint_template(joined: Joined, anchor: Float32) -> Template:
+    """What all checkpoints of the run have in common; ``anchor`` lends its shape."""
+    from peer.training import model
+
+    run = joined.run
+    config = model.build_config(run.spec, joined.manifest.vocab_size)
+    layout = model.build_layout(config)
+    return Template(
+        folder=joined.folder,
+        parts=CheckpointParts(
+            run_id=run.spec.run_id,
+            spec=run.spec,
+            data=joined.manifest,
+            round=1,
+            total_tokens=0,
+            state_digest=bytes(32),
+            log_digest=bytes(32),
+            config_json=model.config_json(config),
+            tokenizer_json=run.tokenizer_bytes,
+            tensors=layout.views(anchor),
+        ),
+        layout=layout,
+        signed_spec=run.signed_spec,
+        publisher=None if joined.options.trains else joined.client,
+        kept=KEPT_BY_VOLUNTEER if joined.options.trains else KEPT_BY_SEED,
+    )
 
 
 async def meet_coordinator(

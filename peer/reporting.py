@@ -13,13 +13,15 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from peer.rounds.ledger import Ledger
-from swarm.errors import NotAdmitted, SwarmError
+from swarm.errors import NotAdmitted, SwarmError, VerificationError
 from swarm.proto.coordinator_pb2 import ReportPayload
 from swarm.proto.round_pb2 import Commit
 
 INTERVAL_S = 10.0
+MAX_INCIDENT_CHARACTERS = 512
 RENEW_INTERVAL_S = 24 * 3600.0
 COMMITS_PER_CALL = 32
+MAX_COMMITS_OF_BRANCH = 1024
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +45,18 @@ class Reporter:
         self._coordinator, self._ledger, self._describe, self._renew = coordinator, ledger, describe, renew
         self._renewed_at = asyncio.get_running_loop().time()
         self._validation: dict[int, float] = {}
+        self._incidents: list[str] = []
         self._news = asyncio.Event()
         self.recorded_round = 0
         """the coordinator has recorded every round up to this one"""
 
     def tell_soon(self) -> None:
         """There is news: do not wait for the interval."""
+        self._news.set()
+
+    def met_branch(self, incident: str) -> None:
+        """Our branch was given up for another: the organizer should know."""
+        self._incidents.append(incident)
         self._news.set()
 
     def measured(self, round_number: int, validation_loss: float) -> None:
@@ -88,8 +96,35 @@ class Reporter:
         wanted = await self._coordinator.report(self._describe())
         while wanted <= self._ledger.head.round:
             commits = self._ledger.commits(wanted, COMMITS_PER_CALL)
-            following = await self._coordinator.record_commits(commits)
+            try:
+                following = await self._coordinator.record_commits(commits)
+            except VerificationError:
+                following = await self._record_branch(wanted)
             if following <= wanted:
                 break
             wanted = following
         self.recorded_round = wanted - 1
+        await self._tell_incidents()
+
+    async def _record_branch(self, wanted: int) -> int:
+        """The coordinator stands on another branch: hand over ours from where the two part, in one call.
+
+        That is looked for by steps that grow. Raises `VerificationError` where the coordinator does not follow ours.
+        """
+        step = 1
+        while True:
+            first = max(1, wanted - step)
+            try:
+                commits = self._ledger.commits(first, MAX_COMMITS_OF_BRANCH)
+                return await self._coordinator.record_commits(commits)
+            except VerificationError:
+                if first == 1 or step >= MAX_COMMITS_OF_BRANCH:
+                    raise
+            step *= 4
+
+    async def _tell_incidents(self) -> None:
+        while self._incidents:
+            payload = self._describe()
+            payload.incident, payload.train_loss = self._incidents[0][:MAX_INCIDENT_CHARACTERS], math.nan
+            await self._coordinator.report(payload)
+            self._incidents.pop(0)

@@ -15,13 +15,13 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from peer.checkpoints.checkpoint import CheckpointParts
-from peer.checkpoints.publishing import CheckpointMaker, StateCopy, Template
+from peer.checkpoints.publishing import CheckpointMaker, StateCopy
 from peer.home import locked_identity
 from peer.joining import (
     Joined,
     PeerOptions,
     Start,
+    checkpoint_template,
     choose,
     find_holders,
     find_start,
@@ -35,6 +35,7 @@ from peer.rounds.codec import Float32
 from peer.rounds.exchange import Exchange
 from peer.rounds.exchange_parts import Committed, ExchangeParts, tell_verdicts
 from peer.rounds.member import Member, MemberParts, Words
+from peer.rounds.mending import Incident
 from peer.rounds.planning import evaluator
 from peer.training import device
 from peer.training.data import ReaderOptions, TokenReader
@@ -50,7 +51,6 @@ LEAVE_TIMEOUT_S = 3.0
 TRAINER_STOP_S = 5.0
 PROGRESS_INTERVAL_S = 1.0
 CHECKPOINT_WAIT_S = 90.0
-KEPT_BY_VOLUNTEER, KEPT_BY_SEED = 1, 100
 FETCH_TIMEOUT_S = 60.0
 MAX_DIVERGENCES = 3
 
@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class News:
-    """What happened last. ``kind``: joining, ready, progress, commit, checkpoint, finished or left."""
+    """What happened last. ``kind``: joining, ready, progress, commit, incident, checkpoint, finished or left."""
 
     kind: str
     values: dict[str, Any]
@@ -131,6 +131,7 @@ class Peer:
                 trainer=self.training,
                 run_blocking=asyncio.to_thread,
                 on_commit=self._on_commit,
+                on_incident=self._on_incident,
             ),
             start.head,
         )
@@ -147,7 +148,8 @@ class Peer:
             )
         )
         self.reporter = Reporter(joined.client, joined.ledger, self._report, self._renew_admission)
-        self.checkpoints = CheckpointMaker(self._template(), joined.chunks, self._on_checkpoint)
+        template = checkpoint_template(joined, start.shard.anchor)
+        self.checkpoints = CheckpointMaker(template, joined.chunks, self._on_checkpoint)
         self._finished = asyncio.Event()
         self._told: Stats = Stats()
         self._evaluations: set[asyncio.Task[None]] = set()
@@ -255,6 +257,12 @@ class Peer:
         self.watch(News(kind="commit", values=values))
         self.reporter.tell_soon()
         self._consider_end()
+
+    def _on_incident(self, incident: Incident) -> None:
+        if self.training is not None:
+            self.training.follow(self.exchange.head)
+        self.watch(News(kind="incident", values={"round": self.exchange.head.round, "reason": str(incident)}))
+        self.reporter.met_branch(str(incident))
 
     async def _offer_checkpoint(self, state_digest: bytes) -> None:
         anchor = await self._anchor_on_disk()
@@ -365,29 +373,3 @@ class Peer:
         )
         reader = TokenReader(self.joined.manifest, options, fetch)
         return Training(self.spec, self.joined.identity.public_key, reader, self.joined.options.limits)
-
-    def _template(self) -> Template:
-        from peer.training import model
-
-        config = model.build_config(self.spec, self.joined.manifest.vocab_size)
-        layout = model.build_layout(config)
-        joined = self.joined
-        return Template(
-            folder=joined.folder,
-            parts=CheckpointParts(
-                run_id=self.spec.run_id,
-                spec=self.spec,
-                data=joined.manifest,
-                round=1,
-                total_tokens=0,
-                state_digest=bytes(32),
-                log_digest=bytes(32),
-                config_json=model.config_json(config),
-                tokenizer_json=joined.run.tokenizer_bytes,
-                tensors=layout.views(self.exchange.shard.anchor),
-            ),
-            layout=layout,
-            signed_spec=joined.run.signed_spec,
-            publisher=None if joined.options.trains else joined.client,
-            kept=KEPT_BY_VOLUNTEER if joined.options.trains else KEPT_BY_SEED,
-        )

@@ -153,6 +153,13 @@ class StoreContract:
         store.append([new_commit(1), new_commit(2, {ANNA: 7, BORIS: 9})])
         assert {peer.key: peer.tokens for peer in store.newest_peers(10)} == {ANNA: 12, BORIS: 9}
 
+    def test_rounds_are_replaced_with_what_they_credited(self, store: Store) -> None:
+        store.append([new_commit(1), new_commit(2, {ANNA: 7, BORIS: 9}), new_commit(3, {BORIS: 9})])
+        store.replace_from(2, [new_commit(2, {ANNA: 1})])
+        assert store.shares(0, 1, 9).keys() == {1, 2} and store.shares(0, 2, 2) == {2: {ANNA: 1}}
+        assert [row.round for row in store.newest_rounds(0, 9)] == [1, 2]
+        assert {peer.key: peer.tokens for peer in store.newest_peers(10)} == {ANNA: 6, BORIS: 0}
+
     def test_appending_is_all_or_none(self, store: Store) -> None:
         store.append([new_commit(2)])
         with pytest.raises(VerificationError):

@@ -215,8 +215,9 @@ class Shard:
             self.feedback.write(tile, owed, round_number)
 
     def become(self, other: Shard) -> None:
-        """Take over the state of ``other``; what is owed stays."""
-        self.anchor, self.momentum, self.state_digest = other.anchor, other.momentum, other.state_digest
+        """Take over the state of ``other``, in place; what is owed stays."""
+        self.anchor[:], self.momentum.data[:] = other.anchor, other.momentum.data
+        self.state_digest = other.state_digest
 
     def owed(self, values: slice) -> Float32:
         """What no commit has counted yet of what was offered. ``values`` is made of whole blocks."""

@@ -26,7 +26,7 @@ from swarm.proto import common_pb2 as swarm_dot_proto_dot_common__pb2
 from swarm.proto import round_pb2 as swarm_dot_proto_dot_round__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dswarm/proto/coordinator.proto\x12\x08swarm.v1\x1a\x18swarm/proto/common.proto\x1a\x17swarm/proto/round.proto\"\x0f\n\rGetRunRequest\"\xb3\x01\n\x0bGetRunReply\x12\"\n\x08run_spec\x18\x01 \x01(\x0b\x32\x10.swarm.v1.Signed\x12!\n\x07genesis\x18\x02 \x01(\x0b\x32\x10.swarm.v1.Signed\x12\x16\n\x0eseed_addresses\x18\x03 \x03(\t\x12\x1b\n\x13server_time_unix_ms\x18\x04 \x01(\x04\x12\x15\n\rdata_manifest\x18\x05 \x01(\x0c\x12\x11\n\ttokenizer\x18\x06 \x01(\x0c\"1\n\x0c\x41\x64mitRequest\x12!\n\x07request\x18\x01 \x01(\x0b\x32\x10.swarm.v1.Signed\"Z\n\x0c\x41\x64mitPayload\x12\r\n\x05token\x18\x01 \x01(\t\x12\x14\n\x0csent_unix_ms\x18\x02 \x01(\x04\x12\r\n\x05\x61gent\x18\x03 \x01(\t\x12\x16\n\x0eseed_addresses\x18\x04 \x03(\t\"1\n\nAdmitReply\x12#\n\tadmission\x18\x01 \x01(\x0b\x32\x10.swarm.v1.Signed\"1\n\rReportRequest\x12 \n\x06report\x18\x01 \x01(\x0b\x32\x10.swarm.v1.Signed\"\x86\x02\n\rReportPayload\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x12\n\ntrain_loss\x18\x02 \x01(\x01\x12\x17\n\x0fvalidation_loss\x18\x03 \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x04 \x01(\x01\x12\x12\n\nbytes_sent\x18\x05 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x06 \x01(\x04\x12\x14\n\x0csent_unix_ms\x18\x07 \x01(\x04\x12\x14\n\x0cstate_digest\x18\x08 \x01(\x0c\x12\x12\n\nlog_digest\x18\t \x01(\x0c\x12\x0f\n\x07leaving\x18\n \x01(\x08\x12\x16\n\x0eseed_addresses\x18\x0b \x03(\t\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\"(\n\x0bReportReply\x12\x19\n\x11next_round_wanted\x18\x01 \x01(\x04\"9\n\x14RecordCommitsRequest\x12!\n\x07\x63ommits\x18\x01 \x03(\x0b\x32\x10.swarm.v1.Commit\"/\n\x12RecordCommitsReply\x12\x19\n\x11next_round_wanted\x18\x01 \x01(\x04\"\x14\n\x12GetProgressRequest\"\xc8\x01\n\rRoundProgress\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\x04\x12\x17\n\x0fvalidation_loss\x18\x03 \x01(\x01\x12\x12\n\ntrain_loss\x18\x04 \x01(\x01\x12\x1f\n\x06shares\x18\x05 \x03(\x0b\x32\x0f.swarm.v1.Share\x12\x14\n\x0c\x61\x62sent_parts\x18\x06 \x01(\r\x12\x18\n\x10recorded_unix_ms\x18\x07 \x01(\x04\x12\x14\n\x0cstate_digest\x18\x08 \x01(\x0c\"\xe7\x01\n\x0cPeerProgress\x12\x10\n\x08peer_key\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x14\n\x0cstate_digest\x18\x03 \x01(\x0c\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12\x12\n\nbytes_sent\x18\x05 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x06 \x01(\x04\x12\x14\n\x0ctokens_per_s\x18\x07 \x01(\x01\x12\x19\n\x11last_seen_unix_ms\x18\x08 \x01(\x04\x12\x0f\n\x07leaving\x18\t \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12\x12\n\nlog_digest\x18\x0b \x01(\x0c\"\xcd\x01\n\x10GetProgressReply\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\x04\x12\x15\n\rtarget_tokens\x18\x04 \x01(\x04\x12\'\n\x06rounds\x18\x05 \x03(\x0b\x32\x17.swarm.v1.RoundProgress\x12%\n\x05peers\x18\x06 \x03(\x0b\x32\x16.swarm.v1.PeerProgress\x12\x1f\n\x17initial_validation_loss\x18\x07 \x01(\x01\"3\n\x0ePublishRequest\x12!\n\x07request\x18\x01 \x01(\x0b\x32\x10.swarm.v1.Signed\"2\n\x0cPublishReply\x12\"\n\x08manifest\x18\x01 \x01(\x0b\x32\x10.swarm.v1.Signed\"\x18\n\x16ListCheckpointsRequest\"\x96\x01\n\x0e\x43heckpointInfo\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fmanifest_digest\x18\x04 \x01(\x0c\x12\x17\n\x0fvalidation_loss\x18\x05 \x01(\x01\x12\x19\n\x11published_unix_ms\x18\x06 \x01(\x04\"E\n\x14ListCheckpointsReply\x12-\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x18.swarm.v1.CheckpointInfo\"%\n\x14GetCheckpointRequest\x12\r\n\x05round\x18\x01 \x01(\x04\"8\n\x12GetCheckpointReply\x12\"\n\x08manifest\x18\x01 \x01(\x0b\x32\x10.swarm.v1.Signed2\xb1\x04\n\x0b\x43oordinator\x12\x38\n\x06GetRun\x12\x17.swarm.v1.GetRunRequest\x1a\x15.swarm.v1.GetRunReply\x12\x35\n\x05\x41\x64mit\x12\x16.swarm.v1.AdmitRequest\x1a\x14.swarm.v1.AdmitReply\x12\x38\n\x06Report\x12\x17.swarm.v1.ReportRequest\x1a\x15.swarm.v1.ReportReply\x12M\n\rRecordCommits\x12\x1e.swarm.v1.RecordCommitsRequest\x1a\x1c.swarm.v1.RecordCommitsReply\x12G\n\x0bGetProgress\x12\x1c.swarm.v1.GetProgressRequest\x1a\x1a.swarm.v1.GetProgressReply\x12;\n\x07Publish\x12\x18.swarm.v1.PublishRequest\x1a\x16.swarm.v1.PublishReply\x12S\n\x0fListCheckpoints\x12 .swarm.v1.ListCheckpointsRequest\x1a\x1e.swarm.v1.ListCheckpointsReply\x12M\n\rGetCheckpoint\x12\x1e.swarm.v1.GetCheckpointRequest\x1a\x1c.swarm.v1.GetCheckpointReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dswarm/proto/coordinator.proto\x12\x08swarm.v1\x1a\x18swarm/proto/common.proto\x1a\x17swarm/proto/round.proto\"\x0f\n\rGetRunRequest\"\xb3\x01\n\x0bGetRunReply\x12\"\n\x08run_spec\x18\x01 \x01(\x0b\x32\x10.swarm.v1.Signed\x12!\n\x07genesis\x18\x02 \x01(\x0b\x32\x10.swarm.v1.Signed\x12\x16\n\x0eseed_addresses\x18\x03 \x03(\t\x12\x1b\n\x13server_time_unix_ms\x18\x04 \x01(\x04\x12\x15\n\rdata_manifest\x18\x05 \x01(\x0c\x12\x11\n\ttokenizer\x18\x06 \x01(\x0c\"1\n\x0c\x41\x64mitRequest\x12!\n\x07request\x18\x01 \x01(\x0b\x32\x10.swarm.v1.Signed\"Z\n\x0c\x41\x64mitPayload\x12\r\n\x05token\x18\x01 \x01(\t\x12\x14\n\x0csent_unix_ms\x18\x02 \x01(\x04\x12\r\n\x05\x61gent\x18\x03 \x01(\t\x12\x16\n\x0eseed_addresses\x18\x04 \x03(\t\"1\n\nAdmitReply\x12#\n\tadmission\x18\x01 \x01(\x0b\x32\x10.swarm.v1.Signed\"1\n\rReportRequest\x12 \n\x06report\x18\x01 \x01(\x0b\x32\x10.swarm.v1.Signed\"\x98\x02\n\rReportPayload\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x12\n\ntrain_loss\x18\x02 \x01(\x01\x12\x17\n\x0fvalidation_loss\x18\x03 \x01(\x01\x12\x14\n\x0ctokens_per_s\x18\x04 \x01(\x01\x12\x12\n\nbytes_sent\x18\x05 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x06 \x01(\x04\x12\x14\n\x0csent_unix_ms\x18\x07 \x01(\x04\x12\x14\n\x0cstate_digest\x18\x08 \x01(\x0c\x12\x12\n\nlog_digest\x18\t \x01(\x0c\x12\x0f\n\x07leaving\x18\n \x01(\x08\x12\x16\n\x0eseed_addresses\x18\x0b \x03(\t\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x10\n\x08incident\x18\r \x01(\t\"(\n\x0bReportReply\x12\x19\n\x11next_round_wanted\x18\x01 \x01(\x04\"9\n\x14RecordCommitsRequest\x12!\n\x07\x63ommits\x18\x01 \x03(\x0b\x32\x10.swarm.v1.Commit\"/\n\x12RecordCommitsReply\x12\x19\n\x11next_round_wanted\x18\x01 \x01(\x04\"\x14\n\x12GetProgressRequest\"\xc8\x01\n\rRoundProgress\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\x04\x12\x17\n\x0fvalidation_loss\x18\x03 \x01(\x01\x12\x12\n\ntrain_loss\x18\x04 \x01(\x01\x12\x1f\n\x06shares\x18\x05 \x03(\x0b\x32\x0f.swarm.v1.Share\x12\x14\n\x0c\x61\x62sent_parts\x18\x06 \x01(\r\x12\x18\n\x10recorded_unix_ms\x18\x07 \x01(\x04\x12\x14\n\x0cstate_digest\x18\x08 \x01(\x0c\"\xe7\x01\n\x0cPeerProgress\x12\x10\n\x08peer_key\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x14\n\x0cstate_digest\x18\x03 \x01(\x0c\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12\x12\n\nbytes_sent\x18\x05 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x06 \x01(\x04\x12\x14\n\x0ctokens_per_s\x18\x07 \x01(\x01\x12\x19\n\x11last_seen_unix_ms\x18\x08 \x01(\x04\x12\x0f\n\x07leaving\x18\t \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12\x12\n\nlog_digest\x18\x0b \x01(\x0c\"\xcd\x01\n\x10GetProgressReply\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\x04\x12\x15\n\rtarget_tokens\x18\x04 \x01(\x04\x12\'\n\x06rounds\x18\x05 \x03(\x0b\x32\x17.swarm.v1.RoundProgress\x12%\n\x05peers\x18\x06 \x03(\x0b\x32\x16.swarm.v1.PeerProgress\x12\x1f\n\x17initial_validation_loss\x18\x07 \x01(\x01\"3\n\x0ePublishRequest\x12!\n\x07request\x18\x01 \x01(\x0b\x32\x10.swarm.v1.Signed\"2\n\x0cPublishReply\x12\"\n\x08manifest\x18\x01 \x01(\x0b\x32\x10.swarm.v1.Signed\"\x18\n\x16ListCheckpointsRequest\"\x96\x01\n\x0e\x43heckpointInfo\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fmanifest_digest\x18\x04 \x01(\x0c\x12\x17\n\x0fvalidation_loss\x18\x05 \x01(\x01\x12\x19\n\x11published_unix_ms\x18\x06 \x01(\x04\"E\n\x14ListCheckpointsReply\x12-\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x18.swarm.v1.CheckpointInfo\"%\n\x14GetCheckpointRequest\x12\r\n\x05round\x18\x01 \x01(\x04\"8\n\x12GetCheckpointReply\x12\"\n\x08manifest\x18\x01 \x01(\x0b\x32\x10.swarm.v1.Signed2\xb1\x04\n\x0b\x43oordinator\x12\x38\n\x06GetRun\x12\x17.swarm.v1.GetRunRequest\x1a\x15.swarm.v1.GetRunReply\x12\x35\n\x05\x41\x64mit\x12\x16.swarm.v1.AdmitRequest\x1a\x14.swarm.v1.AdmitReply\x12\x38\n\x06Report\x12\x17.swarm.v1.ReportRequest\x1a\x15.swarm.v1.ReportReply\x12M\n\rRecordCommits\x12\x1e.swarm.v1.RecordCommitsRequest\x1a\x1c.swarm.v1.RecordCommitsReply\x12G\n\x0bGetProgress\x12\x1c.swarm.v1.GetProgressRequest\x1a\x1a.swarm.v1.GetProgressReply\x12;\n\x07Publish\x12\x18.swarm.v1.PublishRequest\x1a\x16.swarm.v1.PublishReply\x12S\n\x0fListCheckpoints\x12 .swarm.v1.ListCheckpointsRequest\x1a\x1e.swarm.v1.ListCheckpointsReply\x12M\n\rGetCheckpoint\x12\x1e.swarm.v1.GetCheckpointRequest\x1a\x1c.swarm.v1.GetCheckpointReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,35 +46,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPORTREQUEST']._serialized_start=487
   _globals['_REPORTREQUEST']._serialized_end=536
   _globals['_REPORTPAYLOAD']._serialized_start=539
-  _globals['_REPORTPAYLOAD']._serialized_end=801
-  _globals['_REPORTREPLY']._serialized_start=803
-  _globals['_REPORTREPLY']._serialized_end=843
-  _globals['_RECORDCOMMITSREQUEST']._serialized_start=845
-  _globals['_RECORDCOMMITSREQUEST']._serialized_end=902
-  _globals['_RECORDCOMMITSREPLY']._serialized_start=904
-  _globals['_RECORDCOMMITSREPLY']._serialized_end=951
-  _globals['_GETPROGRESSREQUEST']._serialized_start=953
-  _globals['_GETPROGRESSREQUEST']._serialized_end=973
-  _globals['_ROUNDPROGRESS']._serialized_start=976
-  _globals['_ROUNDPROGRESS']._serialized_end=1176
-  _globals['_PEERPROGRESS']._serialized_start=1179
-  _globals['_PEERPROGRESS']._serialized_end=1410
-  _globals['_GETPROGRESSREPLY']._serialized_start=1413
-  _globals['_GETPROGRESSREPLY']._serialized_end=1618
-  _globals['_PUBLISHREQUEST']._serialized_start=1620
-  _globals['_PUBLISHREQUEST']._serialized_end=1671
-  _globals['_PUBLISHREPLY']._serialized_start=1673
-  _globals['_PUBLISHREPLY']._serialized_end=1723
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1725
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1749
-  _globals['_CHECKPOINTINFO']._serialized_start=1752
-  _globals['_CHECKPOINTINFO']._serialized_end=1902
-  _globals['_LISTCHECKPOINTSREPLY']._serialized_start=1904
-  _globals['_LISTCHECKPOINTSREPLY']._serialized_end=1973
-  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1975
-  _globals['_GETCHECKPOINTREQUEST']._serialized_end=2012
-  _globals['_GETCHECKPOINTREPLY']._serialized_start=2014
-  _globals['_GETCHECKPOINTREPLY']._serialized_end=2070
-  _globals['_COORDINATOR']._serialized_start=2073
-  _globals['_COORDINATOR']._serialized_end=2634
+  _globals['_REPORTPAYLOAD']._serialized_end=819
+  _globals['_REPORTREPLY']._serialized_start=821
+  _globals['_REPORTREPLY']._serialized_end=861
+  _globals['_RECORDCOMMITSREQUEST']._serialized_start=863
+  _globals['_RECORDCOMMITSREQUEST']._serialized_end=920
+  _globals['_RECORDCOMMITSREPLY']._serialized_start=922
+  _globals['_RECORDCOMMITSREPLY']._serialized_end=969
+  _globals['_GETPROGRESSREQUEST']._serialized_start=971
+  _globals['_GETPROGRESSREQUEST']._serialized_end=991
+  _globals['_ROUNDPROGRESS']._serialized_start=994
+  _globals['_ROUNDPROGRESS']._serialized_end=1194
+  _globals['_PEERPROGRESS']._serialized_start=1197
+  _globals['_PEERPROGRESS']._serialized_end=1428
+  _globals['_GETPROGRESSREPLY']._serialized_start=1431
+  _globals['_GETPROGRESSREPLY']._serialized_end=1636
+  _globals['_PUBLISHREQUEST']._serialized_start=1638
+  _globals['_PUBLISHREQUEST']._serialized_end=1689
+  _globals['_PUBLISHREPLY']._serialized_start=1691
+  _globals['_PUBLISHREPLY']._serialized_end=1741
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1743
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1767
+  _globals['_CHECKPOINTINFO']._serialized_start=1770
+  _globals['_CHECKPOINTINFO']._serialized_end=1920
+  _globals['_LISTCHECKPOINTSREPLY']._serialized_start=1922
+  _globals['_LISTCHECKPOINTSREPLY']._serialized_end=1991
+  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1993
+  _globals['_GETCHECKPOINTREQUEST']._serialized_end=2030
+  _globals['_GETCHECKPOINTREPLY']._serialized_start=2032
+  _globals['_GETCHECKPOINTREPLY']._serialized_end=2088
+  _globals['_COORDINATOR']._serialized_start=2091
+  _globals['_COORDINATOR']._serialized_end=2652
 # @@protoc_insertion_point(module_scope)

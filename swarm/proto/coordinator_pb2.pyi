@@ -59,7 +59,7 @@ class ReportRequest(_message.Message):
     def __init__(self, report: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
 
 class ReportPayload(_message.Message):
-    __slots__ = ("round", "train_loss", "validation_loss", "tokens_per_s", "bytes_sent", "bytes_received", "sent_unix_ms", "state_digest", "log_digest", "leaving", "seed_addresses", "device")
+    __slots__ = ("round", "train_loss", "validation_loss", "tokens_per_s", "bytes_sent", "bytes_received", "sent_unix_ms", "state_digest", "log_digest", "leaving", "seed_addresses", "device", "incident")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     TRAIN_LOSS_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +72,7 @@ class ReportPayload(_message.Message):
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     SEED_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    INCIDENT_FIELD_NUMBER: _ClassVar[int]
     round: int
     train_loss: float
     validation_loss: float
@@ -84,7 +85,8 @@ class ReportPayload(_message.Message):
     leaving: bool
     seed_addresses: _containers.RepeatedScalarFieldContainer[str]
     device: str
-    def __init__(self, round: _Optional[int] = ..., train_loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., sent_unix_ms: _Optional[int] = ..., state_digest: _Optional[bytes] = ..., log_digest: _Optional[bytes] = ..., leaving: _Optional[bool] = ..., seed_addresses: _Optional[_Iterable[str]] = ..., device: _Optional[str] = ...) -> None: ...
+    incident: str
+    def __init__(self, round: _Optional[int] = ..., train_loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., sent_unix_ms: _Optional[int] = ..., state_digest: _Optional[bytes] = ..., log_digest: _Optional[bytes] = ..., leaving: _Optional[bool] = ..., seed_addresses: _Optional[_Iterable[str]] = ..., device: _Optional[str] = ..., incident: _Optional[str] = ...) -> None: ...
 
 class ReportReply(_message.Message):
     __slots__ = ("next_round_wanted",)

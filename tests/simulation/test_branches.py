@@ -162,6 +162,22 @@ def test_when_the_majority_dies_for_good_the_rest_goes_on_and_who_comes_back_cat
     run(scenario())
 
 
+def test_voters_that_leave_cleanly_are_not_waited_for(tmp_path: Path) -> None:
+    """Three of five say that they go, and vote no more: the rest goes on at once."""
+
+    async def scenario() -> None:
+        swarm = await start(tmp_path)
+        left = asyncio.get_running_loop().time()
+        await asyncio.gather(*(swarm.peers[name].exchange.hearing.leave() for name in ("seed", "v0", "v1")))
+        for name in ("seed", "v0", "v1"):
+            swarm.kill(name)
+        await swarm.until_round(swarm.peers["v2"].round + 2, ["v2", "v3"])
+        assert asyncio.get_running_loop().time() - left < LEASE_S
+        assert not any(written_incidents(peer) for peer in swarm.peers.values())
+
+    run(scenario())
+
+
 def test_a_small_swarm_outlives_its_seed_peer(tmp_path: Path) -> None:
     """Below five voters it decides alone; when it is gone for a lease, the volunteers go on, and it follows later."""
 

@@ -72,7 +72,7 @@ BAD_COMMITS: dict[str, tuple[Callable[[World], list[Commit]], type[SwarmError]]]
     "empty": (lambda world: [Commit()], VerificationError),
     "a record of many megabytes": (lambda world: [Commit(record=b"\0" * (513 << 10))], ProtocolError),
     "too many holders": (lambda world: [_with_holders(world.commit(), 65)], ProtocolError),
-    "too many at once": (lambda world: world.commits(65), ProtocolError),
+    "too many at once": (lambda world: world.commits(1025), ProtocolError),
     "tokens beyond 2^63": (lambda world: [world.commit(tokens=2**62)], ProtocolError),
     "a good one and a bad one": (lambda world: [world.commit(), world.commit(signers=[])], VerificationError),
 }
@@ -95,15 +95,49 @@ def test_commits_that_do_not_prove_themselves_are_refused_and_nothing_recorded(s
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_second_result_of_a_round_is_an_incident(store: Store, caplog: pytest.LogCaptureFixture, number: int) -> None:
+def test_a_branch_of_fewer_tokens_is_refused_as_an_incident(
+    store: Store, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
     world = World()
     ledger = Ledger(world.run, store)
     ledger.record(world.commits(3), NOW_UNIX_MS)
-    conflicting = world.commit(tokens=999, head=world.heads[number - 1])
+    conflicting = world.commit(tokens=99, head=world.heads[number - 1])
     with caplog.at_level(logging.ERROR), pytest.raises(VerificationError, match="split"):
         ledger.record([conflicting], NOW_UNIX_MS)
     assert f"round {number} was decided twice" in caplog.text
     assert ledger.head == world.heads[3]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_branch_of_more_tokens_takes_the_place_of_the_recorded_one(
+    store: Store, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    """With its contributions; what rounds given up were credited is taken back. It is an incident all the same."""
+    world, other = World(), World()
+    ledger = Ledger(world.run, store)
+    common = world.commits(number - 1)
+    ledger.record([*common, *world.commits(4 - number)], NOW_UNIX_MS)
+    other.heads = world.heads[:number]
+    branch = [other.commit(tokens=1000), other.commit()]
+    with caplog.at_level(logging.ERROR):
+        assert ledger.record([*common, *branch], NOW_UNIX_MS) == number + 2
+    assert f"incident: round {number} was decided twice" in caplog.text
+    assert ledger.head == other.heads[-1] == Ledger(world.run, store).head
+    tokens = 100 * (number - 1) + 1000 + 100
+    assert {peer.key: peer.tokens for peer in store.newest_peers(9)} == {
+        ANNA.public_key: tokens,
+        BORIS.public_key: 2 * tokens,
+    }
+    assert ledger.record([other.commit()], NOW_UNIX_MS) == number + 3
+
+
+def test_a_branch_that_does_not_prove_itself_to_its_end_changes_nothing(store: Store) -> None:
+    world, other = World(), World()
+    ledger = Ledger(world.run, store)
+    ledger.record(world.commits(3), NOW_UNIX_MS)
+    with pytest.raises(VerificationError, match="majority"):
+        ledger.record([other.commit(tokens=1000), other.commit(signers=[SEED])], NOW_UNIX_MS)
+    assert ledger.head == world.heads[3] == Ledger(world.run, store).head
 
 
 def test_a_forged_second_result_is_refused_without_an_incident(store: Store, caplog: pytest.LogCaptureFixture) -> None:

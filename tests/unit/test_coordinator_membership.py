@@ -229,3 +229,16 @@ def test_a_report_signed_by_another_key_is_refused(store: Store) -> None:
     forged = STRANGER.sign("report", world.run_id, report_payload().SerializeToString())
     with pytest.raises(SignatureError):
         membership.report(run, store, _as_another(forged), NOW_UNIX_MS)
+
+
+def test_an_incident_that_a_peer_tells_is_logged_and_text_that_is_none_is_refused(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The organizer reads it; it cannot move a terminal's cursor."""
+    world = World()
+    membership.admit(world.run, store, world.admit_request(ANNA), NOW_UNIX_MS)
+    membership.report(world.run, store, world.report_request(ANNA, incident="two branches"), NOW_UNIX_MS)
+    assert f"incident told by {ANNA.peer_id}: two branches" in caplog.text
+    for text in ("\x1b[2J", "i" * 513):
+        with pytest.raises(ProtocolError, match="incident"):
+            membership.report(world.run, store, world.report_request(ANNA, incident=text), NOW_UNIX_MS)

@@ -7,10 +7,12 @@ import contextlib
 import math
 from pathlib import Path
 
+import pytest
+
 from peer.reporting import Reporter
-from swarm.errors import NotAdmitted, Unreachable
+from swarm.errors import NotAdmitted, Unreachable, VerificationError
 from swarm.proto.coordinator_pb2 import ReportPayload
-from swarm.proto.round_pb2 import Commit
+from swarm.proto.round_pb2 import Commit, Record
 from tests.simulation.virtual_time import run
 from tests.unit.test_ledger import fill, open_ledger
 
@@ -89,5 +91,60 @@ def test_a_peer_that_is_not_admitted_any_more_asks_again(tmp_path: Path) -> None
         coordinator.admits = False
         await running(reporter, 40)
         assert coordinator.renewals == 1 and coordinator.reports
+
+    run(main())
+
+
+class BranchedCoordinator(FakeCoordinator):
+    """Has recorded ``apart`` other rounds after ours of ``fork``; follows ours, or refuses it."""
+
+    def __init__(self, fork: int, apart: int, follows: bool) -> None:
+        super().__init__()
+        self.fork, self.follows = fork, follows
+        self.recorded = fork + apart
+        self.calls = 0
+
+    async def record_commits(self, commits: list[Commit]) -> int:
+        self.calls += 1
+        first = Record.FromString(commits[0].record).round
+        if first > self.fork + 1 or not self.follows:
+            raise VerificationError("the record extends another log")
+        self.recorded = first + len(commits) - 1
+        return self.recorded + 1
+
+
+@pytest.mark.parametrize("apart", [1, 5, 40])
+def test_a_coordinator_on_another_branch_gets_ours_from_the_fork_on(tmp_path: Path, apart: int) -> None:
+    """Wherever the two part, in a few calls."""
+
+    async def main() -> None:
+        _, reporter = scenario(tmp_path, 70)
+        coordinator = reporter._coordinator = BranchedCoordinator(10, apart, follows=True)
+        await reporter.tell()
+        assert coordinator.recorded == 70 and coordinator.calls <= 6
+
+    run(main())
+
+
+def test_a_coordinator_that_does_not_follow_our_branch_is_not_asked_for_ever(tmp_path: Path) -> None:
+    async def main() -> None:
+        _, reporter = scenario(tmp_path, 70)
+        coordinator = reporter._coordinator = BranchedCoordinator(10, 5, follows=False)
+        with pytest.raises(VerificationError):
+            await reporter.tell()
+        assert coordinator.calls <= 6
+
+    run(main())
+
+
+def test_an_incident_is_told_once_and_waits_while_the_coordinator_is_away(tmp_path: Path) -> None:
+    async def main() -> None:
+        coordinator, reporter = scenario(tmp_path, 1)
+        coordinator.away = True
+        reporter.met_branch("i" * 1000)
+        await running(reporter, 30)
+        coordinator.away = False
+        await running(reporter, 35)
+        assert [report.incident for report in coordinator.reports if report.incident] == ["i" * 512]
 
     run(main())
