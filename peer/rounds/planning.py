@@ -106,15 +106,15 @@ def choose_voters(
 ) -> list[bytes]:
     """Who decides the next round: founders that are present, then voters that stay, then others by rendezvous hash.
 
-    An odd number, so that every voter counts; at most 7. All of a small swarm, where a founder is present: it outweighs
-    the others until its lease has run out (docs/decisions/0013).
+    An odd number, so that every voter counts; at most 7. All of a small swarm, where founders and others are present:
+    those outweigh these until their leases have run out (docs/decisions/0013).
     """
 
     def preference(key: bytes) -> tuple[bool, bool, bytes]:
         return key not in founders, key not in current, hashlib.sha256(seed.to_bytes(8, "big") + key).digest()
 
     ranked = sorted(set(present), key=preference)[:MAX_VOTERS]
-    if len(ranked) < SMALL_SWARM and any(key in founders for key in ranked):
+    if len(ranked) < SMALL_SWARM and 0 < sum(key in founders for key in ranked) < len(ranked):
         return sorted(ranked)
     size = len(ranked) if len(ranked) % 2 else len(ranked) - 1
     return sorted(ranked[: max(1, size)])

@@ -94,11 +94,15 @@ def identity_of(place: Place, peer: int) -> Identity:
     return Identity(f"{place.folder.parent.name}:{peer}".encode().ljust(32, b".")[:32])
 
 
+def first_voters(keys: list[bytes]) -> list[bytes]:
+    """Of an odd number."""
+    return sorted(keys)[: len(keys) - 1 + len(keys) % 2]
+
+
 def genesis_of(spec: RunSpec, keys: list[bytes], shard: Shard) -> Genesis:
-    """The run begins at ``shard``; an odd number of peers decide its first round."""
-    voters = sorted(keys)[: len(keys) - 1 + len(keys) % 2]
+    """The run begins at ``shard``."""
     state = ShardGenesis(state_digest=shard.state_digest, num_values=shard.num_values)
-    return Genesis(run_id=spec.run_id, voters=voters, shards=[state])
+    return Genesis(run_id=spec.run_id, voters=first_voters(keys), shards=[state])
 
 
 def member_of(exchange: Exchange, place: Place, lifetime_s: float) -> Member:

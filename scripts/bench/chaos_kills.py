@@ -10,11 +10,13 @@ import statistics
 import time
 from typing import Any
 
+from averaging_ours import first_voters
 from chaos_faults import KILL, Fault
 from chaos_run import Run
 from chaos_swarm import START_S
 
 from peer.rounds.planning import leader_order
+from swarm.log import LogHead
 
 MAX_TRIES = 4
 SHARE_OF_LEADERS = 0.5
@@ -60,7 +62,17 @@ class Kills:
     def _order(self, number: int, leads: bool) -> tuple[int, ...]:
         """The victim first: whoever leads the round, or anybody else."""
         by_key = {self._run.swarm.key(peer): peer for peer in self._run.swarm.voters()}
-        leader = by_key[leader_order(sorted(by_key), 0, number)[0]]
+        founders = first_voters([self._run.swarm.key(peer) for peer in range(self._run.setting.peers)])
+        head = LogHead(
+            run_id=b"",
+            shard=0,
+            round=number - 1,
+            log_digest=b"",
+            voters=tuple(by_key),
+            total_tokens=0,
+            founders=tuple(founders),
+        )
+        leader = by_key[leader_order(head, number)[0]]
         others = [peer for peer in range(self._run.setting.peers) if peer != leader]
         others = self._rng.sample(others, len(others))
         return (leader, *others) if leads else (*others, leader)

@@ -167,7 +167,7 @@ async def _stand_up(network: Network, tell: _Teller, place: Place, rules: Rules,
                 if p.digest
             ],
             trained=trainer.tokens,
-            uncounted=exchange.tokens,
+            uncounted=exchange.replica.tokens,
             offered=trainer.offered,
             anchor=shard.anchor[::SLICE_VALUES].tolist(),
             voters=[tell.peers[key] for key in committed.head.voters],

@@ -119,6 +119,7 @@ def test_members_that_only_receive_average_nothing() -> None:
     [
         ("alone", [0], [0], [0], [0]),
         ("a small swarm: all, as the founder outweighs the others", [0, 1, 2, 3], [0], [0], [0, 1, 2, 3]),
+        ("a small swarm of founders alone: an odd number", [0, 1, 2, 3], [0, 1, 2, 3], [0], 3),
         ("a small swarm without its founder: an odd number of the others", [1, 2, 3, 4], [0], [0], 3),
         ("five: all", [0, 1, 2, 3, 4], [0], [0], [0, 1, 2, 3, 4]),
         ("a founder that is away is not named", [1, 2, 3, 4, 5], [0], [0, 1, 2], [1, 2, 3, 4, 5]),
