@@ -116,11 +116,11 @@ class Inner(Section):
 
 
 class Outer(Section):
-    """Nesterov momentum over rounds; it warms up linearly from 0, as early momentum costs loss (docs/benchmarks.md)."""
+    """Nesterov momentum over rounds; momentum warms up linearly from 0 over the first rounds (design 5.2)."""
 
-    learning_rate: float = Field(1.0, gt=0, le=2, description="how far a round moves the anchor (1: all the way)")
-    momentum: float = Field(0.5, ge=0, lt=1, description="Nesterov momentum over rounds; 0 is plain averaging")
-    momentum_warmup_rounds: int = Field(60, ge=0, description="rounds over which the momentum rises from 0")
+    learning_rate: float = Field(0.8, gt=0, le=2, description="how far a round moves the anchor (1: all the way)")
+    momentum: float = Field(0.8, ge=0, lt=1, description="Nesterov momentum over rounds; 0 is plain averaging")
+    momentum_warmup_rounds: int = Field(15, ge=0, description="rounds over which the momentum rises from 0")
 
 
 class Rounds(Section):
