@@ -249,7 +249,8 @@ def assert_leaves(running: Swarm, name: str, number: signal.Signals) -> None:
     # bitsandbytes lets torch make the folder of its compiler's cache, one for all programs of a user.
     assert {path.name for path in program.temporary.iterdir()} <= {f"torchinductor_{getpass.getuser()}"}
     assert not is_locked(running.home(name) / "peer.key")
-    assert program.errors == ""
+    # A newcomer's first few steps may agree too little with the others' to be averaged: it is told so.
+    assert [line for line in program.errors.splitlines() if ": rejected: " not in line] == []
 
 
 CLEAN_PROCESS = """
