@@ -21,7 +21,7 @@ from peer.rounds.codec import Float32
 from peer.rounds.ledger import Ledger
 from peer.rounds.shard import Shard, StateBuffers, load_state
 from swarm import digest
-from swarm.errors import NetworkError, NotFound, ProtocolError, SwarmError, VerificationError
+from swarm.errors import DiskFull, NetworkError, NotFound, ProtocolError, SwarmError, VerificationError
 from swarm.log import LogHead, canonical, parse_record, verify_commit
 from swarm.proto.round_pb2 import Commit, LogReply, LogRequest, StateReply, StateRequest
 from swarm.run_spec import RunSpec
@@ -127,6 +127,8 @@ async def fetch_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[Log
         try:
             buffers = await _fetch_chunks(newcomer, reply, holders)
             shard = load_state(newcomer.spec, newcomer.shard, buffers, expected)
+        except DiskFull:
+            raise  # no holder can help: the person has to
         except SwarmError as error:
             log.info("the state after round %d cannot be had whole: %s", number, error)
             continue
