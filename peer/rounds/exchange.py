@@ -103,7 +103,7 @@ class Exchange:
         self._machine.standing = self.hearing.standing()
         try:
             self._do(self._machine.on_message(sender, message, self._now()))
-        except DivergedError as error:
+        except (DivergedError, DiskFull) as error:
             self._fail(error)
         return b""
 
@@ -298,7 +298,7 @@ class Exchange:
             machine.standing = self.hearing.standing()
             try:
                 self._do(event(self._now()))
-            except DivergedError as error:
+            except (DivergedError, DiskFull) as error:
                 self._fail(error)
             except SwarmError as error:
                 log.info("round %d: %s", machine.settings.round, error)
@@ -371,7 +371,7 @@ class Exchange:
         self._machine.standing = self.hearing.standing()
         try:
             self._do(self._machine.on_message(holder, message, self._now()))
-        except DivergedError as error:
+        except (DivergedError, DiskFull) as error:
             self._fail(error)
         except SwarmError as error:
             log.info("a commit from a holder is of no use, nor is what it sent with it: %s", error)
