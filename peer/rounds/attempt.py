@@ -43,13 +43,17 @@ class Attempt:
     settings: RoundSettings
     ballot: Ballot
     open: OpenRound
-    deadline: float
-    """when reducers stop waiting for contributions; averages have as long again"""
+    opened_at: float
     contributions: dict[tuple[int, bytes], tuple[int, str, Kept]] = field(default_factory=dict)
     """(part, contributor) -> (weight in tokens, codec, encoded); weight 0: nothing to add"""
     averages: dict[int, PartResult] = field(default_factory=dict)
     reduced: set[int] = field(default_factory=set)
     unreachable: set[bytes] = field(default_factory=set)
+
+    @property
+    def deadline(self) -> float:
+        """When reducers stop waiting for contributions; averages have as long again."""
+        return self.opened_at + self.settings.reduce_timeout_s / 2
 
     @property
     def contributors(self) -> list[bytes]:

@@ -36,7 +36,16 @@ from peer.rounds.replica import Replica
 from peer.rounds.round import RoundMachine
 from peer.rounds.round_actions import Action, Apply, Fetch, Persist, Reduce, Send, TakeSnapshot, View
 from peer.rounds.shard import ReplicaSnapshot
-from swarm.errors import DiskFull, DivergedError, NetworkError, ProtocolError, ResourceError, SwarmError, Unreachable
+from swarm.errors import (
+    DiskFull,
+    DivergedError,
+    NetworkError,
+    NotFound,
+    ProtocolError,
+    ResourceError,
+    SwarmError,
+    Unreachable,
+)
 from swarm.files import Kept
 from swarm.log import LogHead, gone_of, next_head, tokens_by_peer
 from swarm.proto.round_pb2 import Commit, Part, RoundMessage
@@ -159,16 +168,16 @@ class Exchange:
         """Ask for leases; and a peer that died with its messages delivered would be waited for until the deadline."""
         awaited = self._lookout.asks(machine.awaited, self._now())
         for peer in {*awaited, *self.hearing.due()} - self._asking:
-            task = asyncio.get_running_loop().create_task(self._ask(machine, peer))
+            task = asyncio.get_running_loop().create_task(self._ask(machine, peer, awaited.get(peer, 0.0)))
             self._tasks.add(task)
             task.add_done_callback(self._done)
 
-    async def _ask(self, machine: RoundMachine, peer: bytes) -> None:
+    async def _ask(self, machine: RoundMachine, peer: bytes, waited_s: float) -> None:
         self._asking.add(peer)
         try:
-            if await self.hearing.ask(peer):
+            if await self.hearing.ask(peer, waited_s):
                 self.behind.set()
-        except Unreachable:
+        except (Unreachable, NotFound):  # no such process, or not yet again
             if peer in machine.awaited():  # and not only asked for a lease: it may be back long before the round opens
                 self._event(machine, lambda now: machine.on_ended(peer, now))
         except SwarmError as error:

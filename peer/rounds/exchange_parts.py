@@ -93,12 +93,16 @@ class Lookout:
         self._awaited: set[bytes] = set()
         self._look_at = 0.0
 
-    def asks(self, awaited: Callable[[], set[bytes]], now: float) -> set[bytes]:
-        """Who is asked now, by who is ``awaited``; after a question comes no other for a second."""
+    def asks(self, awaited: Callable[[], dict[bytes, float]], now: float) -> dict[bytes, float]:
+        """Who is asked now, and for how long it is awaited; after a question comes no other for a second.
+
+        ``awaited``: peers, and since when something is expected of them.
+        """
         if now < self._look_at:
-            return set()
-        before, self._awaited = self._awaited, awaited()
-        asked = before & self._awaited
+            return {}
+        since = awaited()
+        asked = {peer: now - at for peer, at in since.items() if peer in self._awaited}
+        self._awaited = set(since)
         self._look_at = now + (self.AFTER_A_QUESTION_S if asked else self.EVERY_S)
         return asked
 

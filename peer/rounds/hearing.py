@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from peer.p2p.transport import Transport
 from peer.rounds.leases import Leases, Standing
-from swarm.errors import NetworkError, ProtocolError
+from swarm.errors import NetworkError, ProtocolError, Unreachable
 from swarm.log import LogHead
 from swarm.proto.round_pb2 import PingReply, PingRequest
 
@@ -33,7 +33,8 @@ class Hearing:
     ) -> None:
         self._transport, self.clock = transport, clock
         self._head = head
-        self.leases = Leases(transport.public_key, head, lease_s, clock())
+        self._began = clock()
+        self.leases = Leases(transport.public_key, head, lease_s, self._began)
 
     def begin(self, head: LogHead) -> None:
         """The round after ``head`` begins."""
@@ -54,8 +55,12 @@ class Hearing:
         """Voters whose lease has to be asked for now."""
         return self.leases.due(self.clock())
 
-    async def ask(self, peer: bytes) -> bool:
-        """Ask for the lease of ``peer``; True where it works towards a later round. Raises `SwarmError`."""
+    async def ask(self, peer: bytes, waited_s: float = 0.0) -> bool:
+        """Ask for the lease of ``peer``; True where it works towards a later round. Raises `SwarmError`.
+
+        `Unreachable` also where another process answers than the one that we have waited for, ``waited_s`` long: it
+        knows nothing of what is awaited.
+        """
         asked_at = self.clock()
         try:
             raw = await self._transport.call(peer, PING_METHOD, b"", timeout_s=PING_TIMEOUT_S, max_response_bytes=64)
@@ -63,10 +68,13 @@ class Hearing:
             self.leases.failed(peer)
             raise
         try:
-            further_on = PingReply.FromString(raw).round > self._head.round + 1
+            reply = PingReply.FromString(raw)
         except DecodeError as error:
             raise ProtocolError("an answer to a ping cannot be read") from error
+        further_on = reply.round > self._head.round + 1
         self.leases.answered(peer, asked_at, further_on)
+        if reply.alive_ms < 1000 * waited_s:
+            raise Unreachable("the process that was waited for has ended, and another answers in its place")
         return further_on
 
     async def leave(self) -> None:
@@ -90,4 +98,5 @@ class Hearing:
             self.leases.left(caller)
         else:
             self.heard(caller)
-        return PingReply(round=self._head.round + 1).SerializeToString()
+        alive_ms = int(1000 * (self.clock() - self._began))
+        return PingReply(round=self._head.round + 1, alive_ms=alive_ms).SerializeToString()

@@ -45,6 +45,8 @@ class Leader:
         """whom our ballot goes on without"""
         self._proposer: Proposer | None = None
         self._try_at: float | None = None
+        self.waits_since = 0.0
+        """when our turn to lead was last set"""
         self._resend_at = 0.0
         self._opened = False
         self._proposal: tuple[bytes, list[bytes]] | None = None
@@ -63,6 +65,7 @@ class Leader:
             self._give_up()
         if self.settings.is_voter:
             rank = takeover_rank(self._order(), self.settings.me, ballot[1])
+            self.waits_since = now
             self._try_at = now + self.settings.reduce_timeout_s + rank * self.settings.takeover_timeout_s
 
     def awaited(self, view: View) -> set[bytes]:
@@ -164,6 +167,7 @@ class Leader:
         if not self._may_lead(view):
             return
         if self._try_at is None:
+            self.waits_since = now
             rank = takeover_rank(self._order(), self.settings.me, None)
             self._try_at = now + rank * self.settings.takeover_timeout_s
         if now >= self._try_at:

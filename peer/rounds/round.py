@@ -129,11 +129,14 @@ class RoundMachine:
         """Whether ``ballot`` is that of the current attempt."""
         return self.attempt is not None and self.attempt.ballot == ballot
 
-    def awaited(self) -> set[bytes]:
-        """Peers that the current attempt, or our turn to lead, waits for: whether they still live is worth asking."""
+    def awaited(self) -> dict[bytes, float]:
+        """Whom the current attempt, or our turn to lead, waits for, and since when: ask whether they still live."""
         if self._decided is not None:
-            return set()
-        return (self.attempt.awaited() if self.attempt is not None else set()) | self._leader.awaited(self.view)
+            return {}
+        awaited = dict.fromkeys(self._leader.awaited(self.view), self._leader.waits_since)
+        if self.attempt is not None:
+            awaited |= dict.fromkeys(self.attempt.awaited(), self.attempt.opened_at)
+        return awaited
 
     def next_wakeup(self) -> float | None:
         """When `on_tick` is wanted at the latest; None: only an event can change something."""
@@ -296,7 +299,7 @@ class RoundMachine:
         if self.attempt is not None and self.attempt.ballot == ballot:
             return
         self._leader.saw(ballot, now)
-        self.attempt = Attempt(self.settings, ballot, message, deadline=now + self.settings.reduce_timeout_s / 2)
+        self.attempt = Attempt(self.settings, ballot, message, opened_at=now)
         # Averages of the attempt before would pile up; a record that names them tells who has them on disk.
         decided = self._decided[1].parts if self._decided is not None else ()
         self._parts = {part.digest: self._parts[part.digest] for part in decided if part.digest in self._parts}

@@ -30,6 +30,8 @@ class Kills:
         self.healthy: list[float] = []
         self.killed: list[tuple[float, str]] = []
         """(seconds of the round, who died when)"""
+        self.late_openings: list[float] = []
+        """seconds from a kill to the opening of the round that it came before"""
 
     def healthy_round(self) -> None:
         run, swarm = self._run, self._run.swarm
@@ -53,10 +55,12 @@ class Kills:
         swarm.schedule(Fault(kind=KILL, at_s=at_s, lasts_s=0.1, order=order), since)
         over = lambda: not swarm.hurt and run.all_at(number, swarm.up)  # noqa: E731
         swarm.wait(over, 2 * START_S, f"round {number} with a kill")
-        died_at, ended = swarm.killed_at[order[0]], swarm.ended(number)
-        if ended > died_at:
-            who = f"{'leader' if leads else 'another'}, {died_at - swarm.opened[number]:+.2f} s from the opening"
-            self.killed.append((ended - min(died_at, swarm.opened[number]), who))
+        died_at, opened, ended = swarm.killed_at[order[0]], swarm.opened[number], swarm.ended(number)
+        if died_at < opened:
+            self.late_openings.append(opened - died_at)
+        elif died_at < ended:
+            who = f"{'leader' if leads else 'another'}, {died_at - opened:+.2f} s from the opening"
+            self.killed.append((ended - opened, who))
         run.judge()
 
     def _order(self, number: int, leads: bool) -> tuple[int, ...]:
@@ -83,10 +87,17 @@ class Kills:
             print(f"# killed: {who}: a round of {seconds:.2f} s; healthy: {usual_s:.2f} s", flush=True)
         costs = [seconds - usual_s for seconds, _ in self.killed]
         return {
-            "kill_cost_s": {"median": round(statistics.median(costs), 3), "worst": round(max(costs), 3)},
+            "kill_cost_s": _median_and_worst(costs),
             "kills_within_a_round": len(costs),
+            "kill_to_opening_s": _median_and_worst(self.late_openings),
             "healthy_round_s": round(usual_s, 3),
         }
+
+
+def _median_and_worst(seconds: list[float]) -> dict[str, float] | None:
+    if not seconds:
+        return None
+    return {"median": round(statistics.median(seconds), 3), "worst": round(max(seconds), 3)}
 
 
 def measure(run: Run, kills: int, seed: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from chaos_peer import Rules, chaos_peer
 from scripts.netlab.lab import Lab
 
 START_S = 60.0
-# Below the ports that systems hand out by themselves.
+# Below the ports that systems hand out by themselves, and not those of another run: libp2p would share a port with it.
 FIRST_PORT = 21_000
 
 
@@ -55,7 +55,9 @@ class Setting:
     """Where the peers live."""
 
     lab: Lab | None
-    """None: all on one loopback"""
+    """None: all on the machine's loopback"""
+    together: bool = False
+    """all in the first namespace, on its loopback"""
     folder: Path
     peers: int
     rules: Rules
@@ -85,12 +87,12 @@ class Swarm:
         place = Place(
             index=peer,
             peers=setting.peers,
-            namespace=lab.namespace(peer) if lab is not None else "",
+            namespace=lab.namespace(0 if setting.together else peer) if lab is not None else "",
             address=self._address(peer),
-            device="eth0" if lab is not None else "lo",
+            device="lo",
             folder=setting.folder / str(peer),
             timeout_s=setting.rules.reduce_timeout_s,
-            port=FIRST_PORT + peer,
+            port=FIRST_PORT + os.getpid() % 1000 * setting.peers + peer,
             begins_anew=anew,
         )
         others = {other: self._address(other) for other in self.up}
@@ -108,7 +110,8 @@ class Swarm:
         self._keys[peer] = identity_of(place, peer).public_key
 
     def _address(self, peer: int) -> str:
-        return self._setting.lab.address(peer) if self._setting.lab is not None else "127.0.0.1"
+        setting = self._setting
+        return "127.0.0.1" if setting.lab is None or setting.together else setting.lab.address(peer)
 
     @property
     def up(self) -> list[int]:

@@ -262,10 +262,12 @@ class PingRequest(_message.Message):
     def __init__(self, leaving: _Optional[bool] = ...) -> None: ...
 
 class PingReply(_message.Message):
-    __slots__ = ("round",)
+    __slots__ = ("round", "alive_ms")
     ROUND_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_MS_FIELD_NUMBER: _ClassVar[int]
     round: int
-    def __init__(self, round: _Optional[int] = ...) -> None: ...
+    alive_ms: int
+    def __init__(self, round: _Optional[int] = ..., alive_ms: _Optional[int] = ...) -> None: ...
 
 class LogRequest(_message.Message):
     __slots__ = ("shard", "first_round", "max_commits")

@@ -258,14 +258,19 @@ def test_a_hostile_contribution_is_left_out_and_harms_nobody(tmp_path: Path, hos
     run(scenario())
 
 
-def test_a_volunteer_that_dies_after_its_contributions_arrived_is_not_waited_for(tmp_path: Path) -> None:
-    """Nobody's message to it fails, so whoever waits for its average asks whether it lives."""
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_volunteer_that_dies_after_its_contributions_arrived_is_not_waited_for(
+    tmp_path: Path, restarts: bool
+) -> None:
+    """Nobody's message to it fails, so whoever waits for its average asks whether it lives, and lived then."""
 
     async def scenario() -> None:
         swarm = await start(tmp_path)  # the seed peer leads
         victims = swarm.fail_at("v0", 3, "average")
         await swarm.until(lambda: bool(victims), "the fault happened", at_most_s=120)
         died_at = asyncio.get_running_loop().time()
+        if restarts:
+            await swarm.restart("v0")
         await swarm.until_round(3, ["seed", "v1", "v2"])
         assert asyncio.get_running_loop().time() - died_at < 4.0, "the reduce timeout is 8 s"
         swarm.assert_equal_states()

@@ -231,7 +231,7 @@ def test_once_whoever_leads_is_gone_the_next_that_lives_takes_over_at_once() -> 
     first, second, third = in_turn(machines)[:3]
     for peer, before in ((second, {first.key}), (third, {first.key, second.key})):
         machine_of(peer).on_view(ready(machines), 0.0)
-        assert machine_of(peer).awaited() == before
+        assert machine_of(peer).awaited() == dict.fromkeys(before, 0.0)
     assert ballots(machine_of(second).on_ended(first.key, 1.0)) == [1]
     assert ballots(machine_of(third).on_ended(first.key, 1.0)) == []
     assert machine_of(third).next_wakeup() == 1.0 + TAKEOVER_TIMEOUT_S
@@ -274,5 +274,6 @@ def test_who_is_awaited_at_two_looks_is_asked_once_a_second() -> None:
     lookout, asked = Lookout(), []
     for tenth in range(31):
         awaited = {b"a", b"b"} if tenth < 3 else {b"a"}
-        asked += [(tenth / 10, peer) for peer in lookout.asks(lambda a=awaited: a, tenth / 10)]  # type: ignore[misc]
-    assert asked == [(0.3, b"a"), (1.3, b"a"), (2.3, b"a")]
+        due = lookout.asks(lambda a=awaited: dict.fromkeys(a, -1.0), tenth / 10)  # type: ignore[misc]
+        asked += [(tenth / 10, peer, round(waited_s, 1)) for peer, waited_s in due.items()]
+    assert asked == [(0.3, b"a", 1.3), (1.3, b"a", 2.3), (2.3, b"a", 3.3)]
