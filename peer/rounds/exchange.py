@@ -150,6 +150,7 @@ class Exchange:
             while True:
                 if self._failure is not None:
                     raise self._failure
+                self._ask_who_is_awaited(self._machine)
                 wakeup = self._machine.next_wakeup()
                 until_wakeup = Lookout.EVERY_S if wakeup is None else wakeup - self._now()
                 timeout = min(Lookout.EVERY_S, max(LEAST_WAIT_S, until_wakeup))
@@ -158,7 +159,6 @@ class Exchange:
                 except (TimeoutError, asyncio.TimeoutError):
                     self._event(self._machine, self._machine.on_tick)
                 self._wake.clear()
-                self._ask_who_is_awaited(self._machine)
         finally:
             for task in self._tasks:
                 task.cancel()

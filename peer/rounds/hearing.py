@@ -65,7 +65,7 @@ class Hearing:
         try:
             raw = await self._transport.call(peer, PING_METHOD, b"", timeout_s=PING_TIMEOUT_S, max_response_bytes=64)
         except NetworkError:
-            self.leases.failed(peer)
+            self.leases.failed(peer, self.clock())
             raise
         try:
             reply = PingReply.FromString(raw)

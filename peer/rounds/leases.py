@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from swarm.log import LogHead
 
 ASK_AGAIN_S = 1.0
+JUST_BEFORE_S = 3.0
 NEVER = float("-inf")
 
 
@@ -48,8 +49,8 @@ class Leases:
         self._held: dict[bytes, float] = {}
         self._asked: dict[bytes, float] = {}
         self._majority_since: float | None = None
-        self._tried: set[bytes] = set()
-        """voters that answered, or could not be reached, since a majority's leases are held again"""
+        self._tried: dict[bytes, float] = {}
+        """when voters answered last without being further on, or could not be reached"""
         self._present = self._has_left = False
         self._head = head
         self.begin(head, now)
@@ -60,6 +61,7 @@ class Leases:
         self._heard = {voter: self._heard.get(voter, now) for voter in head.voters if voter != self._me}
         self._held = {peer: at for peer, at in self._held.items() if at + self._lease_s > now}
         self._asked = {peer: at for peer, at in self._asked.items() if peer in self._heard}
+        self._tried = {peer: at for peer, at in self._tried.items() if peer in self._heard}
 
     def heard(self, peer: bytes, now: float) -> None:
         """``peer`` called: from here on it has a whole lease of ours."""
@@ -79,12 +81,14 @@ class Leases:
     def answered(self, peer: bytes, asked_at: float, further_on: bool = False) -> None:
         """``peer`` answered what we asked at ``asked_at``; ``further_on``: it works towards a later round than we."""
         self._held[peer] = max(asked_at, self._held.get(peer, NEVER))
-        if not further_on:
-            self._tried.add(peer)
+        if further_on:
+            self._tried.pop(peer, None)
+        else:
+            self._tried[peer] = asked_at
 
-    def failed(self, peer: bytes) -> None:
+    def failed(self, peer: bytes, now: float) -> None:
         """``peer`` could not be reached, or did not answer in time."""
-        self._tried.add(peer)
+        self._tried[peer] = now
 
     def due(self, now: float) -> list[bytes]:
         """Voters to be asked now, if we are one; they are taken to be asked."""
@@ -97,7 +101,7 @@ class Leases:
             if now - self._asked.get(voter, NEVER) >= ASK_AGAIN_S
             and (
                 now - self._held.get(voter, NEVER) >= self._lease_s / 3
-                or (self._majority_since is not None and not self._present and voter not in self._tried)
+                or (self._majority_since is not None and not self._present and not self._was_tried(voter))
             )
         ]
         self._asked |= dict.fromkeys(due, now)
@@ -109,14 +113,18 @@ class Leases:
         if self._has_left or not self._head.decides(held):
             self._majority_since, self._present = None, False
         elif self._majority_since is None:
-            self._majority_since, self._tried = now, set()
+            self._majority_since = now
         if self._majority_since is not None and not self._present:
             waited_s = now - self._majority_since
-            self._present = self._tried.issuperset(self._heard) or waited_s >= self._lease_s
+            self._present = all(map(self._was_tried, self._heard)) or waited_s >= self._lease_s
         silent = {voter for voter, at in self._heard.items() if at + self._lease_s <= now}
         return Standing(
             held=frozenset() if self._has_left else frozenset(held), silent=frozenset(silent), present=self._present
         )
+
+    def _was_tried(self, voter: bytes) -> bool:
+        """Since, or just before, a majority's leases are held again."""
+        return self._tried.get(voter, NEVER) > (self._majority_since or 0.0) - JUST_BEFORE_S
 
     def _notice_sleep(self, now: float) -> None:
         """We are asked what stands at least once a second; a long gap was ours, not the others' silence."""
