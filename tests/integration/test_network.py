@@ -436,9 +436,9 @@ def test_records_of_another_run_are_not_believed() -> None:
 
 
 def test_hivemind_keeps_out_of_logging_and_of_the_event_loop(capfd: pytest.CaptureFixture[str]) -> None:
-    def handlers() -> list[logging.Handler]:
-        """All but pytest's own, which come and go."""
-        return [h for h in logging.getLogger().handlers if not type(h).__module__.startswith("_pytest")]
+    def handlers(name: str | None = None) -> list[logging.Handler]:
+        """All but pytest's own, which come and go, also at loggers that do not propagate."""
+        return [h for h in logging.getLogger(name).handlers if not type(h).__module__.startswith("_pytest")]
 
     before = handlers()
 
@@ -449,7 +449,7 @@ def test_hivemind_keeps_out_of_logging_and_of_the_event_loop(capfd: pytest.Captu
 
     check(2, scenario)
     assert handlers() == before
-    assert logging.getLogger("hivemind").handlers == []
+    assert handlers("hivemind") == []
     assert logging.getLevelName(logging.WARNING) == "WARNING"
     assert capfd.readouterr() == ("", "")
 
