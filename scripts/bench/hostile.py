@@ -123,7 +123,7 @@ def spec_of(setting: Setting, rule: str, rungs: str = "uniform") -> RunSpec:
         model=Model(family="llama", config=config),
         data=Data(manifest_digest=nothing, tokenizer_digest=nothing, sequence_length=setting.length),
         inner=Inner(optimizer="adamw", weights="fp32", learning_rate=setting.learning_rate, beta2=0.95),
-        outer=Outer(momentum_warmup_rounds=8) if rungs == "uniform" else Outer(momentum=0),
+        outer=Outer(learning_rate=0.8, momentum=0.8 if rungs == "uniform" else 0.0, momentum_warmup_rounds=8),
         rounds=Rounds(tokens_per_round=tokens_per_round, contribution_codecs=RUNGS[rungs]),
         robust=Robust(rule=rule),
     )
