@@ -2,12 +2,12 @@
 
     .venv/bin/python scripts/bench/hostile.py [--quick] [--results FOLDER] [--seeds 0 1 2]
 
-Ten peers train a byte-level LLaMA of 0.1 M parameters in one process; rounds are made of the real offer, encode, check,
-reduce, settle and apply, every part at its own reducer, which is honest. A share of the peers is hostile
+Ten peers train a byte-level LLaMA of 0.14 M parameters in one process; rounds are made of the real offer, encode,
+check, reduce, settle and apply, every part at its own reducer, which is honest. A share of the peers is hostile
 (`hostile_attacks`), from the first round or after a third of them, and claims as many tokens as an honest peer trained.
-Beside it, at 30 %: every peer on a rung of its own, without momentum; and hostile peers that claim the most that is
+Beside it, at 30 %: peers on all rungs in turn, without momentum; and hostile peers that claim the most that is
 admitted. ``gap_percent`` compares with ten honest peers under the plain mean: it holds what the rule costs and what the
-missing peers cost. A full run takes about 40 minutes of one core; every finished cell is a file in FOLDER and is not
+missing peers cost. A full run takes about 25 minutes of one core; every finished cell is a file in FOLDER and is not
 made again.
 """
 
