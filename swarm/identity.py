@@ -8,7 +8,7 @@ A libp2p Ed25519 peer id is base58 of the identity multihash of the protobuf-enc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import base58
 from cryptography.exceptions import InvalidSignature
@@ -29,10 +29,16 @@ class Identity:
     """A private key. ``seed`` is its 32 secret bytes; it never appears in logs or in ``repr``."""
 
     seed: bytes
+    public_key: bytes = field(init=False, compare=False)
+    _key: Ed25519PrivateKey = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.seed) != 32:
             raise DataError(f"an Ed25519 seed has 32 bytes, not {len(self.seed)}")
+        # Once: who asks for a public key asks again and again, and each derivation takes 25 us.
+        key = Ed25519PrivateKey.from_private_bytes(self.seed)
+        object.__setattr__(self, "_key", key)
+        object.__setattr__(self, "public_key", key.public_key().public_bytes_raw())
 
     def __repr__(self) -> str:
         return f"Identity({self.peer_id})"
@@ -40,10 +46,6 @@ class Identity:
     @classmethod
     def generate(cls) -> Identity:
         return cls(Ed25519PrivateKey.generate().private_bytes_raw())
-
-    @property
-    def public_key(self) -> bytes:
-        return Ed25519PrivateKey.from_private_bytes(self.seed).public_key().public_bytes_raw()
 
     @property
     def peer_id(self) -> str:
@@ -54,11 +56,10 @@ class Identity:
         return _LIBP2P_PRIVATE_PREFIX + self.seed + self.public_key
 
     def sign(self, context: str, run_id: bytes, payload: bytes) -> Signed:
-        key = Ed25519PrivateKey.from_private_bytes(self.seed)
         return Signed(
-            signer=key.public_key().public_bytes_raw(),
+            signer=self.public_key,
             payload=payload,
-            signature=key.sign(_signed_bytes(context, run_id, payload)),
+            signature=self._key.sign(_signed_bytes(context, run_id, payload)),
         )
 
 
