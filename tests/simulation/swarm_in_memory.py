@@ -63,7 +63,7 @@ def make_spec(
 
 
 class DriftingTrainer:
-    """A replica that drifts by seeded noise and counts 100 tokens a tenth of a second."""
+    """A replica that drifts by seeded noise (uniform: quickly drawn) and counts 100 tokens a tenth of a second."""
 
     def __init__(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
@@ -74,7 +74,7 @@ class DriftingTrainer:
     async def run(self) -> None:
         while True:
             await asyncio.sleep(0.1)
-            self.moved = self.moved + self._rng.standard_normal(len(self.moved)).astype(np.float32) * 1e-3
+            self.moved = self.moved + self._rng.random(len(self.moved), np.float32) * 4e-3 - 2e-3
             self.tokens_trained += self.tokens_per_step
 
     async def snapshot(self) -> tuple[np.ndarray, int]:
