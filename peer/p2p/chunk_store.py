@@ -15,6 +15,7 @@ import stat
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from peer.p2p.transport import MAX_CALL_BYTES
 from swarm.data_manifest import DataManifest
 from swarm.digest import DIGEST_BYTES, sha256
 from swarm.errors import DiskFull, NetworkError, ProtocolError
-from swarm.files import TEMPORARY_PREFIX, disk_errors, fsync_folder, write_durably
+from swarm.files import TEMPORARY_PREFIX, Kept, disk_errors, fsync_folder, write_durably
 from swarm.manifest import FILE_CHUNK_BYTES, CheckpointManifest
 from swarm.proto.round_pb2 import ChunkReply, ChunkRequest
 
@@ -34,6 +35,7 @@ MAX_BLOB_BYTES = MAX_CALL_BYTES - REPLY_OVERHEAD_BYTES
 MAX_REQUEST_BYTES = 64
 MAX_READS_AT_ONCE = 4
 MAX_READS_WAITING = 256
+SYNCS_AT_ONCE = 4
 
 Source = Callable[[bytes], bytes | None]
 """digest -> the bytes, or None; what it returns is verified before it is used."""
@@ -159,6 +161,14 @@ class ChunkStore:
             self._sizes[digest] = len(data)
             self._sizes.move_to_end(digest)
         return digest
+
+    def put_all(self, blobs: Mapping[bytes, Kept]) -> None:
+        """`put` of what is not here yet, side by side: a disk syncs several files about as fast as one."""
+        with self._lock:
+            missing = [digest for digest in blobs if digest not in self._sizes or not self._path(digest).is_file()]
+        with ThreadPoolExecutor(SYNCS_AT_ONCE) as pool:
+            for _ in pool.map(lambda digest: self.put(blobs[digest][:]), missing):
+                pass
 
     async def keep(self, data: bytes) -> None:
         """`put` beside the event loop: a disk's sync takes as long as a chunk's way over a fast link."""
