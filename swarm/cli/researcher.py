@@ -185,15 +185,15 @@ async def download_checkpoint(invite: Invite, round_number: int, out: Path | Non
 
     async with _coordinator(invite) as client:
         run = await client.get_run()
-        signed_manifest = await client.checkpoint(round_number)
+        publication = await client.checkpoint(round_number)
     order = downloads.Order(
         run_id=invite.run_id,
         signed_spec=run.signed_spec,
-        signed_manifest=signed_manifest,
+        publication=publication,
         target=out if out is not None else Path(run.spec.name),
         any_round=force or round_number > 0,
     )
-    wanted = manifest.parse(signed_manifest.payload)
+    wanted = manifest.parse(publication.manifest.payload)
     rules = StatusRules(
         run_id=invite.run_id,
         publication_key=bytes.fromhex(run.spec.publication_key),
@@ -247,6 +247,7 @@ def _print_report(report: Report, run_was_named: bool) -> None:
         ("organizer's key", provenance.spec.organizer_key),
         ("round", f"{manifest.round}, after {manifest.total_tokens:,} tokens"),
         ("state digest", manifest.state_digest),
+        ("witnesses", f"{len(provenance.witnesses)} of {provenance.num_live} replicas signed this state"),
         ("files", f"{len(manifest.files)}, {_size(report)}"),
     ]
     output.table(f"{report.folder}: every byte and signature is right", ("what", "value"), rows)

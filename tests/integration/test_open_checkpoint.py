@@ -28,9 +28,18 @@ from swarm.digest import sha256
 from swarm.errors import ConfigError, DataError, DeviceError, DigestError, VerificationError
 from swarm.identity import Identity
 from swarm.invite import Invite
-from swarm.proto.common_pb2 import Genesis, Signed
+from swarm.proto.common_pb2 import Genesis
 from swarm.run_spec import RunSpec
-from tests.checkpoint_samples import FakeTransport, SignedCheckpoint, data_manifest, make_spec, signed_checkpoint
+from swarm.witness import Publication
+from tests.checkpoint_samples import (
+    MOMENTUM_DIGEST,
+    FakeTransport,
+    SignedCheckpoint,
+    data_manifest,
+    make_spec,
+    signed_checkpoint,
+    state_digest_of,
+)
 
 TEXT = "The quick brown fox jumps over the lazy dog. Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich 🦊."
 VOCAB_SIZE = 300
@@ -106,17 +115,19 @@ def publish(folder: Path, family: str) -> Published:
     spec = RunSpec.model_validate(values)
     config = build_config(spec, tokenizer.get_vocab_size())
     model = build_model(config, seed=1).eval()
+    tensors = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
     parts = CheckpointParts(
         run_id=spec.run_id,
         spec=spec,
         data=data,
         round=10,
         total_tokens=1000,
-        state_digest=sha256(b"state"),
+        state_digest=state_digest_of(tensors),
+        momentum_digest=MOMENTUM_DIGEST,
         log_digest=sha256(b"log"),
         config_json=config_json(config),
         tokenizer_json=tokenizer_json,
-        tensors={name: parameter.detach().numpy() for name, parameter in model.named_parameters()},
+        tensors=tensors,
         max_file_bytes=60_000,  # several files with an index, as large models have
     )
     return Published(signed_checkpoint(folder, parts), model, tokenizer)
@@ -137,7 +148,7 @@ def folder(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Pa
     order = Order(
         run_id=made.run_id,
         signed_spec=made.signed_spec,
-        signed_manifest=made.signed_manifest,
+        publication=made.publication,
         target=base / "out",
     )
     return asyncio.run(download(FakeTransport({HOLDER: store.handle_chunk}), order, [HOLDER])).folder
@@ -345,9 +356,9 @@ class Coordinator:
     async def get_run(self) -> RunInfo:
         return self.run
 
-    async def checkpoint(self, round_number: int) -> Signed:
+    async def checkpoint(self, round_number: int) -> Publication:
         assert round_number == 0
-        return self.made.signed_manifest
+        return self.made.publication
 
     async def close(self) -> None:
         pass
