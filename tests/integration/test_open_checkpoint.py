@@ -23,7 +23,7 @@ from peer.p2p.chunk_store import CHUNK_METHOD, ChunkStore, FileChunks
 from peer.p2p.network import NetworkConfig, open_network
 from peer.p2p.transport import Transport
 from peer.training.model import build_config, build_model, config_json
-from swarm.cli import researcher
+from swarm.cli import download as download_command
 from swarm.digest import sha256
 from swarm.errors import ConfigError, DataError, DeviceError, DigestError, VerificationError
 from swarm.identity import Identity
@@ -382,7 +382,7 @@ def test_swarm_download_fetches_over_libp2p_from_the_seed_peer(
                 return Coordinator(made, seed)
 
             monkeypatch.setattr(CoordinatorClient, "connect", connect)
-            downloading = researcher.download_checkpoint(invite, 0, tmp_path / "out", False)
+            downloading = download_command.download_checkpoint(invite, 0, tmp_path / "out", False)
             return await asyncio.wait_for(downloading, 60)
         finally:
             await seed.close()
