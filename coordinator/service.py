@@ -12,12 +12,14 @@ import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
 from coordinator import contributions, incidents, membership, publication, witnesses
+from coordinator.checkpoint_files import CheckpointFiles
 from coordinator.contributions import Ledger
 from coordinator.run import Run
 from coordinator.store import Store
@@ -33,11 +35,23 @@ _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-class Service:
-    """The nine calls of protos/coordinator.proto, each from request message to reply message."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlets:
+    """Where published checkpoints can be had beside the peers: a folder on this disk, and mirrors to tell of."""
 
-    def __init__(self, run: Run, store: Store, clock: Callable[[], float]) -> None:
+    checkpoints: Path | None = None
+    mirrors: tuple[str, ...] = ()
+
+
+class Service:
+    """The calls of protos/coordinator.proto, each from request message to reply message."""
+
+    def __init__(self, run: Run, store: Store, clock: Callable[[], float], outlets: Outlets | None = None) -> None:
         """``clock`` tells Unix time in seconds. Blocks while the log head is rebuilt from ``store``."""
+        outlets = outlets or Outlets()
+        key = bytes.fromhex(run.spec.publication_key)
+        self._files = CheckpointFiles(outlets.checkpoints, run.run_id, key)
+        self._mirrors = outlets.mirrors
         self._run = run
         self._store = store
         self._clock = clock
@@ -106,6 +120,13 @@ class Service:
     def _has_listened(self, now_unix_ms: int) -> bool:
         return now_unix_ms - self._started_unix_ms >= witnesses.SILENT_AFTER_MS
 
+    async def get_chunk(self, request: pb.GetChunkRequest) -> pb.GetChunkReply:
+        data = await asyncio.to_thread(self._files.piece, request.digest, request.offset, request.length)
+        return pb.GetChunkReply(data=data)
+
+    async def list_mirrors(self, _request: pb.ListMirrorsRequest) -> pb.ListMirrorsReply:
+        return pb.ListMirrorsReply(urls=self._mirrors)
+
     async def _write(self, job: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, job)
 
@@ -136,6 +157,8 @@ METHODS = {
     "GetCheckpoint": Method(
         request=pb.GetCheckpointRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.get_checkpoint
     ),
+    "GetChunk": Method(request=pb.GetChunkRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.get_chunk),
+    "ListMirrors": Method(request=pb.ListMirrorsRequest, max_request_bytes=0, answer=Service.list_mirrors),
 }
 
 # The first class that fits decides; the client raises the named class whatever the status.

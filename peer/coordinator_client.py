@@ -40,6 +40,7 @@ from swarm.run_spec import RunSpec
 from swarm.witness import Publication
 
 CALL_TIMEOUT_S = 20.0
+CHUNK_TIMEOUT_S = 60.0  # for half a megabyte
 TRANSFER_TIMEOUT_S = 300.0  # for replies and requests of many megabytes
 MAX_COMMITS_PER_CALL = 1024
 _BATCH_BYTES = 15 << 20
@@ -182,6 +183,16 @@ class CoordinatorClient:
         if round_number not in (0, found.round):
             raise ProtocolError(f"asked for the checkpoint of round {round_number}, got that of {found.round}")
         return publication
+
+    async def chunk(self, digest: bytes, offset: int, length: int) -> bytes:
+        """At most ``length`` bytes of a published chunk from ``offset`` on, not verified."""
+        request = pb.GetChunkRequest(digest=digest, offset=offset, length=length)
+        reply = await self._call("GetChunk", request, pb.GetChunkReply, CHUNK_TIMEOUT_S)
+        return reply.data
+
+    async def mirrors(self) -> tuple[str, ...]:
+        """Where published checkpoints lie too, as the coordinator says: hints."""
+        return tuple((await self._call("ListMirrors", pb.ListMirrorsRequest(), pb.ListMirrorsReply)).urls)
 
     async def _known_run(self) -> RunInfo:
         return self._run or await self.get_run()

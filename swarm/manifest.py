@@ -113,6 +113,11 @@ class CheckpointManifest(Section):
         return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
 
 
+def mirror_folder(round_number: int) -> str:
+    """Where a mirror holds the checkpoint of this round, under its own URL."""
+    return f"checkpoint-{round_number}"
+
+
 def parse(payload: bytes) -> CheckpointManifest:
     if len(payload) > MAX_MANIFEST_BYTES:
         raise VerificationError(f"the manifest is larger than {MAX_MANIFEST_BYTES} bytes")

@@ -18,12 +18,13 @@ from typing import Protocol
 from google.protobuf.message import DecodeError
 
 from peer.checkpoints.checkpoint import CheckpointParts, assemble, write_signed
-from peer.p2p.chunk_store import ChunkStore, FileChunks
+from peer.p2p.chunk_store import ChunkStore
 from peer.rounds.codec import Float32
 from peer.rounds.shard import Shard
 from peer.training.layout import Layout
 from swarm import manifest as manifests
 from swarm.errors import NetworkError, NotAdmitted, NotFound, SwarmError
+from swarm.file_ranges import FileChunks
 from swarm.files import write_durably
 from swarm.log import LogHead
 from swarm.proto.checkpoint_pb2 import Attestation

@@ -32,11 +32,13 @@ ARROWS = {
 # The modules in which each foreign library may be imported. A library that is not here has no door: add one, or do
 # without. `google` is protobuf's own package: decoding errors are caught where messages are decoded.
 DOORS = {
+    "aiohttp": ("peer/checkpoints/mirrors.py",),
     "alembic": ("coordinator/store.py", "coordinator/migrations/*"),
     "base58": ("swarm/identity.py", "swarm/invite.py"),
     "bitsandbytes": ("peer/training/inner_optimizer.py",),
     # The client reads the public key out of the certificate to compare it with the invite's pin.
     "cryptography": ("swarm/identity.py", "coordinator/tls.py", "peer/coordinator_connection.py"),
+    "fsspec": ("swarm/storage.py",),
     "google": ("swarm/*.py", "peer/*.py", "coordinator/*.py"),
     "grpc": (
         "peer/coordinator_client.py",
