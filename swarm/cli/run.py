@@ -114,7 +114,7 @@ def start(
     json_lines: Annotated[bool, typer.Option("--json", help="Print news as JSON, one object a line.")] = False,
 ) -> None:
     """Start (or go on with) a run: sign its rules, print its invite, coordinate until Ctrl-C."""
-    from swarm.cli.organizer import StartOptions, keep_seed_peer, prepare_run, start_coordinator
+    from swarm.cli.organizer import StartOptions, keep_seed_peer, prepare_run, start_coordinator, write_mirrors
 
     options = StartOptions(host=host, port=port, seed_port=seed_port, public_host=public_host or None, token=token)
     prepared = prepare_run(run_file, base)
@@ -127,6 +127,8 @@ def start(
         jobs: list[asyncio.Task[Any]] = [asyncio.create_task(stop.wait())]
         if with_seed:
             jobs.append(asyncio.create_task(keep_seed_peer(prepared, invite, options, voice.hear_line)))
+        if prepared.mirrors.write:
+            jobs.append(asyncio.create_task(write_mirrors(prepared, voice.say)))
         try:
             done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
             for job in done:
