@@ -139,7 +139,7 @@ def test_a_half_written_mirror_gives_what_it_has_and_no_more(made: SignedCheckpo
 
 @pytest.mark.parametrize("url", ["nowhere", "", "zip::file:///x.zip", "gopher://host/x", "s4://bucket/x"])
 def test_a_url_that_is_no_mirror_is_a_config_error(url: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no place for files|not known"):
+    with pytest.raises(ConfigError, match=r"no place for files|not known"):
         get(small_checkpoint(tmp_path / "made"), tmp_path / "out", url)
 
 
