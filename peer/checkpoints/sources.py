@@ -30,7 +30,7 @@ CHUNK_TIMEOUT_S = 600.0
 # A source is too slow for a chunk when it had this time, and others bring so many times as much.
 PATIENCE_S = 5.0
 SLOWER_TIMES = 8
-LIMITS = FetchLimits(per_holder=2, total=8)
+LIMITS = FetchLimits(per_holder=3, total=8)
 
 PEER, MIRROR, COORDINATOR = "peers", "mirrors", "coordinator"
 
