@@ -17,13 +17,13 @@ from pathlib import Path
 
 from coordinator.checkpoint_files import PublishedFolder, published_folders
 from swarm.errors import NetworkError, SwarmError
-from swarm.manifest import MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE, mirror_folder
+from swarm.manifest import MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE, WITNESSES_FILE, mirror_folder
 from swarm.storage import Storage
 
 LOOK_INTERVAL_S = 2.0
 FIRST_PAUSE_S, LAST_PAUSE_S = 5.0, 600.0
 MAX_TRIES = 10  # per checkpoint and target: about half an hour; the next start of the coordinator tries again
-_LAST = (SPEC_FILE, MANIFEST_FILE, SIGNATURE_FILE)
+_LAST = (SPEC_FILE, WITNESSES_FILE, MANIFEST_FILE, SIGNATURE_FILE)
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ def _finish(folder: Path, provenance: Provenance) -> Report:
     for file in provenance.manifest.files:
         with open(folder / file.name, "rb") as written:
             os.fsync(written.fileno())
-    write_signed(folder, provenance.signed_manifest, provenance.signed_spec)
+    write_signed(folder, provenance.publication, provenance.signed_spec)
     return verify_folder(folder, provenance.run_id)
 
 

@@ -94,9 +94,7 @@ async def get(folder: Path, target: Path, plan: dict[str, Any]) -> None:
     from peer.checkpoints.verify import read_provenance
 
     found = read_provenance(folder, None)
-    order = Order(
-        run_id=found.run_id, signed_spec=found.signed_spec, signed_manifest=found.signed_manifest, target=target
-    )
+    order = Order(run_id=found.run_id, signed_spec=found.signed_spec, publication=found.publication, target=target)
     in_place: list[float] = []
     tally = Tally(on_progress=lambda done, total: in_place.append(time.monotonic()))
     async with AsyncExitStack() as stack:

@@ -26,8 +26,9 @@ from swarm.cli import download as commands
 from swarm.errors import ConfigError, DigestError, NotFound, SwarmError, Unreachable
 from swarm.invite import Invite
 from swarm.manifest import MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE
-from swarm.proto.common_pb2 import Genesis, Signed
+from swarm.proto.common_pb2 import Genesis
 from swarm.storage import Storage
+from swarm.witness import Publication
 from tests.checkpoint_samples import PUBLISHER, SignedCheckpoint, make_parts, signed_checkpoint
 from tests.mirror_servers import WebMirror, web_mirror
 
@@ -70,10 +71,10 @@ class Coordinator:
             clock_offset_s=0.0,
         )
 
-    async def checkpoint(self, round_number: int) -> Signed:
+    async def checkpoint(self, round_number: int) -> Publication:
         if round_number not in (0, self.made.manifest.round):
             raise NotFound(f"no checkpoint of round {round_number}")
-        return self.made.signed_manifest
+        return self.made.publication
 
     async def mirrors(self) -> tuple[str, ...]:
         return self.urls

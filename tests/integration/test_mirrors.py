@@ -35,7 +35,7 @@ def mirrored(made: SignedCheckpoint, url: str) -> None:
 
 
 def get(made: SignedCheckpoint, out: Path, *urls: str, tally: Tally | None = None) -> Path:
-    order = Order(run_id=made.run_id, signed_spec=made.signed_spec, signed_manifest=made.signed_manifest, target=out)
+    order = Order(run_id=made.run_id, signed_spec=made.signed_spec, publication=made.publication, target=out)
 
     async def body() -> Path:
         async with open_mirrors(urls, (), made.manifest.round) as found:

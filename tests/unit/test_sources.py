@@ -54,7 +54,7 @@ class Made:
 def get(
     made: SignedCheckpoint, out: Path, *found: Source, tally: Tally | None = None, rate: float | None = None
 ) -> Path:
-    order = Order(run_id=made.run_id, signed_spec=made.signed_spec, signed_manifest=made.signed_manifest, target=out)
+    order = Order(run_id=made.run_id, signed_spec=made.signed_spec, publication=made.publication, target=out)
     fetching = Fetching(
         sources=found,
         tally=tally or Tally(),
@@ -125,7 +125,7 @@ def test_a_liar_that_stops_midway_harms_no_honest_source(made: SignedCheckpoint,
 
     book = HolderBook(random.Random(1))
     order = Order(
-        run_id=made.run_id, signed_spec=made.signed_spec, signed_manifest=made.signed_manifest, target=tmp_path / "out"
+        run_id=made.run_id, signed_spec=made.signed_spec, publication=made.publication, target=tmp_path / "out"
     )
     found = [Made(made, "bad", behave=lies_then_stops), Made(made)]
     asyncio.run(download(order, Fetching(sources=found, limits=QUICK, book=book)))
