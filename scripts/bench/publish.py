@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ from swarm.run_spec import Inner
 from swarm.witness import Publication
 from tests.checkpoint_samples import MOMENTUM_DIGEST, ORGANIZER, make_parts, publication_of, state_digest_of
 
-TRAINED = Shape(hidden=256, inner=640, layers=4, heads=4, vocab=4096)
-LENGTH = 128
+TRAINED = Shape(hidden=128, inner=320, layers=2, heads=4, vocab=1024)
+LENGTH = 64
 ROWS, COLUMNS = 1000, 1000
 INTERVAL_S = 600.0
 TIMEOUT_S = 300.0
@@ -95,26 +96,14 @@ def copied(anchor: np.ndarray, folder: Path) -> np.ndarray:
         return np.memmap(file, "<f4", mode="c", shape=anchor.shape).view(np.ndarray)
 
 
-async def publication(
-    maker: CheckpointMaker,
-    ready: asyncio.Queue[int],
-    number: int,
-    anchor: np.ndarray,
-    state_digest: bytes,
-    folder: Path,
-) -> float:
-    """Seconds until round ``number`` is signed and served."""
+def head_of(run_id: bytes, number: int) -> LogHead:
+    return LogHead(run_id=run_id, shard=0, round=number, log_digest=b"l" * 32, voters=(b"v" * 32,), total_tokens=9)
+
+
+async def publication(maker: CheckpointMaker, ready: asyncio.Queue[int], state: StateCopy, folder: Path) -> float:
+    """Seconds until the round of ``state`` is signed and served."""
     began = time.monotonic()
-    head = LogHead(
-        run_id=make_parts(num_values=2).run_id,
-        shard=0,
-        round=number,
-        log_digest=b"l" * 32,
-        voters=(b"v" * 32,),
-        total_tokens=9,
-    )
-    copy = await asyncio.to_thread(copied, anchor, folder)
-    maker.offer(StateCopy(head=head, state_digest=state_digest, momentum_digest=MOMENTUM_DIGEST, anchor=copy))
+    maker.offer(replace(state, anchor=await asyncio.to_thread(copied, state.anchor, folder)))
     await asyncio.wait_for(ready.get(), TIMEOUT_S)
     return time.monotonic() - began
 
@@ -131,7 +120,12 @@ async def measure(root: Path, num_parameters: int, publications: int, baseline_s
     folder.mkdir()
     parts, layout = make_parts(num_values=2), layout_with(num_parameters)
     anchor = np.random.default_rng(0).standard_normal(layout.num_values, np.float32)
-    state_digest = state_digest_of(layout.views(anchor))
+    state = StateCopy(
+        head=head_of(parts.run_id, 1),
+        state_digest=state_digest_of(layout.views(anchor)),
+        momentum_digest=MOMENTUM_DIGEST,
+        anchor=anchor,
+    )
     ready: asyncio.Queue[int] = asyncio.Queue()
     template = Template(
         folder=folder,
@@ -153,7 +147,7 @@ async def measure(root: Path, num_parameters: int, publications: int, baseline_s
         for number in range(1, publications + 1):
             before = await rate_of(trainer, baseline_s)
             steps = trainer.stats.steps
-            seconds = await publication(maker, ready, number, anchor, state_digest, folder)
+            seconds = await publication(maker, ready, replace(state, head=head_of(parts.run_id, number)), folder)
             during = (trainer.stats.steps - steps) / seconds
             after = await rate_of(trainer, baseline_s)
             quiet = (before + after) / 2
