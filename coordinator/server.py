@@ -19,7 +19,7 @@ import grpc
 
 from coordinator import tls
 from coordinator.run import Run, RunSource, open_run
-from coordinator.service import MAX_REQUEST_BYTES, Service, handlers
+from coordinator.service import MAX_REQUEST_BYTES, Outlets, Service, handlers
 from coordinator.store import Store
 from coordinator.tls import TlsKey
 from swarm.errors import AlreadyRunning, ConfigError, PortInUse, ResourceError
@@ -50,6 +50,7 @@ class ServerConfig:
     port: int = 0
     clock: Callable[[], float] = time.time
     database_url: str | None = None
+    outlets: Outlets | None = None
 
 
 class RunningServer:
@@ -98,7 +99,7 @@ def _open_service(config: ServerConfig, run: Run) -> Service:
     try:
         source = config.source
         store.bind_run(run.run_id, source.spec.SerializeToString(), source.genesis.SerializeToString())
-        return Service(run, store, config.clock)
+        return Service(run, store, config.clock, config.outlets)
     except BaseException:
         store.close()
         raise

@@ -12,12 +12,14 @@ import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from coordinator import contributions, membership, publication
+from coordinator import contributions, incidents, membership, publication, witnesses
+from coordinator.checkpoint_files import CheckpointFiles
 from coordinator.contributions import Ledger
 from coordinator.run import Run
 from coordinator.store import Store
@@ -33,14 +35,27 @@ _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-class Service:
-    """The eight calls of protos/coordinator.proto, each from request message to reply message."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlets:
+    """Where published checkpoints can be had beside the peers: a folder on this disk, and mirrors to tell of."""
 
-    def __init__(self, run: Run, store: Store, clock: Callable[[], float]) -> None:
+    checkpoints: Path | None = None
+    mirrors: tuple[str, ...] = ()
+
+
+class Service:
+    """The calls of protos/coordinator.proto, each from request message to reply message."""
+
+    def __init__(self, run: Run, store: Store, clock: Callable[[], float], outlets: Outlets | None = None) -> None:
         """``clock`` tells Unix time in seconds. Blocks while the log head is rebuilt from ``store``."""
+        outlets = outlets or Outlets()
+        key = bytes.fromhex(run.spec.publication_key)
+        self._files = CheckpointFiles(outlets.checkpoints, run.run_id, key)
+        self._mirrors = outlets.mirrors
         self._run = run
         self._store = store
         self._clock = clock
+        self._started_unix_ms = self._now_unix_ms()
         self._ledger = Ledger(run, store)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinator-writer")
 
@@ -78,18 +93,39 @@ class Service:
         return pb.RecordCommitsReply(next_round_wanted=wanted)
 
     async def get_progress(self, _request: pb.GetProgressRequest) -> pb.GetProgressReply:
-        return await asyncio.to_thread(contributions.progress, self._run, self._ledger.head, self._store)
+        reply = await asyncio.to_thread(contributions.progress, self._run, self._ledger.head, self._store)
+        reply.incidents.extend(await asyncio.to_thread(incidents.newest, self._store))
+        return reply
+
+    async def attest(self, request: pb.AttestRequest) -> pb.AttestReply:
+        now = self._now_unix_ms()
+        await self._write(lambda: witnesses.attest(self._run, self._store, request.attestation, now))
+        return pb.AttestReply()
 
     async def publish(self, request: pb.PublishRequest) -> pb.PublishReply:
         now = self._now_unix_ms()
-        signed = await self._write(lambda: publication.publish(self._run, self._store, request.request, now))
-        return pb.PublishReply(manifest=signed)
+        # A coordinator that has just started heard nobody yet: until then it waits for all that may live.
+        silent_before = now - witnesses.SILENT_AFTER_MS if self._has_listened(now) else 0
+        hearing = witnesses.Hearing(now_unix_ms=now, silent_before_unix_ms=silent_before)
+        published = await self._write(lambda: publication.publish(self._run, self._store, request.request, hearing))
+        return pb.PublishReply(manifest=published.manifest, witnesses=published.witnesses)
 
     async def list_checkpoints(self, _request: pb.ListCheckpointsRequest) -> pb.ListCheckpointsReply:
         return await asyncio.to_thread(publication.list_checkpoints, self._store)
 
     async def get_checkpoint(self, request: pb.GetCheckpointRequest) -> pb.GetCheckpointReply:
-        return await asyncio.to_thread(publication.get_checkpoint, self._store, request.round)
+        found = await asyncio.to_thread(publication.get_checkpoint, self._store, request.round)
+        return pb.GetCheckpointReply(manifest=found.manifest, witnesses=found.witnesses)
+
+    def _has_listened(self, now_unix_ms: int) -> bool:
+        return now_unix_ms - self._started_unix_ms >= witnesses.SILENT_AFTER_MS
+
+    async def get_chunk(self, request: pb.GetChunkRequest) -> pb.GetChunkReply:
+        data = await asyncio.to_thread(self._files.piece, request.digest, request.offset, request.length)
+        return pb.GetChunkReply(data=data)
+
+    async def list_mirrors(self, _request: pb.ListMirrorsRequest) -> pb.ListMirrorsReply:
+        return pb.ListMirrorsReply(urls=self._mirrors)
 
     async def _write(self, job: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, job)
@@ -115,11 +151,14 @@ METHODS = {
         request=pb.RecordCommitsRequest, max_request_bytes=MAX_REQUEST_BYTES, answer=Service.record_commits
     ),
     "GetProgress": Method(request=pb.GetProgressRequest, max_request_bytes=0, answer=Service.get_progress),
+    "Attest": Method(request=pb.AttestRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.attest),
     "Publish": Method(request=pb.PublishRequest, max_request_bytes=MAX_REQUEST_BYTES, answer=Service.publish),
     "ListCheckpoints": Method(request=pb.ListCheckpointsRequest, max_request_bytes=0, answer=Service.list_checkpoints),
     "GetCheckpoint": Method(
         request=pb.GetCheckpointRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.get_checkpoint
     ),
+    "GetChunk": Method(request=pb.GetChunkRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.get_chunk),
+    "ListMirrors": Method(request=pb.ListMirrorsRequest, max_request_bytes=0, answer=Service.list_mirrors),
 }
 
 # The first class that fits decides; the client raises the named class whatever the status.

@@ -10,9 +10,9 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from swarm.data_manifest import DataManifest, TokenShard
 from swarm.errors import SpecError
@@ -38,8 +38,28 @@ class DataFolder(Section):
     sequence_length: SequenceLength = 128
 
 
+MirrorUrl = Annotated[str, StringConstraints(pattern=r"^[a-z0-9+.-]+:[^\s]{1,1000}$")]
+
+
+class MirrorTargets(Section):
+    """Where published checkpoints go besides the peers. No rule of the run: it may change at any start."""
+
+    write: tuple[MirrorUrl, ...] = Field(
+        (), max_length=16, description="targets that checkpoints are written to: file:///DIR, s3://BUCKET/DIR, hf://..."
+    )
+    read: tuple[MirrorUrl, ...] = Field(
+        (), max_length=16, description="where researchers find them, if not there: https://HOST/DIR"
+    )
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What researchers are told; a folder of the organizer's is nothing to them."""
+        return self.read or tuple(url for url in self.write if not url.startswith(("file:", "local:")))
+
+
 class RunFile(Rules):
     data: DataFolder = DataFolder()
+    mirrors: MirrorTargets = MirrorTargets()
 
     @model_validator(mode="after")
     def _together(self) -> RunFile:

@@ -194,6 +194,10 @@ class Robust(Section):
 
 class Checkpoints(Section):
     every_rounds: int = Field(10, ge=1, description="rounds between published checkpoints; the last round has one too")
+    witness_share: float = Field(
+        0.5, ge=0, lt=1, description="published once more than this share of live replicas signed the same state"
+    )
+    min_witnesses: int = Field(2, ge=1, le=64, description="and at least so many, where so many live")
 
 
 class Admission(Section):

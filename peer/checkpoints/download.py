@@ -3,7 +3,7 @@
 Decides where a checkpoint lies: ``TARGET/round-000010``, built in ``TARGET/.partial-10`` and renamed when every byte
 and signature was verified in place. A target holds one run. A newer round that lies there already is never replaced
 by an older "newest" (rollback), unless the person names the older round. Nothing outside the target is written.
-Leaves the fetching to `peer.p2p.fetch` and starting the network to the caller.
+Leaves filling the files to `peer.checkpoints.filling` and starting the network to the caller.
 """
 
 from __future__ import annotations
@@ -11,35 +11,28 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-import random
 import re
 import shutil
-import stat
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peer.checkpoints.checkpoint import write_signed
+from peer.checkpoints.filling import Fetching, fill
 from peer.checkpoints.verify import Provenance, Report, check_provenance, read_provenance, verify_folder
-from peer.p2p.chunk_store import FileRange, read_range
-from peer.p2p.fetch import MAX_HOLDERS, FetchLimits, HolderBook, Wanted, fetch_many
+from peer.p2p.fetch import MAX_HOLDERS
 from peer.p2p.transport import Transport
 from peer.rounds.statuses import StatusRules, read_statuses, status_key
-from swarm.digest import sha256
-from swarm.errors import AlreadyRunning, ConfigError, DataError, DiskFull, NetworkError, SwarmError, VerificationError
+from swarm.errors import AlreadyRunning, ConfigError, DataError, NetworkError, SwarmError, VerificationError
 from swarm.files import TEMPORARY_PREFIX, disk_errors, fsync_folder
-from swarm.manifest import FILE_CHUNK_BYTES, MANIFEST_FILE, CheckpointFile, CheckpointManifest
+from swarm.manifest import MANIFEST_FILE
 from swarm.proto.common_pb2 import Signed
+from swarm.witness import Publication
 
 MAX_TARGET_ENTRIES = 10_000
 CONNECT_TIMEOUT_S = 10.0
-_SPARE_DISK_BYTES = 16 << 20
 _ROUND_FOLDER = re.compile(r"round-([0-9]{6,19})")
-
-OnProgress = Callable[[int, int], object]
-"""(bytes verified on disk, bytes in all)"""
-Store = Callable[[Wanted, bytes], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +41,7 @@ class Order:
 
     run_id: bytes
     signed_spec: Signed
-    signed_manifest: Signed
+    publication: Publication
     target: Path
     any_round: bool = False
 
@@ -58,41 +51,29 @@ def round_folder(target: Path, round_number: int) -> Path:
     return target / f"round-{round_number:06d}"
 
 
-async def download(
-    transport: Transport,
-    order: Order,
-    holders: Sequence[bytes],
-    on_progress: OnProgress = lambda done, total: None,
-    limits: FetchLimits | None = None,
-    book: HolderBook | None = None,
-) -> Report:
+async def download(order: Order, fetching: Fetching) -> Report:
     """Fetch the checkpoint and verify it in place; the report names its folder. What an earlier attempt left is
     checked and kept.
 
     Raises `VerificationError` (signature, rollback), `ConfigError` (the target holds another run), `AlreadyRunning`,
     `DiskFull`, `NotFound` (run it again later: it resumes).
     """
-    provenance = check_provenance(order.signed_spec, order.signed_manifest, order.run_id)
+    provenance = check_provenance(order.signed_spec, order.publication, order.run_id)
     manifest = provenance.manifest
     final = round_folder(order.target, manifest.round)
     partial = order.target / f".partial-{manifest.round}"
-    book = book or HolderBook(random.Random())
-
-    async def fetch(wanted: Iterable[Wanted], store: Store) -> None:
-        await fetch_many(transport, wanted, holders, store, limits, book)
-
-    refuse_rollback(order.target, provenance, order.any_round)
+    held = held_checkpoints(order.target)
+    refuse_rollback(order.target, held, provenance, order.any_round)
     complete = await asyncio.to_thread(_complete_report, final, provenance)
     if complete is not None:
-        on_progress(manifest.size_bytes, manifest.size_bytes)
+        fetching.tally.on_progress(manifest.size_bytes, manifest.size_bytes)
         return complete
     with disk_errors(order.target):
         order.target.mkdir(parents=True, exist_ok=True)
-        with _locked(order.target), disk_errors(partial):
+        with locked(order.target), disk_errors(partial):
             _open_partial(partial, final)
-            missing = await asyncio.to_thread(_prepare, partial, manifest)
-            _check_space(partial, missing)
-            await _fetch_missing(fetch, manifest, missing, on_progress)
+            earlier = [(folder, found.manifest) for folder, found in held.items() if folder != final]
+            await fill(partial, manifest, earlier, fetching)
             return await asyncio.to_thread(_finish, partial, final, order)
 
 
@@ -122,9 +103,9 @@ async def _is_reachable(transport: Transport, peer: bytes, addresses: tuple[str,
     return True
 
 
-def refuse_rollback(target: Path, offered: Provenance, any_round: bool) -> None:
+def refuse_rollback(target: Path, found: Mapping[Path, Provenance], offered: Provenance, any_round: bool) -> None:
     """Raise `ConfigError` where ``target`` holds another run, `VerificationError` where it holds a newer round."""
-    for held in held_checkpoints(target):
+    for held in found.values():
         if held.run_id != offered.run_id:
             raise ConfigError(
                 f"{target} holds a checkpoint of another run ({held.manifest.run_name})", "choose another --out folder"
@@ -137,15 +118,15 @@ def refuse_rollback(target: Path, offered: Provenance, any_round: bool) -> None:
             )
 
 
-def held_checkpoints(target: Path) -> list[Provenance]:
-    """Checkpoints in ``target`` whose signatures verify; anything else there is passed over."""
-    found = []
+def held_checkpoints(target: Path) -> dict[Path, Provenance]:
+    """Checkpoints in ``target`` whose signatures verify, by folder; anything else there is passed over."""
+    found = {}
     for count, path in enumerate(target.iterdir() if target.is_dir() else ()):
         if count >= MAX_TARGET_ENTRIES:
             raise ConfigError(f"{target} has more than {MAX_TARGET_ENTRIES} entries", "choose another --out folder")
         if _ROUND_FOLDER.fullmatch(path.name):
             try:
-                found.append(read_provenance(path, None))
+                found[path] = read_provenance(path, None)
             except SwarmError:
                 continue
     return found
@@ -163,7 +144,7 @@ def _complete_report(final: Path, wanted: Provenance) -> Report | None:
 
 
 @contextmanager
-def _locked(target: Path) -> Iterator[None]:
+def locked(target: Path) -> Iterator[None]:
     """One download at a time per target; the lock ends with the process, also after SIGKILL."""
     descriptor = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -190,97 +171,9 @@ def _open_partial(partial: Path, final: Path) -> None:
         leftover.unlink()
 
 
-def _prepare(partial: Path, manifest: CheckpointManifest) -> dict[bytes, list[FileRange]]:
-    """Give every file its size; the ranges whose bytes are not there yet, by digest."""
-    missing: dict[bytes, list[FileRange]] = {}
-    for file in manifest.files:
-        is_new = _allocate(partial / file.name, file.size_bytes)
-        for digest, place in _chunks(partial, file):
-            data = None if is_new else read_range(place)
-            if data is None or sha256(data) != digest:
-                missing.setdefault(digest, []).append(place)
-    return missing
-
-
-def _allocate(path: Path, size_bytes: int) -> bool:
-    """Make ``path`` a regular file of this size, keeping its bytes; whether it is new."""
-    is_new = not os.path.lexists(path)
-    descriptor = _open_regular(path, os.O_RDWR | os.O_CREAT)
-    try:
-        os.ftruncate(descriptor, size_bytes)
-    finally:
-        os.close(descriptor)
-    return is_new
-
-
-def _open_regular(path: Path, flags: int) -> int:
-    try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return descriptor
-        os.close(descriptor)
-    except (IsADirectoryError, FileNotFoundError):
-        pass
-    except OSError as error:
-        if not path.is_symlink():
-            raise
-        raise ConfigError(f"{path} is a symbolic link", "move it away and try again") from error
-    raise ConfigError(f"{path} is no regular file", "move it away and try again")
-
-
-def _chunks(folder: Path, file: CheckpointFile) -> Iterator[tuple[bytes, FileRange]]:
-    for index, chunk in enumerate(file.chunks):
-        offset = index * FILE_CHUNK_BYTES
-        length = min(FILE_CHUNK_BYTES, file.size_bytes - offset)
-        yield bytes.fromhex(chunk), FileRange(folder / file.name, offset, length)
-
-
-def _check_space(partial: Path, missing: dict[bytes, list[FileRange]]) -> None:
-    needed = sum(place.length for places in missing.values() for place in places)
-    free = shutil.disk_usage(partial).free
-    if needed and needed + _SPARE_DISK_BYTES > free:
-        raise DiskFull(
-            f"the checkpoint needs {needed:,} more bytes and the disk of {partial.parent} has {free:,}",
-            "free some space, or choose another folder with --out",
-        )
-
-
-async def _fetch_missing(
-    fetch: Callable[[Iterable[Wanted], Store], Awaitable[None]],
-    manifest: CheckpointManifest,
-    missing: dict[bytes, list[FileRange]],
-    on_progress: OnProgress,
-) -> None:
-    total = manifest.size_bytes
-    done = total - sum(place.length for places in missing.values() for place in places)
-    on_progress(done, total)
-
-    async def store(item: Wanted, data: bytes) -> None:
-        nonlocal done
-        for place in missing[item.digest]:
-            await asyncio.to_thread(_write_range, place, data)
-            done += place.length
-        on_progress(done, total)
-
-    await fetch([Wanted(digest, places[0].length) for digest, places in missing.items()], store)
-
-
-def _write_range(place: FileRange, data: bytes) -> None:
-    if len(data) != place.length:
-        raise VerificationError(f"a chunk of {place.path.name} has {len(data)} bytes instead of {place.length}")
-    descriptor = _open_regular(place.path, os.O_WRONLY)
-    try:
-        with disk_errors(place.path):
-            written = 0
-            while written < len(data):
-                written += os.pwrite(descriptor, memoryview(data)[written:], place.offset + written)
-    finally:
-        os.close(descriptor)
-
-
 def _finish(partial: Path, final: Path, order: Order) -> Report:
     """Sign off: everything on disk, read back and verified, then one rename."""
-    write_signed(partial, order.signed_manifest, order.signed_spec)
+    write_signed(partial, order.publication, order.signed_spec)
     for path in partial.iterdir():
         if path.is_file() and not path.is_symlink():
             with open(path, "rb") as file:

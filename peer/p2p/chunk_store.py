@@ -10,13 +10,10 @@ place by sources, without a copy.
 from __future__ import annotations
 
 import asyncio
-import os
-import stat
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -25,8 +22,8 @@ from peer.p2p.transport import MAX_CALL_BYTES
 from swarm.data_manifest import DataManifest
 from swarm.digest import DIGEST_BYTES, sha256
 from swarm.errors import DiskFull, NetworkError, ProtocolError
+from swarm.file_ranges import FileRange, FileRanges
 from swarm.files import TEMPORARY_PREFIX, Kept, disk_errors, fsync_folder, write_durably
-from swarm.manifest import FILE_CHUNK_BYTES, CheckpointManifest
 from swarm.proto.round_pb2 import ChunkReply, ChunkRequest
 
 CHUNK_METHOD = "chunk"
@@ -36,51 +33,10 @@ MAX_REQUEST_BYTES = 64
 MAX_READS_AT_ONCE = 4
 MAX_READS_WAITING = 256
 SYNCS_AT_ONCE = 4
+MAX_RECENT = 4  # blobs held in memory while they are asked for piece by piece
 
 Source = Callable[[bytes], bytes | None]
 """digest -> the bytes, or None; what it returns is verified before it is used."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileRange:
-    """``length`` bytes of ``path`` from ``offset`` on."""
-
-    path: Path
-    offset: int
-    length: int
-
-
-class FileRanges:
-    """A source that reads ranges of existing files; a file that is gone or short counts as absent."""
-
-    def __init__(self, ranges: Mapping[bytes, FileRange]) -> None:
-        self._ranges = dict(ranges)
-
-    def __call__(self, digest: bytes) -> bytes | None:
-        place = self._ranges.get(digest)
-        if place is None:
-            return None
-        try:
-            return read_range(place)
-        except OSError:
-            return None
-
-
-class FileChunks(FileRanges):
-    """The 4 MiB chunks of a checkpoint's files, read in place."""
-
-    def __init__(self, folder: Path, manifest: CheckpointManifest) -> None:
-        super().__init__(
-            {
-                bytes.fromhex(chunk): FileRange(
-                    folder / file.name,
-                    index * FILE_CHUNK_BYTES,
-                    min(FILE_CHUNK_BYTES, file.size_bytes - index * FILE_CHUNK_BYTES),
-                )
-                for file in manifest.files
-                for index, chunk in enumerate(file.chunks)
-            }
-        )
 
 
 def token_shard_source(folder: Path, manifest: DataManifest) -> FileRanges:
@@ -91,23 +47,6 @@ def token_shard_source(folder: Path, manifest: DataManifest) -> FileRanges:
             for shard in (*manifest.train, *manifest.validation)
         }
     )
-
-
-def read_range(place: FileRange) -> bytes | None:
-    """The bytes of ``place``; None where the file is shorter or no regular file. Symbolic links are not followed."""
-    descriptor = os.open(place.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size < place.offset + place.length:
-            return None
-        file.seek(place.offset)
-        data = bytearray()
-        while len(data) < place.length:
-            piece = file.read(place.length - len(data))
-            if not piece:
-                return None
-            data += piece
-    return bytes(data)
 
 
 class ChunkStore:
@@ -127,6 +66,7 @@ class ChunkStore:
         self._groups: dict[str, set[bytes]] = {}
         self._pins: Counter[bytes] = Counter()
         self._sources: list[Source] = []
+        self._recent: OrderedDict[bytes, bytes] = OrderedDict()
         self._reads = asyncio.Semaphore(MAX_READS_AT_ONCE)
         self._waiting = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -228,16 +168,33 @@ class ChunkStore:
 
         Raises `ProtocolError` on a malformed request, `NetworkError` when too many requests wait.
         """
-        digest = _parse_request(request)
+        wanted = _parse_request(request)
         if self._waiting >= MAX_READS_WAITING:
             raise NetworkError("busy: too many chunk requests wait", "ask another holder, or try again later")
         self._waiting += 1
         try:
             async with self._reads:
-                data = await asyncio.to_thread(self.get, digest) if self._read_in_thread else self.get(digest)
+                data = await asyncio.to_thread(self._part, wanted) if self._read_in_thread else self._part(wanted)
         finally:
             self._waiting -= 1
         return ChunkReply(found=data is not None, data=data or b"").SerializeToString()
+
+    def _part(self, wanted: ChunkRequest) -> bytes | None:
+        """What ``wanted`` asks for. Of a blob that is fetched in pieces, the whole is read and checked once."""
+        if not (wanted.offset or wanted.length):
+            return self.get(wanted.digest)
+        with self._lock:
+            data = self._recent.get(wanted.digest)
+        if data is None:
+            data = self.get(wanted.digest)
+        if data is None:
+            return None
+        with self._lock:
+            self._recent[wanted.digest] = data
+            self._recent.move_to_end(wanted.digest)
+            while len(self._recent) > MAX_RECENT:
+                self._recent.popitem(last=False)
+        return data[wanted.offset : wanted.offset + wanted.length if wanted.length else None]
 
     def _path(self, digest: bytes) -> Path:
         name = digest.hex()
@@ -325,7 +282,7 @@ class ChunkStore:
         self._used_bytes -= self._sizes.pop(digest, 0)
 
 
-def _parse_request(raw: bytes) -> bytes:
+def _parse_request(raw: bytes) -> ChunkRequest:
     if len(raw) > MAX_REQUEST_BYTES:
         raise ProtocolError(f"a chunk request of {len(raw)} bytes is too large")
     try:
@@ -334,4 +291,4 @@ def _parse_request(raw: bytes) -> bytes:
         raise ProtocolError("a chunk request cannot be read") from error
     if len(request.digest) != DIGEST_BYTES:
         raise ProtocolError(f"a chunk request with a digest of {len(request.digest)} bytes")
-    return bytes(request.digest)
+    return request

@@ -41,6 +41,7 @@ class HolderRecord:
     failures: int = 0
     lies: int = 0
     bytes_per_s: float = 0.0
+    failures_in_row: int = 0
 
 
 class HolderBook:
@@ -75,6 +76,7 @@ class HolderBook:
     def succeeded(self, holder: bytes, num_bytes: int, seconds: float) -> None:
         record = self.record(holder)
         record.served += 1
+        record.failures_in_row = 0
         speed = num_bytes / max(seconds, 1e-6)
         record.bytes_per_s = (
             speed if record.served == 1 else record.bytes_per_s * _SPEED_MEMORY + speed * (1 - _SPEED_MEMORY)
@@ -87,6 +89,7 @@ class HolderBook:
             record.misses += 1
         elif outcome is Outcome.FAILED:
             record.failures += 1
+            record.failures_in_row += 1
         else:
             record.lies += 1
             if self._on_lie is not None:
@@ -101,6 +104,13 @@ class Wanted:
     size_bytes: int
 
 
+Ask = Callable[[bytes, Wanted], Awaitable[bytes | None]]
+"""(holder, item) -> the bytes, not checked yet; None where the holder lacks them. Ends within a time of its own.
+
+A `VerificationError` is a lie of the holder's, any other `SwarmError` a failure.
+"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchLimits:
     """How hard `fetch_many` pulls. Memory in use is at most ``total`` blobs."""
@@ -109,6 +119,7 @@ class FetchLimits:
     total: int = 16
     timeout_s: float = 60.0  # for one answer of one holder
     attempts_per_holder: int = 3  # per blob, where a holder could not be reached in time
+    rest_s: float = 60.0  # for a holder that failed so often in a row, while others are there
     retry_pause_s: float = 0.5  # before one blob is asked of one holder again
 
     def __post_init__(self) -> None:
@@ -135,7 +146,7 @@ async def fetch_chunk(
     for holder in asked:
         if holder == transport.public_key:
             continue
-        result = await _ask(transport, holder, Wanted(digest, max_bytes), timeout_s, book)
+        result = await _ask(_peers(transport, timeout_s), holder, Wanted(digest, max_bytes), book)
         if isinstance(result, bytes):
             return result
         reasons.append(result)
@@ -150,12 +161,26 @@ async def fetch_many(
     limits: FetchLimits | None = None,
     book: HolderBook | None = None,
 ) -> None:
+    """`fetch_from` peers, whole blobs at a time."""
+    limits = limits or FetchLimits()
+    others = [holder for holder in holders if holder != transport.public_key]
+    await fetch_from(_peers(transport, limits.timeout_s), wanted, others, on_chunk, limits, book)
+
+
+async def fetch_from(
+    ask: Ask,
+    wanted: Iterable[Wanted],
+    holders: Sequence[bytes],
+    on_chunk: Callable[[Wanted, bytes], Awaitable[None]],
+    limits: FetchLimits,
+    book: HolderBook | None = None,
+) -> None:
     """Fetch every blob from all holders at once; ``on_chunk(item, data)`` gets each once, verified, in any order.
 
     A blob that one holder does not bring is asked of the others; fast holders serve more. Raises `NotFound` when one
     blob is nowhere to be had, or what ``on_chunk`` raises; what was still under way is then cancelled.
     """
-    pool = _Pool(transport, holders, limits or FetchLimits(), book or HolderBook(random.Random(0)))
+    pool = _Pool(ask, holders, limits, book or HolderBook(random.Random(0)))
 
     async def fetch_one(item: Wanted) -> None:
         await on_chunk(item, await pool.fetch(item))
@@ -195,12 +220,13 @@ class _Tries:
 class _Pool:
     """Spreads questions over holders: the one with the shortest expected wait that has a free place."""
 
-    def __init__(self, transport: Transport, holders: Sequence[bytes], limits: FetchLimits, book: HolderBook) -> None:
+    def __init__(self, ask: Ask, holders: Sequence[bytes], limits: FetchLimits, book: HolderBook) -> None:
         self.limits = limits
-        self._transport = transport
+        self._ask = ask
         self._holders = holders
         self._book = book
-        self._load = {holder: 0 for holder in book.order(holders) if holder != transport.public_key}
+        self._load = dict.fromkeys(book.order(holders), 0)
+        self._rests_until: dict[bytes, float] = {}
         self._freed = asyncio.Event()
 
     async def fetch(self, item: Wanted) -> bytes:
@@ -212,7 +238,9 @@ class _Pool:
             try:
                 if holder in tries.failures:
                     await asyncio.sleep(self.limits.retry_pause_s)
-                result = await _ask(self._transport, holder, item, self.limits.timeout_s, self._book)
+                result = await _ask(self._ask, holder, item, self._book)
+                if self._book.record(holder).failures_in_row >= self.limits.attempts_per_holder:
+                    self._rests_until[holder] = asyncio.get_running_loop().time() + self.limits.rest_s
             finally:
                 self._load[holder] -= 1
                 self._freed.set()
@@ -233,7 +261,10 @@ class _Pool:
             usable = [h for h in self._load if h not in tries.out and not self._book.record(h).lies]
             if not usable:
                 return None
-            free = [h for h in usable if self._load[h] < self.limits.per_holder]
+            # The places of a fetch are few: holders that only fail must not take them from those that serve.
+            now = asyncio.get_running_loop().time()
+            awake = [h for h in usable if self._rests_until.get(h, now) <= now]
+            free = [h for h in awake or usable if self._load[h] < self.limits.per_holder]
             if free:
                 holder = min(free, key=lambda h: (tries.failures.get(h, 0), self._wait(h), self._load[h]))
                 self._load[holder] += 1
@@ -245,13 +276,10 @@ class _Pool:
         return (self._load[holder] + 1) * self._book.seconds_per_byte(holder)
 
 
-async def _ask(
-    transport: Transport, holder: bytes, item: Wanted, timeout_s: float, book: HolderBook
-) -> bytes | Outcome:
-    """The verified bytes, or why this holder did not bring them; the book hears of it either way."""
-    clock = asyncio.get_running_loop().time
-    start = clock()
-    try:
+def _peers(transport: Transport, timeout_s: float) -> Ask:
+    """Asking peers for whole blobs."""
+
+    async def ask(holder: bytes, item: Wanted) -> bytes | None:
         raw = await transport.call(
             holder,
             CHUNK_METHOD,
@@ -259,7 +287,21 @@ async def _ask(
             timeout_s=timeout_s,
             max_response_bytes=item.size_bytes + REPLY_OVERHEAD_BYTES,
         )
-        data = _parse_reply(raw, item)
+        return parse_reply(raw, item)
+
+    return ask
+
+
+async def _ask(ask: Ask, holder: bytes, item: Wanted, book: HolderBook) -> bytes | Outcome:
+    """The verified bytes, or why this holder did not bring them; the book hears of it either way."""
+    clock = asyncio.get_running_loop().time
+    start = clock()
+    try:
+        data = await ask(holder, item)
+        if data is not None:
+            digests.check(data, item.digest, "chunk")
+    except NotFound as error:
+        outcome, what = Outcome.MISSING, str(error)
     except VerificationError as error:
         outcome, what = Outcome.LIED, str(error)
     except SwarmError as error:
@@ -273,7 +315,8 @@ async def _ask(
     return outcome
 
 
-def _parse_reply(raw: bytes, item: Wanted) -> bytes | None:
+def parse_reply(raw: bytes, item: Wanted) -> bytes | None:
+    """The bytes of a `ChunkReply`, at most ``item.size_bytes``, not compared with the digest; None: not there."""
     try:
         reply = ChunkReply.FromString(raw)
     except DecodeError as error:
@@ -282,7 +325,6 @@ def _parse_reply(raw: bytes, item: Wanted) -> bytes | None:
         return None
     if len(reply.data) > item.size_bytes:
         raise ProtocolError(f"a chunk of {len(reply.data)} bytes instead of at most {item.size_bytes}")
-    digests.check(reply.data, item.digest, "chunk")
     return reply.data
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from swarm.cli import data, init, plan, researcher, run
+from swarm.cli import data, download, init, plan, researcher, run
 from swarm.errors import DiskFull, PortInUse, ResourceError, SwarmError
 
 EXIT_USAGE = 64  # sysexits.h EX_USAGE
@@ -64,8 +64,8 @@ _COMMANDS = (
     (run.seed, "Keep a seed peer of a run."),
     (run.status, "Show a run's rounds, loss and who contributed."),
     (researcher.checkpoints, "List the checkpoints that a run published."),
-    (researcher.download, "Fetch a checkpoint from a run's peers, verified."),
-    (researcher.verify, "Check a checkpoint folder, offline."),
+    (download.download, "Fetch a checkpoint from a run's peers, verified."),
+    (download.verify, "Check a checkpoint folder, offline."),
     (researcher.generate, "Continue a text with a checkpoint."),
 )
 for _command, _summary in _COMMANDS:

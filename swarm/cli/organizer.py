@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import DecodeError
 
+from coordinator.mirroring import Mirrored, keep_mirrors
 from coordinator.run import RunSource
 from coordinator.server import RunningServer, ServerConfig, serve
+from coordinator.service import Outlets
 from swarm import data_manifest, keyfiles, run_file, run_spec
 from swarm.data_manifest import MANIFEST_NAME, TOKENIZER_NAME, DataManifest
 from swarm.digest import sha256
@@ -31,6 +33,7 @@ from swarm.identity import Identity, verify
 from swarm.invite import Invite
 from swarm.log import GENESIS_CONTEXT, genesis_head, parse_genesis
 from swarm.proto.common_pb2 import Genesis, ShardGenesis, Signed
+from swarm.run_file import MirrorTargets
 from swarm.run_spec import RunSpec
 
 if TYPE_CHECKING:
@@ -60,10 +63,16 @@ class PreparedRun:
     source: RunSource
     data_folder: Path
     state: Path
+    mirrors: MirrorTargets
 
     @property
     def seed_home(self) -> Path:
         return self.state / "seed"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the seed peer beside the coordinator keeps the checkpoints that it assembles."""
+        return self.seed_home / "runs" / self.spec.run_id.hex()
 
 
 def prepare_run(path: Path, base: Path | None = None) -> PreparedRun:
@@ -96,7 +105,7 @@ def prepare_run(path: Path, base: Path | None = None) -> PreparedRun:
     source = RunSource(
         spec=signed_spec, genesis=genesis, data_manifest=raw_manifest, tokenizer=tokenizer, publication=publication
     )
-    return PreparedRun(spec=spec, source=source, data_folder=data_folder, state=state)
+    return PreparedRun(spec=spec, source=source, data_folder=data_folder, state=state, mirrors=rules.mirrors)
 
 
 def _read_data(folder: Path) -> tuple[bytes, bytes]:
@@ -186,7 +195,10 @@ async def start_coordinator(prepared: PreparedRun, options: StartOptions) -> tup
     """Serve the run; the invite that leads to it is also written to ``state/invite.txt``."""
     remembered = prepared.state / "port"
     port = options.port or _remembered_port(remembered)
-    config = ServerConfig(state_dir=prepared.state, source=prepared.source, host=options.host, port=port)
+    outlets = Outlets(checkpoints=prepared.checkpoints, mirrors=prepared.mirrors.told)
+    config = ServerConfig(
+        state_dir=prepared.state, source=prepared.source, host=options.host, port=port, outlets=outlets
+    )
     server = await serve(config)
     write_durably(remembered, str(server.port).encode())  # the invite must lead here also after a restart
     host = options.public_host or options.host
@@ -227,6 +239,17 @@ async def keep_seed_peer(
             raise kind("the seed peer does not start", "its own error is told above: correct that, then start again")
         log.warning("the seed peer ended with exit code %d; starting it again", code)
         await asyncio.sleep(SEED_RESTART_PAUSE_S)
+
+
+async def write_mirrors(prepared: PreparedRun, say: Callable[[str, dict[str, Any]], None]) -> None:
+    """Write what is published to the run file's targets, until cancelled. Raises `ConfigError` where one is none."""
+
+    def tell(what: Mirrored) -> None:
+        values = {"round": what.round, "mirror": what.url}
+        say("mirrored" if not what.error else "not mirrored", values | ({"error": what.error} if what.error else {}))
+
+    key = bytes.fromhex(prepared.spec.publication_key)
+    await keep_mirrors(prepared.checkpoints, prepared.spec.run_id, key, prepared.mirrors.write, tell)
 
 
 def _remembered_port(path: Path) -> int:

@@ -62,8 +62,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 
 
 class Advance(Protocol):
-    def __call__(self, amount: int = 1, /) -> None:
-        """``amount`` more of the total is done."""
+    def __call__(self, amount: int = 1, /, note: str = "") -> None:
+        """``amount`` more of the total is done; ``note`` is what is worth saying beside it now."""
         ...
 
 
@@ -80,30 +80,34 @@ def _bar(total: int, unit: str, what: str) -> Iterator[Advance]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda amount=1, /: bar.advance(task, amount)
+        yield lambda amount=1, /, note="": bar.update(task, advance=amount, description=_joined(what, note))
 
 
 @contextmanager
 def _plain_progress(total: int, unit: str, what: str, clock: Callable[[], float] = time.monotonic) -> Iterator[Advance]:
     """A line for each tenth, but none within ten seconds of the last, and one at the end."""
-    done, told, told_at = 0, 0, clock()
+    done, told, told_at, said = 0, 0, clock(), what
 
     def tell() -> None:
         nonlocal told, told_at
         told, told_at = done, clock()
         share = 100 * done // total if total > 0 else 100
-        sys.stderr.write(f"{what}: {done} of {total} {unit} ({share} %)\n".removeprefix(": "))
+        sys.stderr.write(f"{said}: {done} of {total} {unit} ({share} %)\n".removeprefix(": "))
         sys.stderr.flush()
 
-    def advance(amount: int = 1, /) -> None:
-        nonlocal done
-        done += amount
+    def advance(amount: int = 1, /, note: str = "") -> None:
+        nonlocal done, said
+        done, said = done + amount, _joined(what, note)
         if (done - told) * 10 >= total and clock() - told_at >= PLAIN_INTERVAL_S:
             tell()
 
     yield advance
     if done != told:
         tell()
+
+
+def _joined(what: str, note: str) -> str:
+    return f"{what} ({note})" if note else what
 
 
 class LiveView:

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,7 +114,7 @@ def start(
     json_lines: Annotated[bool, typer.Option("--json", help="Print news as JSON, one object a line.")] = False,
 ) -> None:
     """Start (or go on with) a run: sign its rules, print its invite, coordinate until Ctrl-C."""
-    from swarm.cli.organizer import StartOptions, keep_seed_peer, prepare_run, start_coordinator
+    from swarm.cli.organizer import StartOptions, keep_seed_peer, prepare_run, start_coordinator, write_mirrors
 
     options = StartOptions(host=host, port=port, seed_port=seed_port, public_host=public_host or None, token=token)
     prepared = prepare_run(run_file, base)
@@ -126,6 +127,8 @@ def start(
         jobs: list[asyncio.Task[Any]] = [asyncio.create_task(stop.wait())]
         if with_seed:
             jobs.append(asyncio.create_task(keep_seed_peer(prepared, invite, options, voice.hear_line)))
+        if prepared.mirrors.write:
+            jobs.append(asyncio.create_task(write_mirrors(prepared, voice.say)))
         try:
             done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
             for job in done:
@@ -166,6 +169,8 @@ def status(invite: InviteText, as_json: Json = False) -> None:
     _table(
         "Peers", ["peer", "round", "tokens", "tokens/s", "sent MB", "received MB", "state", "device"], values["peers"]
     )
+    if values["incidents"]:
+        _table("Incidents", ["told (UTC)", "what"], values["incidents"])
 
 
 def _table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
@@ -213,6 +218,14 @@ def _progress_values(reply: GetProgressReply) -> dict[str, Any]:
                 "device": p.device,
             }
             for p in reply.peers
+        ],
+        "incidents": [
+            {
+                "told (UTC)": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(incident.told_unix_ms / 1000)),
+                "what": incident.text,
+                "signed by": [peer_id_of(signed.signer) for signed in incident.attestations],
+            }
+            for incident in reversed(reply.incidents)
         ],
     }
 

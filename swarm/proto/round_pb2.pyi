@@ -304,10 +304,14 @@ class StateReply(_message.Message):
     def __init__(self, round: _Optional[int] = ..., anchor_chunks: _Optional[_Iterable[bytes]] = ..., momentum_chunks: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ChunkRequest(_message.Message):
-    __slots__ = ("digest",)
+    __slots__ = ("digest", "offset", "length")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
     digest: bytes
-    def __init__(self, digest: _Optional[bytes] = ...) -> None: ...
+    offset: int
+    length: int
+    def __init__(self, digest: _Optional[bytes] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class ChunkReply(_message.Message):
     __slots__ = ("found", "data")

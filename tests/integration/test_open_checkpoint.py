@@ -16,21 +16,33 @@ import pytest
 
 from peer.checkpoints.checkpoint import CheckpointParts
 from peer.checkpoints.download import Order, download
+from peer.checkpoints.filling import Fetching
 from peer.checkpoints.generate import GenerateOptions, draw, generate, open_checkpoint
+from peer.checkpoints.sources import PeerSource, Tally
 from peer.checkpoints.verify import Report, verify_folder
 from peer.coordinator_client import CoordinatorClient, RunInfo
-from peer.p2p.chunk_store import CHUNK_METHOD, ChunkStore, FileChunks
+from peer.p2p.chunk_store import CHUNK_METHOD, ChunkStore
 from peer.p2p.network import NetworkConfig, open_network
 from peer.p2p.transport import Transport
 from peer.training.model import build_config, build_model, config_json
-from swarm.cli import researcher
+from swarm.cli import download as download_command
 from swarm.digest import sha256
-from swarm.errors import ConfigError, DataError, DeviceError, DigestError, VerificationError
+from swarm.errors import ConfigError, DataError, DeviceError, DigestError, NotFound, VerificationError
+from swarm.file_ranges import FileChunks
 from swarm.identity import Identity
 from swarm.invite import Invite
-from swarm.proto.common_pb2 import Genesis, Signed
+from swarm.proto.common_pb2 import Genesis
 from swarm.run_spec import RunSpec
-from tests.checkpoint_samples import FakeTransport, SignedCheckpoint, data_manifest, make_spec, signed_checkpoint
+from swarm.witness import Publication
+from tests.checkpoint_samples import (
+    MOMENTUM_DIGEST,
+    FakeTransport,
+    SignedCheckpoint,
+    data_manifest,
+    make_spec,
+    signed_checkpoint,
+    state_digest_of,
+)
 
 TEXT = "The quick brown fox jumps over the lazy dog. Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich 🦊."
 VOCAB_SIZE = 300
@@ -106,17 +118,19 @@ def publish(folder: Path, family: str) -> Published:
     spec = RunSpec.model_validate(values)
     config = build_config(spec, tokenizer.get_vocab_size())
     model = build_model(config, seed=1).eval()
+    tensors = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
     parts = CheckpointParts(
         run_id=spec.run_id,
         spec=spec,
         data=data,
         round=10,
         total_tokens=1000,
-        state_digest=sha256(b"state"),
+        state_digest=state_digest_of(tensors),
+        momentum_digest=MOMENTUM_DIGEST,
         log_digest=sha256(b"log"),
         config_json=config_json(config),
         tokenizer_json=tokenizer_json,
-        tensors={name: parameter.detach().numpy() for name, parameter in model.named_parameters()},
+        tensors=tensors,
         max_file_bytes=60_000,  # several files with an index, as large models have
     )
     return Published(signed_checkpoint(folder, parts), model, tokenizer)
@@ -137,10 +151,11 @@ def folder(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Pa
     order = Order(
         run_id=made.run_id,
         signed_spec=made.signed_spec,
-        signed_manifest=made.signed_manifest,
+        publication=made.publication,
         target=base / "out",
     )
-    return asyncio.run(download(FakeTransport({HOLDER: store.handle_chunk}), order, [HOLDER])).folder
+    source = PeerSource(FakeTransport({HOLDER: store.handle_chunk}), HOLDER)
+    return asyncio.run(download(order, Fetching(sources=[source]))).folder
 
 
 def logits_of(model: Any, ids: list[int]) -> list[list[float]]:
@@ -345,9 +360,15 @@ class Coordinator:
     async def get_run(self) -> RunInfo:
         return self.run
 
-    async def checkpoint(self, round_number: int) -> Signed:
+    async def checkpoint(self, round_number: int) -> Publication:
         assert round_number == 0
-        return self.made.signed_manifest
+        return self.made.publication
+
+    async def mirrors(self) -> tuple[str, ...]:
+        return ()
+
+    async def chunk(self, digest: bytes, offset: int, length: int) -> bytes:
+        raise NotFound("no checkpoints lie here")
 
     async def close(self) -> None:
         pass
@@ -361,7 +382,7 @@ def test_swarm_download_fetches_over_libp2p_from_the_seed_peer(
     store.add_source(FileChunks(made.folder, made.manifest))
     invite = Invite(run_id=made.run_id, tls_pin=b"t" * 32, addresses=("localhost:1",))
 
-    async def scenario() -> Report:
+    async def scenario() -> tuple[Report, Tally]:
         config = NetworkConfig(run_id=made.run_id, clock=time.time, directory_keys=("status-0",))
         seed = await open_network(config, Identity.generate())
         try:
@@ -371,11 +392,14 @@ def test_swarm_download_fetches_over_libp2p_from_the_seed_peer(
                 return Coordinator(made, seed)
 
             monkeypatch.setattr(CoordinatorClient, "connect", connect)
-            downloading = researcher.download_checkpoint(invite, 0, tmp_path / "out", False)
+            downloading = download_command.download_checkpoint(
+                invite, 0, tmp_path / "out", False, download_command.Where()
+            )
             return await asyncio.wait_for(downloading, 60)
         finally:
             await seed.close()
 
-    report = asyncio.run(scenario())
+    report, tally = asyncio.run(scenario())
     assert report.ok
+    assert tally.by_kind() == {"peers": made.manifest.size_bytes}
     assert report.folder == tmp_path / "out" / "round-000010"

@@ -32,20 +32,32 @@ ARROWS = {
 # The modules in which each foreign library may be imported. A library that is not here has no door: add one, or do
 # without. `google` is protobuf's own package: decoding errors are caught where messages are decoded.
 DOORS = {
+    "aiohttp": ("peer/checkpoints/mirrors.py",),
     "alembic": ("coordinator/store.py", "coordinator/migrations/*"),
     "base58": ("swarm/identity.py", "swarm/invite.py"),
     "bitsandbytes": ("peer/training/inner_optimizer.py",),
     # The client reads the public key out of the certificate to compare it with the invite's pin.
-    "cryptography": ("swarm/identity.py", "coordinator/tls.py", "peer/coordinator_client.py"),
+    "cryptography": ("swarm/identity.py", "coordinator/tls.py", "peer/coordinator_connection.py"),
+    "fsspec": ("swarm/storage.py",),
     "google": ("swarm/*.py", "peer/*.py", "coordinator/*.py"),
-    "grpc": ("peer/coordinator_client.py", "coordinator/server.py", "coordinator/service.py"),
+    "grpc": (
+        "peer/coordinator_client.py",
+        "peer/coordinator_connection.py",
+        "coordinator/server.py",
+        "coordinator/service.py",
+    ),
     "hivemind": ("peer/p2p/hivemind_door.py",),
     "numpy": ("peer/*.py", "coordinator/token_shards.py"),
     "pyarrow": ("coordinator/data_sources.py",),
     "pydantic": ("swarm/run_spec.py", "swarm/run_file.py", "swarm/manifest.py", "swarm/data_manifest.py"),
     "rich": ("swarm/cli/output.py",),
     "safetensors": ("peer/checkpoints/checkpoint.py", "peer/training/pretrained.py"),
-    "sqlalchemy": ("coordinator/store.py", "coordinator/tables.py", "coordinator/migrations/*"),
+    "sqlalchemy": (
+        "coordinator/store.py",
+        "coordinator/published.py",
+        "coordinator/tables.py",
+        "coordinator/migrations/*",
+    ),
     "tokenizers": ("coordinator/tokenizer.py",),
     "tomli": ("swarm/run_file.py",),
     "torch": (

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from peer.p2p import chunk_store
-from peer.p2p.chunk_store import ChunkStore, FileChunks, FileRange, FileRanges, read_range, token_shard_source
+from peer.p2p.chunk_store import ChunkStore, token_shard_source
 from swarm.digest import sha256
 from swarm.errors import DiskFull, NetworkError, ProtocolError
+from swarm.file_ranges import FileChunks, FileRange, FileRanges, read_range
 from swarm.proto.round_pb2 import ChunkReply, ChunkRequest
 from tests.checkpoint_samples import data_manifest, small_checkpoint
 
@@ -109,7 +110,7 @@ def test_a_full_disk_first_costs_old_blobs_and_then_is_a_named_error(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(chunk_store.os, "fsync", full_while_old_exists)
+    monkeypatch.setattr(os, "fsync", full_while_old_exists)
     new = store.put(b"2" * 40)
     assert store.get(new) == b"2" * 40
     assert not store.has(old)
@@ -117,7 +118,7 @@ def test_a_full_disk_first_costs_old_blobs_and_then_is_a_named_error(
     def always_full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(chunk_store.os, "fsync", always_full)
+    monkeypatch.setattr(os, "fsync", always_full)
     with pytest.raises(DiskFull, match="no space left"):
         store.put(b"3" * 60)
     assert store.get(new) == b"2" * 40

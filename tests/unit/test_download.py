@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from peer.checkpoints import download as downloads
 from peer.checkpoints.download import Order, download, find_holders, held_checkpoints, round_folder
+from peer.checkpoints.filling import Fetching
+from peer.checkpoints.sources import PIECE_BYTES, PeerSource, Tally
 from peer.checkpoints.verify import Report, verify_folder
-from peer.p2p.chunk_store import ChunkStore, FileChunks
+from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.fetch import FetchLimits, HolderBook
 from peer.rounds.statuses import StatusRules, sign_status
 from swarm.errors import (
@@ -26,7 +30,8 @@ from swarm.errors import (
     SignatureError,
     VerificationError,
 )
-from swarm.identity import Identity
+from swarm.file_ranges import FileChunks
+from swarm.identity import Identity, peer_id_of
 from swarm.proto.common_pb2 import Admission
 from swarm.proto.round_pb2 import ChunkReply, Status
 from tests.checkpoint_samples import (
@@ -35,6 +40,7 @@ from tests.checkpoint_samples import (
     FakeTransport,
     SignedCheckpoint,
     make_parts,
+    publication_of,
     signed_checkpoint,
     small_checkpoint,
 )
@@ -60,14 +66,19 @@ def order(made: SignedCheckpoint, target: Path, any_round: bool = False) -> Orde
     return Order(
         run_id=made.run_id,
         signed_spec=made.signed_spec,
-        signed_manifest=made.signed_manifest,
+        publication=made.publication,
         target=target,
         any_round=any_round,
     )
 
 
-def get(transport: FakeTransport, wanted: Order, holders: tuple[bytes, ...] = (A,)) -> Path:
-    return asyncio.run(download(transport, wanted, holders, limits=QUICK)).folder
+def fetching(transport: FakeTransport, *holders: bytes, **more: Any) -> Fetching:
+    sources = [PeerSource(transport, holder) for holder in holders or (A,)]
+    return Fetching(**{"sources": sources, "limits": QUICK, **more})
+
+
+def get(transport: FakeTransport, wanted: Order, tally: Tally | None = None) -> Path:
+    return asyncio.run(download(wanted, fetching(transport, tally=tally or Tally()))).folder
 
 
 def same(made: SignedCheckpoint, folder: Path) -> bool:
@@ -78,9 +89,8 @@ def same(made: SignedCheckpoint, folder: Path) -> bool:
 
 def test_a_download_is_the_checkpoint_byte_for_byte_and_verifies(made: SignedCheckpoint, tmp_path: Path) -> None:
     progress: list[tuple[int, int]] = []
-    report = asyncio.run(
-        download(serving(tmp_path, made), order(made, tmp_path / "out"), [A], lambda *both: progress.append(both))
-    )
+    tally = Tally(on_progress=lambda *both: progress.append(both))
+    report = asyncio.run(download(order(made, tmp_path / "out"), fetching(serving(tmp_path, made), tally=tally)))
     folder = report.folder
     assert report.ok
     assert folder == tmp_path / "out" / "round-000010"
@@ -102,7 +112,7 @@ def test_a_complete_download_is_not_fetched_again(made: SignedCheckpoint, tmp_pa
 def test_an_interrupted_download_keeps_what_it_has(made: SignedCheckpoint, tmp_path: Path) -> None:
     transport = serving(tmp_path, made)
     honest = transport.peers[A]
-    answers = iter([True] * 4)
+    answers = iter([True] * 5)  # three small files, and two pieces of the weights
 
     async def dies(caller: bytes, request: bytes) -> bytes:
         return await honest(caller, request) if next(answers, False) else ChunkReply().SerializeToString()
@@ -110,18 +120,22 @@ def test_an_interrupted_download_keeps_what_it_has(made: SignedCheckpoint, tmp_p
     transport.peers[A] = dies
     one_by_one = FetchLimits(total=1, timeout_s=5)
     with pytest.raises(NotFound):
-        asyncio.run(download(transport, order(made, tmp_path / "out"), [A], limits=one_by_one))
+        asyncio.run(download(order(made, tmp_path / "out"), fetching(transport, limits=one_by_one)))
     assert not round_folder(tmp_path / "out", 10).exists()
     again = serving(tmp_path, made)
-    assert same(made, get(again, order(made, tmp_path / "out")))
-    num_chunks = sum(len(file.chunks) for file in made.manifest.files)
-    assert len(again.calls) == num_chunks - 4
+    tally = Tally()
+    assert same(made, get(again, order(made, tmp_path / "out"), tally))
+    small = sum(file.size_bytes for file in made.manifest.files[:3])
+    assert tally.by_kind() == {"peers": made.manifest.size_bytes - small - 2 * PIECE_BYTES}
 
 
 KILLED = """
 import asyncio, os, pathlib, signal, sys
-from peer.p2p.chunk_store import ChunkStore, FileChunks
+from peer.p2p.chunk_store import ChunkStore
+from swarm.file_ranges import FileChunks
 from peer.checkpoints.download import Order, download
+from peer.checkpoints.filling import Fetching
+from peer.checkpoints.sources import PeerSource, Tally
 from peer.p2p.fetch import FetchLimits
 from peer.checkpoints.verify import read_provenance
 from tests.checkpoint_samples import FakeTransport
@@ -131,13 +145,15 @@ found = read_provenance(made, None)
 store = ChunkStore(out.parent / "store", 0)
 store.add_source(FileChunks(made, found.manifest))
 order = Order(
-    run_id=found.run_id, signed_spec=found.signed_spec, signed_manifest=found.signed_manifest, target=out
+    run_id=found.run_id, signed_spec=found.signed_spec, publication=found.publication, target=out
 )
 def killed_midway(done, total):
     if done > total // 2:
         os.kill(os.getpid(), signal.SIGKILL)
 transport = FakeTransport({b"a" * 32: store.handle_chunk})
-asyncio.run(download(transport, order, [b"a" * 32], killed_midway, FetchLimits(total=1)))
+sources = [PeerSource(transport, b"a" * 32)]
+tally = Tally(on_progress=killed_midway)
+asyncio.run(download(order, Fetching(sources=sources, tally=tally, limits=FetchLimits(total=1))))
 """
 
 
@@ -147,8 +163,9 @@ def test_a_download_resumes_after_sigkill(made: SignedCheckpoint, tmp_path: Path
     assert killed.returncode == -signal.SIGKILL
     assert [path.name for path in out.iterdir()] == [".partial-10"]
     transport = serving(tmp_path, made)
-    assert same(made, get(transport, order(made, out)))
-    assert 0 < len(transport.calls) < sum(len(file.chunks) for file in made.manifest.files)
+    tally = Tally()
+    assert same(made, get(transport, order(made, out), tally))
+    assert 0 < tally.chunks_fetched < sum(len(file.chunks) for file in made.manifest.files)
 
 
 def test_damage_to_what_was_fetched_before_is_found_and_repaired(made: SignedCheckpoint, tmp_path: Path) -> None:
@@ -159,9 +176,9 @@ def test_damage_to_what_was_fetched_before_is_found_and_repaired(made: SignedChe
     (folder / "config.json").unlink()
     os.truncate(folder / "README.md", 10)
     (tmp_path / "out" / ".partial-10").mkdir()
-    transport = serving(tmp_path, made)
-    assert same(made, get(transport, order(made, tmp_path / "out")))
-    assert len(transport.calls) == 3
+    tally = Tally()
+    assert same(made, get(serving(tmp_path, made), order(made, tmp_path / "out"), tally))
+    assert tally.chunks_fetched == 3
 
 
 def test_a_lying_holder_changes_nothing_and_is_reported(made: SignedCheckpoint, tmp_path: Path) -> None:
@@ -172,10 +189,10 @@ def test_a_lying_holder_changes_nothing_and_is_reported(made: SignedCheckpoint, 
 
     transport.peers[B] = lies
     liars: list[bytes] = []
-    book = HolderBook(downloads.random.Random(1), on_lie=lambda holder, what: liars.append(holder))
-    folder = asyncio.run(download(transport, order(made, tmp_path / "out"), [B, A], limits=QUICK, book=book)).folder
+    book = HolderBook(random.Random(1), on_lie=lambda holder, what: liars.append(holder))
+    folder = asyncio.run(download(order(made, tmp_path / "out"), fetching(transport, B, A, book=book))).folder
     assert same(made, folder)
-    assert set(liars) == {B}
+    assert set(liars) == {peer_id_of(B).encode()}
 
 
 def test_only_liars_means_no_checkpoint(made: SignedCheckpoint, tmp_path: Path) -> None:
@@ -195,7 +212,7 @@ def test_an_older_round_offered_as_the_newest_is_refused_unless_it_was_asked_for
         get(transport, order(old, tmp_path / "out"))
     assert not round_folder(tmp_path / "out", 10).exists()
     get(transport, order(old, tmp_path / "out", any_round=True))
-    assert sorted(held.manifest.round for held in held_checkpoints(tmp_path / "out")) == [10, 20]
+    assert sorted(held.manifest.round for held in held_checkpoints(tmp_path / "out").values()) == [10, 20]
 
 
 def test_a_newer_round_joins_an_older_one(tmp_path: Path) -> None:
@@ -224,8 +241,13 @@ def test_folders_that_are_no_checkpoints_are_passed_over(made: SignedCheckpoint,
 
 def test_a_forged_manifest_or_spec_writes_nothing(made: SignedCheckpoint, tmp_path: Path) -> None:
     wanted = order(made, tmp_path / "out")
-    forged = ORGANIZER.sign("checkpoint", made.run_id, made.signed_manifest.payload)
-    for bad in (replace(wanted, signed_manifest=forged), replace(wanted, run_id=b"x" * 20)):
+    forged = publication_of(made.signed_manifest.payload, made.run_id, publisher=ORGANIZER)
+    unwitnessed = publication_of(made.signed_manifest.payload, made.run_id, signers=())
+    for bad in (
+        replace(wanted, publication=forged),
+        replace(wanted, publication=unwitnessed),
+        replace(wanted, run_id=b"x" * 20),
+    ):
         with pytest.raises((SignatureError, VerificationError)):
             get(serving(tmp_path, made), bad)
     assert not (tmp_path / "out").exists()
@@ -293,8 +315,8 @@ def test_two_downloads_into_one_target_exclude_each_other(made: SignedCheckpoint
     async def both() -> list[Report | BaseException]:
         wanted = order(made, tmp_path / "out")
         return await asyncio.gather(
-            download(transport, wanted, [A], limits=QUICK),
-            download(transport, wanted, [A], limits=QUICK),
+            download(wanted, fetching(transport)),
+            download(wanted, fetching(transport)),
             return_exceptions=True,
         )
 

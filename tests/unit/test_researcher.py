@@ -10,8 +10,8 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from swarm.cli import researcher
-from swarm.cli.researcher import parse_invite_at_round, parse_run
+from swarm.cli import download, researcher
+from swarm.cli.download import parse_invite_at_round, parse_run
 from swarm.errors import ConfigError, DataError, DigestError, InviteError, SwarmError, VerificationError
 from swarm.invite import Invite
 from tests.checkpoint_samples import SignedCheckpoint, small_checkpoint
@@ -20,7 +20,7 @@ INVITE = Invite(run_id=b"r" * 20, tls_pin=b"t" * 32, addresses=("localhost:1",))
 TEXT = INVITE.encode()
 
 app = typer.Typer()
-for command in (researcher.checkpoints, researcher.download, researcher.verify, researcher.generate):
+for command in (researcher.checkpoints, download.download, download.verify, researcher.generate):
     app.command()(command)
 
 

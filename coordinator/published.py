@@ -1,0 +1,100 @@
+"""What the coordinator remembers of publication: checkpoints, attestations, incidents. Part of `coordinator.store`.
+
+Every method is one transaction; the judgement about what is written is the callers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+
+import sqlalchemy as sa
+
+from coordinator.tables import attestations, checkpoints, incidents
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRow:
+    """A published checkpoint; ``signed_manifest`` and ``signed_witnesses`` are serialised Signed."""
+
+    round: int
+    total_tokens: int
+    size_bytes: int
+    manifest_digest: bytes
+    published_unix_ms: int
+    signed_manifest: bytes
+    signed_witnesses: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttestationRow:
+    """What a replica signed about a round; ``digest``: SHA-256 of the payload, ``signed``: serialised Signed."""
+
+    round: int
+    peer_key: bytes
+    digest: bytes
+    signed: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IncidentRow:
+    """An incident under its name; ``attestations``: a serialised `Incident` with these alone."""
+
+    name: str
+    told_unix_ms: int
+    text: str
+    attestations: bytes = b""
+
+
+class Published:
+    def __init__(self, transaction: Callable[[], AbstractContextManager[sa.Connection]]) -> None:
+        self._transaction = transaction
+
+    def add_checkpoint(self, row: CheckpointRow) -> None:
+        """Publish a checkpoint; `VerificationError` where its round has one."""
+        with self._transaction() as connection:
+            connection.execute(checkpoints.insert().values(asdict(row)))
+
+    def checkpoint(self, round_number: int) -> CheckpointRow | None:
+        query = sa.select(checkpoints).where(checkpoints.c.round == round_number)
+        with self._transaction() as connection:
+            row = connection.execute(query).first()
+        return CheckpointRow(**row._mapping) if row else None
+
+    def newest_checkpoints(self, limit: int) -> list[CheckpointRow]:
+        """Newest first."""
+        query = sa.select(checkpoints).order_by(checkpoints.c.round.desc()).limit(limit)
+        with self._transaction() as connection:
+            return [CheckpointRow(**row._mapping) for row in connection.execute(query)]
+
+    def add_attestation(self, row: AttestationRow, most_per_peer: int) -> None:
+        """Write down what a replica signed; what it said before changes nothing, nor does more than it may say."""
+        columns = attestations.c
+        mine = (columns.round == row.round, columns.peer_key == row.peer_key)
+        with self._transaction() as connection:
+            known = connection.execute(sa.select(columns.digest).where(*mine)).scalars().all()
+            if row.digest not in known and len(known) < most_per_peer:
+                connection.execute(attestations.insert().values(asdict(row)))
+
+    def attestations(self, round_number: int, limit: int) -> list[AttestationRow]:
+        columns = attestations.c
+        query = sa.select(attestations).where(columns.round == round_number)
+        with self._transaction() as connection:
+            rows = connection.execute(query.order_by(columns.peer_key, columns.digest).limit(limit))
+            return [AttestationRow(**row._mapping) for row in rows]
+
+    def tell_incident(self, row: IncidentRow, most: int) -> None:
+        """Write down an incident in place of an earlier one of this name, and keep the newest ``most``."""
+        with self._transaction() as connection:
+            connection.execute(incidents.delete().where(incidents.c.name == row.name))
+            connection.execute(incidents.insert().values(asdict(row)))
+            newest_first = sa.select(incidents.c.name).order_by(incidents.c.told_unix_ms.desc(), incidents.c.name)
+            for name in connection.execute(newest_first.offset(most)).scalars().all():
+                connection.execute(incidents.delete().where(incidents.c.name == name))
+
+    def newest_incidents(self, limit: int) -> list[IncidentRow]:
+        """Newest first."""
+        query = sa.select(incidents).order_by(incidents.c.told_unix_ms.desc(), incidents.c.name).limit(limit)
+        with self._transaction() as connection:
+            return [IncidentRow(**row._mapping) for row in connection.execute(query)]

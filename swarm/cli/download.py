@@ -1,0 +1,339 @@
+"""`swarm download`, `verify`: a checkpoint fetched, and checked.
+
+Decides options and what is printed, and brings a network up for as long as a download takes; leaves the work to
+`peer.checkpoints.download` and `peer.checkpoints.verify`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from swarm.cli import output
+
+if TYPE_CHECKING:
+    from peer.checkpoints.filling import Fetching
+    from peer.checkpoints.sources import OnProgress, Source, Tally
+    from peer.checkpoints.verify import Report
+    from peer.coordinator_client import CoordinatorClient, RunInfo
+    from peer.p2p.transport import Transport
+    from swarm.invite import Invite
+
+MEGABYTE = 1_000_000
+_MAX_ROUND = 2**63 - 1
+_RUN_ID = re.compile(r"[0-9a-fA-F]{40}")
+_STATUS_LIFETIME_S = 600.0  # the longest that the directory keeps a record
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder, as `swarm download` printed it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Run = Annotated[
+    str | None, typer.Option("--run", metavar="INVITE|ID", help="The run that the checkpoint must come from.")
+]
+Mirrors = Annotated[
+    list[str] | None, typer.Option("--mirror", metavar="URL", help="A mirror to fetch from too; may be repeated.")
+]
+MaxRate = Annotated[float | None, typer.Option("--max-rate", min=0.01, help="Fetch at most so fast, Mbit/s.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """What a person says about fetching: mirrors by URL, and how fast at most."""
+
+    named: tuple[str, ...] = ()
+    max_bytes_per_s: float | None = None
+
+
+def download(
+    invite: Annotated[
+        str, typer.Argument(metavar="INVITE[@ROUND]", help="The invite; @ROUND for one round, else the newest.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder for checkpoints.  [default: ./RUN]")
+    ] = None,
+    mirror: Mirrors = None,
+    max_rate: MaxRate = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Take the newest round on offer though DIR holds a newer one.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch a checkpoint from peers, mirrors and the coordinator at once and verify it; run again, it resumes."""
+    parsed, round_number = parse_invite_at_round(invite)
+    where = Where(named=tuple(mirror or ()), max_bytes_per_s=_bytes_per_s(max_rate))
+    report, tally = asyncio.run(download_checkpoint(parsed, round_number, out, force, where))
+    if as_json:
+        output.print_json(report.as_json() | tally.as_json())
+    else:
+        print(f"{report.folder}: round {report.provenance.manifest.round}, {_size(report)}, verified")
+        print(_told(tally) or "everything was here already")
+
+
+def verify(
+    folder: Folder,
+    run: Run = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Fetch what is bad, and only that, from --run's peers or --mirror.")
+    ] = False,
+    mirror: Mirrors = None,
+    max_rate: MaxRate = None,
+    as_json: Json = False,
+) -> None:
+    """Check every byte and signature of a checkpoint, offline; exit code 76 where anything is wrong."""
+    from peer.checkpoints.sources import Tally
+    from peer.checkpoints.verify import verify_folder
+
+    run_id, tally = parse_run(run), Tally()
+    if repair:
+        where = Where(named=tuple(mirror or ()), max_bytes_per_s=_bytes_per_s(max_rate))
+        report = asyncio.run(repair_checkpoint(folder, run, where, tally))
+    else:
+        with output.progress(_folder_megabytes(folder), "MB", "verifying") as advance:
+            report = verify_folder(folder, run_id, _in_megabytes(advance))
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if as_json:
+        output.print_json(report.as_json() | (tally.as_json() if repair else {}))
+    elif report.ok:
+        _print_report(report, run_id is not None)
+        if repair:
+            print(_told(tally) or "nothing had to be repaired")
+    report.require_ok()
+
+
+def parse_invite_at_round(text: str) -> tuple[Invite, int]:
+    """``INVITE`` or ``INVITE@ROUND``: the invite, and the round (0: the newest)."""
+    from swarm.errors import ConfigError
+    from swarm.invite import parse
+
+    invite, at, round_text = text.strip().partition("@")
+    if not at:
+        return parse(invite), 0
+    if not re.fullmatch(r"[0-9]{1,19}", round_text) or not 1 <= int(round_text) <= _MAX_ROUND:
+        raise ConfigError(
+            f"{round_text[:40]!r} is no round", "write INVITE@ROUND, with a round that `swarm checkpoints` lists"
+        )
+    return parse(invite), int(round_text)
+
+
+def parse_run(text: str | None) -> bytes | None:
+    """A run id from ``--run``: an invite (a round may follow), or 40 hexadecimal digits."""
+    if text is None:
+        return None
+    if _RUN_ID.fullmatch(text):
+        return bytes.fromhex(text)
+    return parse_invite_at_round(text)[0].run_id
+
+
+async def download_checkpoint(
+    invite: Invite, round_number: int, out: Path | None, force: bool, where: Where
+) -> tuple[Report, Tally]:
+    """Ask the coordinator for the checkpoint (round 0: the newest), fetch it, and verify it in place."""
+    from peer.checkpoints import download as downloads
+    from peer.checkpoints.sources import Tally
+    from swarm import manifest
+
+    async with coordinator(invite) as client:
+        run = await client.get_run()
+        publication = await client.checkpoint(round_number)
+        order = downloads.Order(
+            run_id=invite.run_id,
+            signed_spec=run.signed_spec,
+            publication=publication,
+            target=out if out is not None else Path(run.spec.name),
+            any_round=force or round_number > 0,
+        )
+        wanted = manifest.parse(publication.manifest.payload)
+        tally = Tally()
+        with output.progress(_megabytes(wanted.size_bytes), "MB", f"round {wanted.round}") as advance:
+            tally.on_progress = _cumulative(advance, tally)
+            async with _sources(client, invite, wanted.round, where) as found:
+                return await downloads.download(order, _fetching(found, tally, where)), tally
+
+
+async def repair_checkpoint(folder: Path, run: str | None, where: Where, tally: Tally) -> Report:
+    """Make the checkpoint in ``folder`` whole again from the run behind an invite, from mirrors, or from both."""
+    from peer.checkpoints import mirrors
+    from peer.checkpoints.repair import repair, round_in
+    from peer.checkpoints.verify import check_provenance, read_provenance
+    from swarm.errors import ConfigError, SwarmError
+
+    invite, round_number = _invite_of(run)
+    if invite is None and not where.named:
+        raise ConfigError(
+            "to repair, swarm verify must be told where to fetch from",
+            "add --run INVITE (the run's peers), or --mirror URL",
+        )
+    round_number = round_number or round_in(folder)
+    async with AsyncExitStack() as stack:
+        advance = stack.enter_context(output.progress(_folder_megabytes(folder), "MB", "repairing"))
+        tally.on_progress = _cumulative(advance, tally)
+        if invite is None:
+            provenance = read_provenance(folder, parse_run(run))
+            opening = mirrors.open_mirrors(where.named, (), provenance.manifest.round)
+            found = await stack.enter_async_context(opening)
+        else:
+            client = await stack.enter_async_context(coordinator(invite))
+            try:
+                provenance = read_provenance(folder, invite.run_id)
+            except SwarmError:
+                if round_number == 0:
+                    raise
+                known, publication = await client.get_run(), await client.checkpoint(round_number)
+                provenance = check_provenance(known.signed_spec, publication, invite.run_id)
+            found = await stack.enter_async_context(_sources(client, invite, provenance.manifest.round, where))
+        return await repair(folder, provenance, _fetching(found, tally, where))
+
+
+def _invite_of(run: str | None) -> tuple[Invite | None, int]:
+    """The invite in ``--run``, and the round that may follow it; None for a bare run id."""
+    if run is None or _RUN_ID.fullmatch(run):
+        return None, 0
+    return parse_invite_at_round(run)
+
+
+def _fetching(found: Sequence[Source], tally: Tally, where: Where) -> Fetching:
+    from peer.checkpoints.filling import Fetching
+
+    return Fetching(sources=found, tally=tally, max_bytes_per_s=where.max_bytes_per_s)
+
+
+@asynccontextmanager
+async def _sources(
+    client: CoordinatorClient, invite: Invite, round_number: int, where: Where
+) -> AsyncIterator[list[Source]]:
+    """Whoever may have this round: peers where they can be reached, mirrors, and the coordinator itself."""
+    from peer.checkpoints import download as downloads
+    from peer.checkpoints import mirrors
+    from peer.checkpoints.sources import CoordinatorSource, PeerSource
+    from peer.rounds.statuses import StatusRules
+    from swarm.errors import NetworkError
+
+    run, told = await client.get_run(), await client.mirrors()
+    rules = StatusRules(
+        run_id=invite.run_id,
+        publication_key=bytes.fromhex(run.spec.publication_key),
+        founders=tuple(run.genesis.voters),
+        lifetime_s=_STATUS_LIFETIME_S,
+    )
+    async with AsyncExitStack() as stack:
+        found = await stack.enter_async_context(mirrors.open_mirrors(where.named, told, round_number))
+        found.append(CoordinatorSource(client))
+        try:
+            transport = await stack.enter_async_context(_network(invite, run))
+            now_unix_s = time.time() + run.clock_offset_s
+            holders = await downloads.find_holders(transport, rules, round_number, now_unix_s)
+            found += [PeerSource(transport, holder) for holder in holders]
+        except NetworkError as error:
+            print(f"warning: no peer can be reached ({error}); mirrors and the coordinator may do", file=sys.stderr)
+        yield found
+
+
+@asynccontextmanager
+async def coordinator(invite: Invite) -> AsyncIterator[CoordinatorClient]:
+    from peer.coordinator_client import CoordinatorClient
+
+    client = await CoordinatorClient.connect(invite)
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+@asynccontextmanager
+async def _network(invite: Invite, run: RunInfo) -> AsyncIterator[Transport]:
+    """A connection to the run's peers under a key of its own, gone afterwards."""
+    from peer.p2p.network import NetworkConfig, open_network
+    from peer.rounds.statuses import status_key
+    from swarm.identity import Identity
+
+    config = NetworkConfig(
+        run_id=invite.run_id,
+        clock=lambda: time.time() + run.clock_offset_s,
+        directory_keys=tuple(status_key(shard) for shard in range(run.spec.num_shards)),
+        initial_peers=run.seed_addresses,
+        dht_server=False,
+    )
+    network = await open_network(config, Identity.generate())
+    try:
+        yield network
+    finally:
+        await network.close()
+
+
+def _print_report(report: Report, run_was_named: bool) -> None:
+    provenance = report.provenance
+    manifest = provenance.manifest
+    rows = [
+        ("run", f"{manifest.run_name} ({provenance.run_id.hex()})"),
+        ("organizer's key", provenance.spec.organizer_key),
+        ("round", f"{manifest.round}, after {manifest.total_tokens:,} tokens"),
+        ("state digest", manifest.state_digest),
+        ("witnesses", f"{len(provenance.witnesses)} of {provenance.num_live} replicas signed this state"),
+        ("files", f"{len(manifest.files)}, {_size(report)}"),
+    ]
+    output.table(f"{report.folder}: every byte and signature is right", ("what", "value"), rows)
+    if not run_was_named:
+        print("Compare the run id with the one that the organizer published, or name it with --run.")
+
+
+def _folder_megabytes(folder: Path) -> int:
+    """About how much there is to read, for the progress bar."""
+    try:
+        return _megabytes(sum(path.lstat().st_size for path in folder.iterdir()))
+    except OSError:
+        return 1  # what is wrong with the folder is told when it is verified
+
+
+def _megabytes(size_bytes: int) -> int:
+    return max(1, -(-size_bytes // MEGABYTE))
+
+
+def _cumulative(advance: output.Advance, tally: Tally) -> OnProgress:
+    """Turn (bytes done, bytes in all) into whole megabytes of progress, with where they came from."""
+    told = 0
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal told
+        now = _megabytes(total) if done >= total else done // MEGABYTE
+        if now > told:
+            advance(now - told, note=_told(tally))
+            told = now
+
+    return on_progress
+
+
+def _told(tally: Tally) -> str:
+    """Where the bytes came from, for people."""
+    parts = {**tally.by_kind(), "this disk": tally.copied_bytes}
+    return ", ".join(f"{name} {count / MEGABYTE:,.1f} MB" for name, count in parts.items() if count)
+
+
+def _bytes_per_s(max_rate_mbit: float | None) -> float | None:
+    return None if max_rate_mbit is None else max_rate_mbit * 1e6 / 8
+
+
+def _in_megabytes(advance: output.Advance) -> Any:
+    """Turn bytes read into whole megabytes of progress."""
+    waiting = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal waiting
+        waiting += count
+        if waiting >= MEGABYTE:
+            advance(waiting // MEGABYTE)
+            waiting %= MEGABYTE
+
+    return on_bytes
+
+
+def _size(report: Report) -> str:
+    return f"{report.provenance.manifest.size_bytes / MEGABYTE:,.1f} MB"

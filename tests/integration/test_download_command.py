@@ -1,0 +1,247 @@
+"""`swarm download` and `swarm verify --repair` as a researcher runs them, against the coordinator and a web mirror.
+
+No peer can be reached here, as from a network that lets nothing but the web and the coordinator through.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from coordinator.checkpoint_files import CheckpointFiles, PublishedFolder
+from coordinator.mirroring import write_mirror
+from peer.checkpoints.verify import verify_folder
+from peer.coordinator_client import CoordinatorClient, RunInfo
+from swarm.cli import download as commands
+from swarm.errors import ConfigError, DigestError, NotFound, SwarmError, Unreachable
+from swarm.invite import Invite
+from swarm.manifest import MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE
+from swarm.proto.common_pb2 import Genesis
+from swarm.storage import Storage
+from swarm.witness import Publication
+from tests.checkpoint_samples import PUBLISHER, SignedCheckpoint, make_parts, signed_checkpoint
+from tests.mirror_servers import WebMirror, web_mirror
+
+PEER = b"a" * 32
+
+app = typer.Typer()
+for command in (commands.download, commands.verify):
+    app.command()(command)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run_json(*arguments: object) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+    if result.exception is not None:
+        raise result.exception
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+@dataclass
+class Coordinator:
+    """What a researcher asks of the coordinator; the files that it serves are as on the organizer's disk."""
+
+    made: SignedCheckpoint
+    files: CheckpointFiles
+    urls: tuple[str, ...] = ()
+
+    async def get_run(self) -> RunInfo:
+        return RunInfo(
+            spec=verify_folder(self.made.folder, self.made.run_id).provenance.spec,
+            signed_spec=self.made.signed_spec,
+            genesis=Genesis(run_id=self.made.run_id, voters=[PEER]),
+            signed_genesis=self.made.signed_spec,
+            seed_addresses=(),
+            manifest_bytes=b"",
+            tokenizer_bytes=b"",
+            clock_offset_s=0.0,
+        )
+
+    async def checkpoint(self, round_number: int) -> Publication:
+        if round_number not in (0, self.made.manifest.round):
+            raise NotFound(f"no checkpoint of round {round_number}")
+        return self.made.publication
+
+    async def mirrors(self) -> tuple[str, ...]:
+        return self.urls
+
+    async def chunk(self, digest: bytes, offset: int, length: int) -> bytes:
+        return self.files.piece(digest, offset, length)
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclass
+class Place:
+    """A published checkpoint, its coordinator, a web mirror of it, and the invite that leads there."""
+
+    made: SignedCheckpoint
+    coordinator: Coordinator
+    mirror: WebMirror
+    folder: Path
+
+    @property
+    def invite(self) -> str:
+        return Invite(run_id=self.made.run_id, tls_pin=b"t" * 32, addresses=("localhost:1",)).encode()
+
+    @property
+    def size_bytes(self) -> int:
+        return self.made.manifest.size_bytes
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """Weights of three chunks; no peer can be reached."""
+    made = signed_checkpoint(tmp_path / "home" / "checkpoint-10", make_parts())
+    write_mirror(Storage(f"file://{tmp_path}/www"), PublishedFolder(path=made.folder, manifest=made.manifest))
+    coordinator = Coordinator(made, CheckpointFiles(tmp_path / "home", made.run_id, PUBLISHER.public_key))
+
+    async def connect(invite: Invite) -> Coordinator:
+        return coordinator
+
+    @asynccontextmanager
+    async def no_network(*arguments: object) -> AsyncIterator[None]:
+        raise Unreachable("no seed peer answers")
+        yield
+
+    monkeypatch.setattr(CoordinatorClient, "connect", connect)
+    monkeypatch.setattr(commands, "_network", no_network)
+    with web_mirror(tmp_path / "www") as mirror:
+        yield Place(made, coordinator, mirror, tmp_path)
+
+
+def test_a_researcher_without_peers_downloads_from_the_coordinator(place: Place) -> None:
+    result = run("download", place.invite, "--out", place.folder / "got")
+    assert result.exit_code == 0, result.exception
+    assert "warning: no peer can be reached" in result.stderr
+    assert f"coordinator {place.size_bytes / 1e6:,.1f} MB" in result.stdout
+    assert verify_folder(place.folder / "got" / "round-000010", place.made.run_id).ok
+
+
+def test_mirrors_that_the_coordinator_tells_and_the_person_names_serve_beside_it(place: Place) -> None:
+    place.coordinator.urls = (place.mirror.url, "file:///etc")
+    got = run_json("download", place.invite, "--out", place.folder / "got", "--mirror", f"file://{place.folder}/www")
+    assert got["ok"] and got["round"] == 10
+    assert sum(source["received_bytes"] for source in got["sources"]) == place.size_bytes
+    names = {source["name"] for source in got["sources"]}
+    assert names <= {"coordinator", f"{place.mirror.url}/checkpoint-10", f"file://{place.folder}/www/checkpoint-10"}
+    assert len(names) >= 2
+    assert got["chunks_fetched"] == sum(len(file.chunks) for file in place.made.manifest.files)
+
+
+def test_a_lying_mirror_and_a_coordinator_that_lacks_chunks_end_in_not_found(place: Place, tmp_path: Path) -> None:
+    place.mirror.spoil = lambda data: bytes(len(data))
+    place.coordinator.files = CheckpointFiles(None, place.made.run_id, PUBLISHER.public_key)
+    result = run("download", place.invite, "--out", tmp_path / "got", "--mirror", place.mirror.url)
+    assert isinstance(result.exception, NotFound)
+    assert [path.name for path in (tmp_path / "got").iterdir()] == [".partial-10"]
+
+
+def test_a_rate_limit_is_kept_by_the_command(place: Place) -> None:
+    started = time.monotonic()
+    run_json("download", place.invite, "--out", place.folder / "got", "--max-rate", 80)
+    assert time.monotonic() - started >= 0.9 * place.size_bytes * 8 / 80e6
+
+
+# ---- repair ---------------------------------------------------------------------------------------------------------
+
+
+def downloaded(place: Place) -> Path:
+    return Path(run_json("download", place.invite, "--out", place.folder / "got")["folder"])
+
+
+def flip(path: Path, at: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 0x40]))
+
+
+def same(place: Place, folder: Path) -> bool:
+    return {path.name: path.read_bytes() for path in place.made.folder.iterdir()} == {
+        path.name: path.read_bytes() for path in folder.iterdir()
+    }
+
+
+def test_repair_fetches_the_one_chunk_with_a_flipped_byte(place: Place) -> None:
+    folder = downloaded(place)
+    flip(folder / "model.safetensors", 5 << 20)
+    place.mirror.ranges.clear()
+    got = run_json("verify", folder, "--repair", "--mirror", place.mirror.url)
+    assert got["ok"] and got["chunks_fetched"] == 1
+    assert [(first, last) for _, first, last in place.mirror.ranges] == [(4 << 20, (8 << 20) - 1)]
+    assert same(place, folder)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a missing file": lambda folder: (folder / "config.json").unlink(),
+    "a file cut short": lambda folder: os.truncate(folder / "model.safetensors", 5 << 20),
+    "a file too long": lambda folder: os.truncate(folder / "model.safetensors", 50 << 20),
+    "a changed manifest": lambda folder: (folder / MANIFEST_FILE).write_bytes(b"{}"),
+    "a signature flipped": lambda folder: flip(folder / SIGNATURE_FILE, 100),
+    "a signature missing": lambda folder: (folder / SIGNATURE_FILE).unlink(),
+    "the spec missing": lambda folder: (folder / SPEC_FILE).unlink(),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_repair_mends_any_file_from_the_run_itself(case: str, place: Place) -> None:
+    folder = downloaded(place)
+    DAMAGE[case](folder)
+    assert run("verify", folder).exception is not None
+    got = run_json("verify", folder, "--repair", "--run", f"{place.invite}@10")
+    assert got["ok"]
+    assert same(place, folder)
+
+
+def test_repair_of_a_sound_folder_fetches_nothing(place: Place) -> None:
+    folder = downloaded(place)
+    assert "nothing had to be repaired" in run("verify", folder, "--repair", "--mirror", place.mirror.url).stdout
+    assert place.mirror.ranges == []
+
+
+def test_repair_without_a_source_says_what_to_name(place: Place) -> None:
+    result = run("verify", downloaded(place), "--repair")
+    assert isinstance(result.exception, ConfigError)
+    assert "--mirror" in result.exception.advice
+
+
+def test_repair_from_a_mirror_alone_needs_the_folders_own_signature(place: Place) -> None:
+    folder = downloaded(place)
+    flip(folder / SIGNATURE_FILE, 100)
+    assert isinstance(run("verify", folder, "--repair", "--mirror", place.mirror.url).exception, SwarmError)
+
+
+def test_repair_never_writes_through_a_link(place: Place) -> None:
+    folder = downloaded(place)
+    precious = place.folder / "precious"
+    precious.write_bytes(b"precious")
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to(precious)
+    result = run("verify", folder, "--repair", "--mirror", place.mirror.url)
+    assert isinstance(result.exception, ConfigError)
+    assert precious.read_bytes() == b"precious"
+
+
+def test_a_strangers_file_stays_and_is_still_told_after_repair(place: Place) -> None:
+    folder = downloaded(place)
+    (folder / "extra.safetensors").write_bytes(b"x")
+    result = run("verify", folder, "--repair", "--mirror", place.mirror.url)
+    assert isinstance(result.exception, DigestError)
+    assert (folder / "extra.safetensors").exists()

@@ -1,0 +1,200 @@
+"""Mirrors read by range: web server, folder and bucket give the same checkpoint, and nothing that they do harms."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from coordinator.checkpoint_files import PublishedFolder
+from coordinator.mirroring import write_mirror
+from peer.checkpoints.download import Order, download
+from peer.checkpoints.filling import Fetching
+from peer.checkpoints.mirrors import HttpMirror, StorageMirror, open_mirrors
+from peer.checkpoints.sources import Tally
+from peer.p2p.fetch import FetchLimits
+from swarm.errors import ConfigError, NotFound
+from swarm.manifest import SIGNATURE_FILE
+from swarm.storage import Storage
+from tests.checkpoint_samples import SignedCheckpoint, make_parts, signed_checkpoint, small_checkpoint
+from tests.mirror_servers import SECRETS, WebMirror, s3_server, web_mirror
+
+QUICK = FetchLimits(per_holder=2, total=8, retry_pause_s=0)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> SignedCheckpoint:
+    """Weights of three chunks."""
+    return signed_checkpoint(tmp_path / "made", make_parts())
+
+
+def mirrored(made: SignedCheckpoint, url: str) -> None:
+    write_mirror(Storage(url), PublishedFolder(path=made.folder, manifest=made.manifest))
+
+
+def get(made: SignedCheckpoint, out: Path, *urls: str, tally: Tally | None = None) -> Path:
+    order = Order(run_id=made.run_id, signed_spec=made.signed_spec, publication=made.publication, target=out)
+
+    async def body() -> Path:
+        async with open_mirrors(urls, (), made.manifest.round) as found:
+            fetching = Fetching(sources=found, limits=QUICK, tally=tally or Tally())
+            return (await download(order, fetching)).folder
+
+    return asyncio.run(asyncio.wait_for(body(), 60))
+
+
+def same(made: SignedCheckpoint, folder: Path) -> bool:
+    return {path.name: path.read_bytes() for path in made.folder.iterdir()} == {
+        path.name: path.read_bytes() for path in folder.iterdir()
+    }
+
+
+@pytest.fixture
+def web(made: SignedCheckpoint, tmp_path: Path) -> Iterator[WebMirror]:
+    """A web server over a mirrored checkpoint."""
+    mirrored(made, f"file://{tmp_path}/www")
+    with web_mirror(tmp_path / "www") as mirror:
+        yield mirror
+
+
+def test_a_folder_is_a_mirror(made: SignedCheckpoint, tmp_path: Path) -> None:
+    mirrored(made, f"file://{tmp_path}/www")
+    assert same(made, tmp_path / "www" / "checkpoint-10")
+    assert same(made, get(made, tmp_path / "out", f"file://{tmp_path}/www"))
+
+
+def test_a_web_server_is_asked_for_each_chunk_by_its_range(
+    made: SignedCheckpoint, web: WebMirror, tmp_path: Path
+) -> None:
+    tally = Tally()
+    assert same(made, get(made, tmp_path / "out", web.url, tally=tally))
+    assert tally.by_kind() == {"mirrors": made.manifest.size_bytes}
+    weights = [(first, last) for path, first, last in web.ranges if path.endswith("model.safetensors")]
+    size = (made.folder / "model.safetensors").stat().st_size
+    assert sorted(weights) == [(0, (4 << 20) - 1), (4 << 20, (8 << 20) - 1), (8 << 20, size - 1)]
+
+
+def test_a_bucket_is_written_and_read(made: SignedCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a server that speaks S3, with credentials that it takes for some."""
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    with s3_server() as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        Storage("s3://bucket")._files.mkdir("bucket")
+        mirrored(made, "s3://bucket/runs/sample")
+        tally = Tally()
+        assert same(made, get(made, tmp_path / "out", "s3://bucket/runs/sample", tally=tally))
+        assert tally.by_kind() == {"mirrors": made.manifest.size_bytes}
+        with pytest.raises(NotFound, match="lacks it"):
+            get(made, tmp_path / "again", "s3://bucket/nothing")
+        storage = Storage("s3://bucket/runs/sample/checkpoint-10")
+        assert storage.size("config.json") == (made.folder / "config.json").stat().st_size
+        assert storage.size("absent.json") is None
+
+
+SPOILT: dict[str, Callable[[WebMirror], None]] = {
+    "wrong bytes": lambda mirror: setattr(mirror, "spoil", lambda data: bytes(len(data))),
+    "too few bytes": lambda mirror: setattr(mirror, "spoil", lambda data: data[: len(data) // 2]),
+    "endless bytes": lambda mirror: setattr(mirror, "spoil", lambda data: data + bytes(64 << 20)),
+    "no ranges": lambda mirror: setattr(mirror, "status", 200),
+    "refuses": lambda mirror: setattr(mirror, "status", 403),
+    "is broken": lambda mirror: setattr(mirror, "status", 500),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_what_a_bad_mirror_lacks_or_lies_about_comes_from_another(
+    case: str, made: SignedCheckpoint, web: WebMirror, tmp_path: Path
+) -> None:
+    SPOILT[case](web)
+    assert same(made, get(made, tmp_path / "out", web.url, f"file://{tmp_path}/www"))
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_bad_mirror_alone_gives_nothing_and_is_given_up(
+    case: str, made: SignedCheckpoint, web: WebMirror, tmp_path: Path
+) -> None:
+    SPOILT[case](web)
+    with pytest.raises(NotFound, match="nobody brought"):
+        get(made, tmp_path / "out", web.url)
+    assert not (tmp_path / "out" / "round-000010").exists()
+
+
+def test_a_mirror_that_is_not_there_is_given_up(made: SignedCheckpoint, tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="could not be reached"):
+        get(made, tmp_path / "out", "http://127.0.0.1:9")
+
+
+def test_a_half_written_mirror_gives_what_it_has_and_no_more(made: SignedCheckpoint, tmp_path: Path) -> None:
+    mirrored(made, f"file://{tmp_path}/www")
+    half = tmp_path / "www" / "checkpoint-10" / "model.safetensors"
+    half.write_bytes(half.read_bytes()[: 6 << 20])
+    with pytest.raises(NotFound, match="lacks it"):
+        get(made, tmp_path / "out", f"file://{tmp_path}/www")
+    mirrored(made, f"file://{tmp_path}/other")
+    assert same(made, get(made, tmp_path / "out", f"file://{tmp_path}/www", f"file://{tmp_path}/other"))
+
+
+@pytest.mark.parametrize("url", ["nowhere", "", "zip::file:///x.zip", "gopher://host/x", "s4://bucket/x"])
+def test_a_url_that_is_no_mirror_is_a_config_error(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no place for files|not known"):
+        get(small_checkpoint(tmp_path / "made"), tmp_path / "out", url)
+
+
+TOLD = [
+    *("http://host/runs", "https://host", "file:///etc", "local:///etc", "/etc", "simplecache::https://host/x"),
+    *("https://", "https://host/\x1b[2J", "https://" + "h" * 2000, "memory://x", "http://[broken", "ftp://host/x"),
+]
+
+
+def test_a_coordinator_cannot_make_us_read_our_own_files_or_open_odd_places() -> None:
+    async def names() -> list[str]:
+        async with open_mirrors((), TOLD, 10) as found:
+            return [source.name for source in found]
+
+    assert asyncio.run(names()) == ["http://host/runs/checkpoint-10", "https://host/checkpoint-10"]
+
+
+def test_mirrors_are_bounded_in_number() -> None:
+    async def kinds() -> list[type]:
+        urls = [f"https://host-{number}" for number in range(100)]
+        async with open_mirrors(["file:///x", "file:///x"], urls, 10) as found:
+            return [type(source) for source in found]
+
+    assert asyncio.run(kinds()) == [StorageMirror] + [HttpMirror] * 15
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def test_the_signature_is_written_last(made: SignedCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    real = Storage.write
+    monkeypatch.setattr(Storage, "write", lambda self, name, path: (written.append(path.name), real(self, name, path)))
+    (made.folder / "notes.json").write_text("{}")
+    mirrored(made, f"file://{tmp_path}/www")
+    assert written[-1] == SIGNATURE_FILE
+    assert sorted(written) == sorted(path.name for path in made.folder.iterdir())
+    assert written.index("notes.json") > max(written.index(file.name) for file in made.manifest.files)
+
+
+def test_writing_that_was_cut_short_goes_on_and_leaves_no_signature_before(
+    made: SignedCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, room = Storage.write, iter([True] * 3)
+
+    def full(self: Storage, name: str, path: Path) -> None:
+        if not next(room, False):
+            raise ConfigError("the target is full")
+        real(self, name, path)
+
+    monkeypatch.setattr(Storage, "write", full)
+    with pytest.raises(ConfigError):
+        mirrored(made, f"file://{tmp_path}/www")
+    there = {path.name for path in (tmp_path / "www" / "checkpoint-10").iterdir()}
+    assert len(there) == 3 and SIGNATURE_FILE not in there
+    monkeypatch.undo()
+    mirrored(made, f"file://{tmp_path}/www")
+    assert same(made, tmp_path / "www" / "checkpoint-10")

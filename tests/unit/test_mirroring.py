@@ -1,0 +1,147 @@
+"""What is published reaches the organizer's targets, whatever fails on the way; the coordinator serves it too."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import pytest
+
+from coordinator import mirroring
+from coordinator.checkpoint_files import MAX_PIECE_BYTES, MAX_READS_AT_ONCE, CheckpointFiles, published_folders
+from coordinator.mirroring import Mirrored, keep_mirrors
+from swarm.digest import sha256
+from swarm.errors import ConfigError, NetworkError, NotFound, ProtocolError
+from swarm.manifest import SIGNATURE_FILE
+from swarm.storage import Storage
+from tests.checkpoint_samples import (
+    PUBLISHER,
+    SignedCheckpoint,
+    make_parts,
+    signed_checkpoint,
+    small_checkpoint,
+)
+
+KEY = PUBLISHER.public_key
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """The seed peer's folder of the run."""
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+def checkpoint(home: Path, number: int) -> SignedCheckpoint:
+    return small_checkpoint(home / f"checkpoint-{number}", round_number=number)
+
+
+def mirror_until(home: Path, run_id: bytes, urls: list[str], count: int) -> list[Mirrored]:
+    """What is told while `keep_mirrors` runs, until ``count`` things were."""
+    heard: list[Mirrored] = []
+
+    async def body() -> None:
+        enough = asyncio.Event()
+
+        def tell(what: Mirrored) -> None:
+            heard.append(what)
+            if len(heard) >= count:
+                enough.set()
+
+        keeping = asyncio.create_task(keep_mirrors(home, run_id, KEY, urls, tell))
+        waiting = asyncio.create_task(enough.wait())
+        await asyncio.wait((keeping, waiting), timeout=30, return_when=asyncio.FIRST_COMPLETED)
+        keeping.cancel()
+        waiting.cancel()
+        results = await asyncio.gather(keeping, waiting, return_exceptions=True)
+        for error in results:
+            if isinstance(error, Exception):
+                raise error
+
+    asyncio.run(body())
+    return heard
+
+
+def test_every_signed_checkpoint_reaches_every_target(home: Path, tmp_path: Path) -> None:
+    first, _ = checkpoint(home, 9), checkpoint(home, 10)
+    (home / "checkpoint-11").mkdir()
+    unsigned = checkpoint(home, 12)
+    (unsigned.folder / SIGNATURE_FILE).unlink()
+    urls = [f"file://{tmp_path}/one", f"file://{tmp_path}/two"]
+    heard = mirror_until(home, first.run_id, urls, 4)
+    assert {(one.round, one.url, one.error) for one in heard} == {(n, url, "") for n in (9, 10) for url in urls}
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["checkpoint-10", "checkpoint-9"]
+
+
+def test_what_another_key_signed_or_another_run_made_is_not_mirrored(home: Path) -> None:
+    made = checkpoint(home, 10)
+    small_checkpoint(home / "checkpoint-11", round_number=11, name="other")
+    assert [one.manifest.round for one in published_folders(home, made.run_id, KEY)] == [10]
+    assert list(published_folders(home, made.run_id, b"k" * 32)) == []
+
+
+def test_a_target_that_fails_is_tried_again_and_then_told(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = checkpoint(home, 10)
+    tries: list[str] = []
+    real = mirroring.write_mirror
+
+    def fails(storage: Storage, one: object) -> None:
+        tries.append(storage.url)
+        if "bad" in storage.url or tries.count(storage.url) < 3:
+            raise NetworkError("no space there")
+        real(storage, one)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(mirroring, "write_mirror", fails)
+    for name, value in {"FIRST_PAUSE_S": 0.001, "LAST_PAUSE_S": 0.01, "LOOK_INTERVAL_S": 0.02, "MAX_TRIES": 5}.items():
+        monkeypatch.setattr(mirroring, name, value)
+    good, bad = f"file://{tmp_path}/good", f"file://{tmp_path}/bad"
+    heard = mirror_until(home, made.run_id, [good, bad], 2)
+    assert {one.url: one.error for one in heard} == {good: "", bad: "no space there"}
+    assert (tries.count(good), tries.count(bad)) == (3, 5)
+
+
+def test_a_target_that_is_none_is_a_config_error_at_once(home: Path) -> None:
+    with pytest.raises(ConfigError):
+        mirror_until(home, b"r" * 20, ["gopher://host/x"], 1)
+
+
+# ---- served by the coordinator --------------------------------------------------------------------------------------
+
+
+def test_chunks_of_signed_checkpoints_are_served_in_pieces_as_they_come_and_go(home: Path) -> None:
+    made = signed_checkpoint(home / "checkpoint-10", make_parts())
+    files = CheckpointFiles(home, made.run_id, KEY)
+    weights = next(file for file in made.manifest.files if file.name == "model.safetensors")
+    digest = bytes.fromhex(weights.chunks[1])
+    pieces = [files.piece(digest, offset, MAX_PIECE_BYTES) for offset in range(0, 4 << 20, MAX_PIECE_BYTES)]
+    assert sha256(b"".join(pieces)) == digest
+    later = checkpoint(home, 20)
+    other = bytes.fromhex(next(file for file in later.manifest.files if file.name == "model.safetensors").chunks[0])
+    assert files.piece(other, 0, 100)
+    shutil.rmtree(made.folder)
+    with pytest.raises(NotFound):
+        files.piece(digest, 0, 100)
+
+
+def test_a_request_for_more_than_a_piece_is_refused(home: Path) -> None:
+    made = checkpoint(home, 10)
+    files = CheckpointFiles(home, made.run_id, KEY)
+    digest = bytes.fromhex(made.manifest.files[0].chunks[0])
+    for bad in ((digest, 0, MAX_PIECE_BYTES + 1), (digest, 0, 0), (b"short", 0, 1), (digest, 5 << 20, 1)):
+        with pytest.raises(ProtocolError):
+            files.piece(*bad)
+    with pytest.raises(NotFound):
+        files.piece(b"u" * 32, 0, 1)
+    with pytest.raises(NotFound):
+        CheckpointFiles(None, made.run_id, KEY).piece(digest, 0, 1)
+
+
+def test_too_many_readers_at_once_are_sent_elsewhere(home: Path) -> None:
+    made = checkpoint(home, 10)
+    files = CheckpointFiles(home, made.run_id, KEY)
+    files._reading = MAX_READS_AT_ONCE
+    with pytest.raises(NetworkError, match="busy"):
+        files.piece(bytes.fromhex(made.manifest.files[0].chunks[0]), 0, 1)
