@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from safetensors.numpy import load_file
 from peer.checkpoints import checkpoint
 from peer.checkpoints.checkpoint import CheckpointParts, assemble, describe_file
 from peer.checkpoints.verify import verify_folder
-from peer.p2p import chunk_store
 from swarm.digest import sha256
 from swarm.errors import DataError, DiskFull
 from tests.checkpoint_samples import make_parts, small_checkpoint, with_tensors
@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pyte
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(chunk_store.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DiskFull):
         assemble(tmp_path / "c", small_parts())
     assert list(tmp_path.iterdir()) == []
