@@ -11,6 +11,7 @@ and its bytes are on their disks, and a majority's votes are the commit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from peer.rounds.attempt import Attempt, check_open
@@ -38,7 +39,7 @@ from swarm.proto.round_pb2 import (
 
 MAX_BALLOT_STEP = 1000
 """a ballot further above the highest seen is refused: ballots must never run out"""
-UNDER_WAY = 0.0
+UNDER_WAY = math.inf
 LEAST_PATIENCE_S = 0.2
 PATIENCE = 0.25
 """of the time since the round was opened: so much later than the leader's may an average of a living reducer come"""
@@ -145,7 +146,7 @@ class RoundMachine:
 
     def next_wakeup(self) -> float | None:
         """When `on_tick` is wanted at the latest; None: only an event can change something."""
-        times = [at for key, at in self._fetching.items() if at and key in self._wanted]
+        times = [at for key, at in self._fetching.items() if at < UNDER_WAY and key in self._wanted]
         if self._decided is None:
             times += self._leader.wakeups(self.view)
             if self.attempt is not None and self.attempt.is_waiting():
@@ -224,7 +225,8 @@ class RoundMachine:
         record = parse_record(message.record, self.settings.head)
         self._check_record(record)
         self._leader.saw(ballot, now)
-        self._fetching = {key: at for key, at in self._fetching.items() if not at}  # what is under way ends by itself
+        # What is under way ends by itself.
+        self._fetching = {key: at for key, at in self._fetching.items() if at == UNDER_WAY}
         self._to_accept = (ballot, message)
 
     def _accept_when_complete(self, now: float, out: Outbox) -> None:
@@ -376,7 +378,7 @@ class RoundMachine:
             complete = False
             self._wanted.add(part.digest)
             ask_at = self._fetching.setdefault(part.digest, self._expected_until(record, index, now))
-            if ask_at == UNDER_WAY or ask_at > now:
+            if ask_at > now:
                 continue
             self._fetching[part.digest] = UNDER_WAY
             others = tuple(dict.fromkeys(holder for holder in holders if holder != self.settings.me))
