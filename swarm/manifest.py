@@ -22,6 +22,7 @@ FILE_CHUNK_BYTES = 4 << 20
 MANIFEST_FILE = "swarm-manifest.json"
 SIGNATURE_FILE = "swarm-manifest.sig"
 SPEC_FILE = "swarm-run-spec.sig"
+DATA_FILE = "data-manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_FILES = 10_000
 

@@ -194,6 +194,11 @@ class Robust(Section):
 
 class Checkpoints(Section):
     every_rounds: int = Field(10, ge=1, description="rounds between published checkpoints; the last round has one too")
+    licence: str = Field(
+        "unknown",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="licence of the published weights, as the Hugging Face Hub calls it: apache-2.0, mit, ...",
+    )
 
 
 class Admission(Section):

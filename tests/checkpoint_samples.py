@@ -59,6 +59,7 @@ def make_parts(round_number: int = 10, name: str = "sample", num_values: int = 3
         run_id=spec.run_id,
         spec=spec,
         data=data,
+        data_json=data.canonical_bytes(),
         round=round_number,
         total_tokens=500,
         state_digest=sha256(b"state"),

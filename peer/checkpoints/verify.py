@@ -46,6 +46,7 @@ _LOADED_SUFFIXES = frozenset(
     {".safetensors", ".json", ".jinja", ".py", ".model", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5"}
     | {".msgpack", ".gguf", ".npz", ".onnx"}
 )
+_ADDED_LATER = ("evaluations", "model.sig")
 _PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*\.safetensors")
 _ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
@@ -203,6 +204,9 @@ def _mismatches(provenance: Provenance) -> list[str]:
         problems.append(f"the manifest calls the run {manifest.run_name!r}, the run spec {spec.name!r}")
     if manifest.data_manifest_digest != spec.data.manifest_digest:
         problems.append("the manifest names other data than the run spec")
+    data = [file for file in manifest.files if file.name == manifests.DATA_FILE]
+    if data and data[0].sha256 != spec.data.manifest_digest:
+        problems.append(f"{manifests.DATA_FILE} is not the data manifest that the run spec names")
     tokenizers = [file for file in manifest.files if file.name == TOKENIZER_NAME]
     if not tokenizers or tokenizers[0].sha256 != spec.data.tokenizer_digest:
         problems.append(f"{TOKENIZER_NAME} is not the tokenizer that the run spec names")
@@ -270,6 +274,8 @@ def _json_problems(file: BinaryIO, listed: CheckpointFile) -> list[str]:
 def _unlisted(folder: Path, manifest: CheckpointManifest) -> tuple[list[str], list[str]]:
     """(errors, warnings) about what lies in the folder and is in no list."""
     known = {file.name for file in manifest.files} | {MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE}
+    # Added later by whoever evaluated or signed the folder; nothing loads them.
+    known |= {name for name in _ADDED_LATER if not (folder / name).is_symlink()}
     errors: list[str] = []
     warnings: list[str] = []
     with os.scandir(folder) as entries:

@@ -110,6 +110,7 @@ def publish(folder: Path, family: str) -> Published:
         run_id=spec.run_id,
         spec=spec,
         data=data,
+        data_json=data.canonical_bytes(),
         round=10,
         total_tokens=1000,
         state_digest=sha256(b"state"),
