@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from swarm.cli import data, init, plan, researcher, run
+from swarm.cli import compare, data, init, plan, researcher, run
 from swarm.errors import DiskFull, PortInUse, ResourceError, SwarmError
 
 EXIT_USAGE = 64  # sysexits.h EX_USAGE
@@ -67,6 +67,8 @@ _COMMANDS = (
     (researcher.download, "Fetch a checkpoint from a run's peers, verified."),
     (researcher.verify, "Check a checkpoint folder, offline."),
     (researcher.generate, "Continue a text with a checkpoint."),
+    (compare.diff, "Show what changed between two checkpoints."),
+    (compare.lineage, "Show where a checkpoint comes from."),
 )
 for _command, _summary in _COMMANDS:
     app.command(_command.__name__, short_help=_summary)(_command)

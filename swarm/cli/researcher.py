@@ -85,11 +85,8 @@ def download(
 
 def verify(folder: Folder, run: Run = None, as_json: Json = False) -> None:
     """Check every byte and signature of a checkpoint, offline; exit code 76 where anything is wrong."""
-    from peer.checkpoints.verify import verify_folder
-
     run_id = parse_run(run)
-    with output.progress(_folder_megabytes(folder), "MB", "verifying") as advance:
-        report = verify_folder(folder, run_id, _in_megabytes(advance))
+    report = _verify(folder, run_id)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if as_json:
@@ -237,6 +234,20 @@ async def _network(invite: Invite, run: RunInfo) -> AsyncIterator[Transport]:
         yield network
     finally:
         await network.close()
+
+
+def verified(folder: Path, run_id: bytes | None) -> Report:
+    """The report on a folder without a flaw, with progress; raises as `Report.require_ok` and `verify_folder`."""
+    report = _verify(folder, run_id)
+    report.require_ok()
+    return report
+
+
+def _verify(folder: Path, run_id: bytes | None) -> Report:
+    from peer.checkpoints.verify import verify_folder
+
+    with output.progress(_folder_megabytes(folder), "MB", "verifying") as advance:
+        return verify_folder(folder, run_id, _in_megabytes(advance))
 
 
 def _print_report(report: Report, run_was_named: bool) -> None:

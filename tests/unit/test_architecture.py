@@ -52,7 +52,7 @@ DOORS = {
         "swarm/run_record.py",
     ),
     "rich": ("swarm/cli/output.py",),
-    "safetensors": ("peer/checkpoints/checkpoint.py", "peer/training/pretrained.py"),
+    "safetensors": ("peer/checkpoints/checkpoint.py", "peer/checkpoints/weights.py", "peer/training/pretrained.py"),
     "sqlalchemy": ("coordinator/store.py", "coordinator/tables.py", "coordinator/migrations/*"),
     "tokenizers": ("coordinator/tokenizer.py",),
     "tomli": ("swarm/run_file.py",),
