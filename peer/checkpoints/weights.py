@@ -45,6 +45,13 @@ class Weights:
     def num_parameters(self) -> int:
         return sum(int(np.prod(shape, dtype=np.int64)) for shape in self.shapes.values())
 
+    def files(self) -> dict[str, list[str]]:
+        """Names of the tensors in each file, sorted."""
+        found: dict[str, list[str]] = {}
+        for name in self.shapes:
+            found.setdefault(self._files[name].name, []).append(name)
+        return found
+
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """The tensor, which is fp32 in every published checkpoint. Raises `DataError` for any other type."""
         with _opened(self._files[name]) as opened:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from swarm.cli import compare, data, init, plan, researcher, run
+from swarm.cli import compare, data, export, generate, init, plan, researcher, run
 from swarm.errors import DiskFull, PortInUse, ResourceError, SwarmError
 
 EXIT_USAGE = 64  # sysexits.h EX_USAGE
@@ -66,7 +66,8 @@ _COMMANDS = (
     (researcher.checkpoints, "List the checkpoints that a run published."),
     (researcher.download, "Fetch a checkpoint from a run's peers, verified."),
     (researcher.verify, "Check a checkpoint folder, offline."),
-    (researcher.generate, "Continue a text with a checkpoint."),
+    (generate.generate, "Continue a text with a checkpoint."),
+    (export.export, "Write a checkpoint in another format: bf16, GGUF."),
     (compare.diff, "Show what changed between two checkpoints."),
     (compare.lineage, "Show where a checkpoint comes from."),
 )

@@ -1,7 +1,7 @@
-"""`swarm checkpoints`, `download`, `verify`, `generate`: what a run made, fetched, checked and used.
+"""`swarm checkpoints`, `download`, `verify`: what a run made, fetched and checked.
 
 Decides options and what is printed, and brings a network up for as long as a download takes; leaves the work to
-`peer.checkpoints.download`, `peer.checkpoints.verify` and `peer.checkpoints.generate`.
+`peer.checkpoints.download` and `peer.checkpoints.verify`.
 """
 
 from __future__ import annotations
@@ -94,40 +94,6 @@ def verify(folder: Folder, run: Run = None, as_json: Json = False) -> None:
     elif report.ok:
         _print_report(report, run_id is not None)
     report.require_ok()
-
-
-def generate(
-    folder: Folder,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
-    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that reach this probability.")] = 0.95,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not check the folder first.")] = False,
-    run: Run = None,
-    as_json: Json = False,
-) -> None:
-    """Continue a text with the model of a checkpoint, after verifying it."""
-    from peer.checkpoints import generate as generation
-
-    options = generation.GenerateOptions(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        device=device,
-        run_id=parse_run(run),
-        verify=not no_verify,
-    )
-    pieces = generation.generate(folder, prompt, options)
-    if as_json:
-        output.print_json({"folder": str(folder), "prompt": prompt, "seed": seed, "text": "".join(pieces)})
-        return
-    for piece in pieces:
-        sys.stdout.write(_harmless(piece) if output.is_terminal() else piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
 
 
 def parse_invite_at_round(text: str) -> tuple[Invite, int]:
@@ -263,11 +229,6 @@ def _print_report(report: Report, run_was_named: bool) -> None:
     output.table(f"{report.folder}: every byte and signature is right", ("what", "value"), rows)
     if not run_was_named:
         print("Compare the run id with the one that the organizer published, or name it with --run.")
-
-
-def _harmless(text: str) -> str:
-    """What a model wrote, without characters that would command the terminal."""
-    return "".join(character if character.isprintable() or character in "\n\t" else "�" for character in text)
 
 
 def _folder_megabytes(folder: Path) -> int:

@@ -38,6 +38,7 @@ DOORS = {
     # The client reads the public key out of the certificate to compare it with the invite's pin.
     "cryptography": ("swarm/identity.py", "coordinator/tls.py", "peer/coordinator_client.py"),
     "google": ("swarm/*.py", "peer/*.py", "coordinator/*.py"),
+    "gguf": ("peer/checkpoints/export_gguf.py",),
     "grpc": ("peer/coordinator_client.py", "coordinator/server.py", "coordinator/service.py"),
     "hivemind": ("peer/p2p/hivemind_door.py",),
     "huggingface_hub": ("peer/checkpoints/card.py",),
@@ -52,13 +53,19 @@ DOORS = {
         "swarm/run_record.py",
     ),
     "rich": ("swarm/cli/output.py",),
-    "safetensors": ("peer/checkpoints/checkpoint.py", "peer/checkpoints/weights.py", "peer/training/pretrained.py"),
+    "safetensors": (
+        "peer/checkpoints/checkpoint.py",
+        "peer/checkpoints/export_hf.py",
+        "peer/checkpoints/weights.py",
+        "peer/training/pretrained.py",
+    ),
     "sqlalchemy": ("coordinator/store.py", "coordinator/tables.py", "coordinator/migrations/*"),
     "tokenizers": ("coordinator/tokenizer.py",),
     "tomli": ("swarm/run_file.py",),
     "torch": (
         "peer/training/device.py",
         "peer/training/dither.py",
+        "peer/checkpoints/export_hf.py",
         "peer/checkpoints/generate.py",
         "peer/training/hosting.py",
         "peer/training/inner_optimizer.py",

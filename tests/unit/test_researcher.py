@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from swarm.cli import researcher
+from swarm.cli.generate import generate
 from swarm.cli.researcher import parse_invite_at_round, parse_run
 from swarm.errors import ConfigError, DataError, DigestError, InviteError, SwarmError, VerificationError
 from swarm.invite import Invite
@@ -20,7 +21,7 @@ INVITE = Invite(run_id=b"r" * 20, tls_pin=b"t" * 32, addresses=("localhost:1",))
 TEXT = INVITE.encode()
 
 app = typer.Typer()
-for command in (researcher.checkpoints, researcher.download, researcher.verify, researcher.generate):
+for command in (researcher.checkpoints, researcher.download, researcher.verify, generate):
     app.command()(command)
 
 
