@@ -71,7 +71,7 @@ def generate(folder: Path, prompt: str, options: GenerateOptions) -> Iterator[st
             f"the prompt has {len(tokens)} tokens and the model reads {context_tokens}", "shorten the prompt"
         )
     num_new = min(options.max_tokens, context_tokens - len(tokens))
-    yield from _decoded(tokenizer, tokens[-MAX_HELD_TOKENS:], _draw_tokens(model.to(device), tokens, num_new, options))
+    yield from _decoded(tokenizer, tokens[-MAX_HELD_TOKENS:], draw_tokens(model.to(device), tokens, num_new, options))
 
 
 def open_checkpoint(folder: Path) -> tuple[Any, Any]:
@@ -95,7 +95,7 @@ def open_checkpoint(folder: Path) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _draw_tokens(model: Any, tokens: list[int], num_new: int, options: GenerateOptions) -> Iterator[int]:
+def draw_tokens(model: Any, tokens: list[int], num_new: int, options: GenerateOptions) -> Iterator[int]:
     """Up to ``num_new`` token ids; ends with the model's end-of-text, which is not among them."""
     import torch
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from swarm.cli import compare, data, export, generate, init, plan, researcher, run
+from swarm.cli import compare, data, evaluate, export, generate, init, plan, researcher, run
 from swarm.errors import DiskFull, PortInUse, ResourceError, SwarmError
 
 EXIT_USAGE = 64  # sysexits.h EX_USAGE
@@ -73,6 +73,7 @@ _COMMANDS = (
 )
 for _command, _summary in _COMMANDS:
     app.command(_command.__name__, short_help=_summary)(_command)
+app.command("eval", short_help="Measure a checkpoint with lm-evaluation-harness.")(evaluate.evaluate)
 app.add_typer(data.app, name="data", short_help="Turn text into what a run trains on.")
 
 

@@ -36,12 +36,17 @@ DOORS = {
     "base58": ("swarm/identity.py", "swarm/invite.py"),
     "bitsandbytes": ("peer/training/inner_optimizer.py",),
     # The client reads the public key out of the certificate to compare it with the invite's pin.
-    "cryptography": ("swarm/identity.py", "coordinator/tls.py", "peer/coordinator_client.py"),
+    "cryptography": (
+        "swarm/identity.py",
+        "coordinator/tls.py",
+        "peer/coordinator_client.py",
+    ),
     "google": ("swarm/*.py", "peer/*.py", "coordinator/*.py"),
     "gguf": ("peer/checkpoints/export_gguf.py",),
     "grpc": ("peer/coordinator_client.py", "coordinator/server.py", "coordinator/service.py"),
     "hivemind": ("peer/p2p/hivemind_door.py",),
     "huggingface_hub": ("peer/checkpoints/card.py",),
+    "lm_eval": ("peer/checkpoints/harness.py", "peer/checkpoints/harness_model.py"),
     "numpy": ("peer/*.py", "coordinator/token_shards.py"),
     "pyarrow": ("coordinator/data_sources.py",),
     "pydantic": (
@@ -67,6 +72,7 @@ DOORS = {
         "peer/training/dither.py",
         "peer/checkpoints/export_hf.py",
         "peer/checkpoints/generate.py",
+        "peer/checkpoints/harness_model.py",
         "peer/training/hosting.py",
         "peer/training/inner_optimizer.py",
         "peer/training/int8_matrix.py",
