@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peer.checkpoints.card import model_card
-from peer.checkpoints.checkpoint import CARD_NAME, INDEX_NAME, describe_file
+from peer.checkpoints.checkpoint import CARD_NAME, INDEX_NAME
 from peer.checkpoints.facts import FolderFacts, manifest_digest
 from peer.checkpoints.weights import Weights
 from swarm import __version__
 from swarm.data_manifest import TOKENIZER_NAME
 from swarm.errors import ConfigError, DataError
-from swarm.files import disk_errors, fsync_folder, write_durably
+from swarm.files import disk_errors, file_sha256, fsync_folder, write_durably
 from swarm.manifest import DATA_FILE
 from swarm.run_record import RECORD_FILE
 
@@ -83,7 +83,7 @@ def _write(facts: FolderFacts, building: Path, dtype: str, on_tensor: OnTensor) 
     digest = manifest_digest(facts.provenance)
     card = replace(facts.card, dtype=DTYPES[dtype], derived_from=digest)
     write_durably(building / CARD_NAME, model_card(card).encode())
-    files = {path.name: describe_file(path).sha256 for path in sorted(building.iterdir())}
+    files = {path.name: file_sha256(path) for path in sorted(building.iterdir())}
     origin = {**origin_of(facts), "dtype": dtype, "files": files}
     _write_json(building / ORIGIN_NAME, origin)
 
