@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -21,9 +22,10 @@ from coordinator import contributions, membership, publication
 from coordinator.contributions import Ledger
 from coordinator.run import Run
 from coordinator.store import Store
-from swarm import errors
-from swarm.errors import ProtocolError, SwarmError
+from swarm import errors, removals
+from swarm.errors import DataError, ProtocolError, SwarmError
 from swarm.proto import coordinator_pb2 as pb
+from swarm.proto.common_pb2 import Signed
 
 SERVICE_NAME = "swarm.v1.Coordinator"
 MAX_REQUEST_BYTES = 16 << 20
@@ -34,13 +36,17 @@ _T = TypeVar("_T")
 
 
 class Service:
-    """The eight calls of protos/coordinator.proto, each from request message to reply message."""
+    """The calls of protos/coordinator.proto, each from request message to reply message."""
 
-    def __init__(self, run: Run, store: Store, clock: Callable[[], float]) -> None:
-        """``clock`` tells Unix time in seconds. Blocks while the log head is rebuilt from ``store``."""
+    def __init__(self, run: Run, store: Store, clock: Callable[[], float], removals_path: Path | None = None) -> None:
+        """``clock`` tells Unix time in seconds; ``removals_path``: the organizer's removal list.
+
+        Blocks while the log head is rebuilt from ``store``.
+        """
         self._run = run
         self._store = store
         self._clock = clock
+        self._removals_path = removals_path
         self._ledger = Ledger(run, store)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinator-writer")
 
@@ -91,6 +97,9 @@ class Service:
     async def get_checkpoint(self, request: pb.GetCheckpointRequest) -> pb.GetCheckpointReply:
         return await asyncio.to_thread(publication.get_checkpoint, self._store, request.round)
 
+    async def get_removals(self, _request: pb.GetRemovalsRequest) -> pb.GetRemovalsReply:
+        return await asyncio.to_thread(_removals, self._run, self._removals_path)
+
     async def _write(self, job: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, job)
 
@@ -117,10 +126,25 @@ METHODS = {
     "GetProgress": Method(request=pb.GetProgressRequest, max_request_bytes=0, answer=Service.get_progress),
     "Publish": Method(request=pb.PublishRequest, max_request_bytes=MAX_REQUEST_BYTES, answer=Service.publish),
     "ListCheckpoints": Method(request=pb.ListCheckpointsRequest, max_request_bytes=0, answer=Service.list_checkpoints),
+    "GetRemovals": Method(request=pb.GetRemovalsRequest, max_request_bytes=0, answer=Service.get_removals),
     "GetCheckpoint": Method(
         request=pb.GetCheckpointRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.get_checkpoint
     ),
 }
+
+
+def _removals(run: Run, path: Path | None) -> pb.GetRemovalsReply:
+    """The organizer's newest list, as its file holds it; a file that does not verify is not passed on."""
+    try:
+        signed = Signed.FromString(path.read_bytes()) if path is not None else None
+    except FileNotFoundError:
+        signed = None
+    except (OSError, DecodeError) as error:
+        raise DataError("the removal list cannot be read") from error
+    if signed is not None:
+        removals.parse_signed(signed, run.run_id, bytes.fromhex(run.spec.organizer_key))
+    return pb.GetRemovalsReply(removals=signed)
+
 
 # The first class that fits decides; the client raises the named class whatever the status.
 _STATUS: tuple[tuple[type[SwarmError], grpc.StatusCode], ...] = (

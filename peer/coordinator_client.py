@@ -191,6 +191,11 @@ class CoordinatorClient:
             raise ProtocolError(f"asked for the checkpoint of round {round_number}, got that of {found.round}")
         return reply.manifest
 
+    async def signed_removals(self) -> Signed | None:
+        """The organizer's list of documents that are read no more, to be verified; None where there is none."""
+        reply = await self._call("GetRemovals", pb.GetRemovalsRequest(), pb.GetRemovalsReply)
+        return reply.removals if reply.HasField("removals") else None
+
     async def _known_run(self) -> RunInfo:
         return self._run or await self.get_run()
 

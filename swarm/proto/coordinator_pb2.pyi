@@ -223,3 +223,13 @@ class GetCheckpointReply(_message.Message):
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     manifest: _common_pb2.Signed
     def __init__(self, manifest: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
+
+class GetRemovalsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetRemovalsReply(_message.Message):
+    __slots__ = ("removals",)
+    REMOVALS_FIELD_NUMBER: _ClassVar[int]
+    removals: _common_pb2.Signed
+    def __init__(self, removals: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...

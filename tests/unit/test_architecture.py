@@ -56,6 +56,7 @@ DOORS = {
         "swarm/manifest.py",
         "swarm/data_manifest.py",
         "swarm/evaluation.py",
+        "swarm/removals.py",
         "swarm/run_record.py",
     ),
     "rich": ("swarm/cli/output.py",),

@@ -168,6 +168,9 @@ class Coordinator:
     async def record_commits(self, commits: list[Commit]) -> int:
         return 0
 
+    async def signed_removals(self) -> Signed | None:
+        return None
+
 
 def make_state() -> tuple[RunSpec, Data, Shard]:
     """A small run, its data, and its state of round 0."""
