@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from swarm.cli import compare, data, evaluate, export, generate, init, plan, push, researcher, run
+from swarm.cli import compare, data, evaluate, export, generate, init, leaderboard, plan, push, researcher, run
 from swarm.errors import DiskFull, PortInUse, ResourceError, SwarmError
 
 EXIT_USAGE = 64  # sysexits.h EX_USAGE
@@ -68,6 +68,7 @@ _COMMANDS = (
     (researcher.verify, "Check a checkpoint folder, offline."),
     (generate.generate, "Continue a text with a checkpoint."),
     (export.export, "Write a checkpoint in another format: bf16, GGUF."),
+    (leaderboard.leaderboard, "Compare the checkpoints of one or several runs."),
     (push.push, "Upload a checkpoint to the Hugging Face Hub."),
     (push.sign, "Sign a checkpoint as OpenSSF's model-signing does."),
     (compare.diff, "Show what changed between two checkpoints."),

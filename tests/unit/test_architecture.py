@@ -48,6 +48,7 @@ DOORS = {
     "hivemind": ("peer/p2p/hivemind_door.py",),
     "huggingface_hub": ("peer/checkpoints/card.py", "peer/checkpoints/hub.py"),
     "lm_eval": ("peer/checkpoints/harness.py", "peer/checkpoints/harness_model.py"),
+    "matplotlib": ("peer/checkpoints/leaderboard.py",),
     "numpy": ("peer/*.py", "coordinator/token_shards.py"),
     "pyarrow": ("coordinator/data_sources.py",),
     "pydantic": (
