@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from coordinator import contributions, incidents, membership, publication, witnesses
+from coordinator import contributions, incidents, membership, publication, vouching, witnesses
 from coordinator.contributions import Ledger
 from coordinator.run import Run
 from coordinator.store import Store
@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 
 
 class Service:
-    """The nine calls of protos/coordinator.proto, each from request message to reply message."""
+    """The ten calls of protos/coordinator.proto, each from request message to reply message."""
 
     def __init__(self, run: Run, store: Store, clock: Callable[[], float]) -> None:
         """``clock`` tells Unix time in seconds. Blocks while the log head is rebuilt from ``store``."""
@@ -43,6 +43,7 @@ class Service:
         self._clock = clock
         self._started_unix_ms = self._now_unix_ms()
         self._ledger = Ledger(run, store)
+        vouching.open_metadata(run, store, self._started_unix_ms)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinator-writer")
 
     def close(self) -> None:
@@ -94,14 +95,19 @@ class Service:
         silent_before = now - witnesses.SILENT_AFTER_MS if self._has_listened(now) else 0
         hearing = witnesses.Hearing(now_unix_ms=now, silent_before_unix_ms=silent_before)
         published = await self._write(lambda: publication.publish(self._run, self._store, request.request, hearing))
-        return pb.PublishReply(manifest=published.manifest, witnesses=published.witnesses)
+        return pb.PublishReply(manifest=published.manifest, witnesses=published.witnesses, roots=published.roots)
 
     async def list_checkpoints(self, _request: pb.ListCheckpointsRequest) -> pb.ListCheckpointsReply:
         return await asyncio.to_thread(publication.list_checkpoints, self._store)
 
     async def get_checkpoint(self, request: pb.GetCheckpointRequest) -> pb.GetCheckpointReply:
-        found = await asyncio.to_thread(publication.get_checkpoint, self._store, request.round)
-        return pb.GetCheckpointReply(manifest=found.manifest, witnesses=found.witnesses)
+        found = await asyncio.to_thread(publication.get_checkpoint, self._run, self._store, request.round)
+        return pb.GetCheckpointReply(manifest=found.manifest, witnesses=found.witnesses, roots=found.roots)
+
+    async def get_metadata(self, _request: pb.GetMetadataRequest) -> pb.GetMetadataReply:
+        now = self._now_unix_ms()
+        files = await self._write(lambda: vouching.current_files(self._run, self._store, now))
+        return pb.GetMetadataReply(files=[pb.MetadataFile(name=name, content=raw) for name, raw in files.items()])
 
     def _has_listened(self, now_unix_ms: int) -> bool:
         return now_unix_ms - self._started_unix_ms >= witnesses.SILENT_AFTER_MS
@@ -136,6 +142,7 @@ METHODS = {
     "GetCheckpoint": Method(
         request=pb.GetCheckpointRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.get_checkpoint
     ),
+    "GetMetadata": Method(request=pb.GetMetadataRequest, max_request_bytes=0, answer=Service.get_metadata),
 }
 
 # The first class that fits decides; the client raises the named class whatever the status.

@@ -21,8 +21,8 @@ from swarm.errors import DeadlineExceeded, ProtocolError, Unreachable
 from swarm.identity import Identity
 from swarm.proto.checkpoint_pb2 import Witnesses
 from swarm.proto.common_pb2 import Signed
+from swarm.publication import Publication
 from swarm.run_spec import RunSpec
-from swarm.witness import Publication
 
 ORGANIZER = Identity(b"o" * 32)
 PUBLISHER = Identity(b"p" * 32)

@@ -29,8 +29,8 @@ from swarm.errors import DataError
 from swarm.files import disk_errors, fsync_folder, write_durably
 from swarm.manifest import FILE_CHUNK_BYTES, CheckpointFile, CheckpointManifest
 from swarm.proto.common_pb2 import Signed
+from swarm.publication import Publication
 from swarm.run_spec import RunSpec
-from swarm.witness import Publication
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -97,6 +97,8 @@ def write_signed(folder: Path, publication: Publication, signed_spec: Signed) ->
     """Put manifest, signature, witnesses and the signed run spec beside the files. Raises `DiskFull`."""
     write_durably(folder / manifests.SPEC_FILE, signed_spec.SerializeToString(deterministic=True))
     write_durably(folder / manifests.WITNESSES_FILE, publication.witnesses.SerializeToString(deterministic=True))
+    if publication.roots is not None:
+        write_durably(folder / manifests.ROOTS_FILE, publication.roots.SerializeToString(deterministic=True))
     write_durably(folder / manifests.MANIFEST_FILE, publication.manifest.payload)
     write_durably(folder / manifests.SIGNATURE_FILE, publication.manifest.SerializeToString(deterministic=True))
 

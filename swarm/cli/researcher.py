@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from peer.coordinator_client import CoordinatorClient, RunInfo
     from peer.p2p.transport import Transport
     from swarm.invite import Invite
+    from swarm.run_spec import RunSpec
 
 _MEGABYTE = 1_000_000
 _MAX_ROUND = 2**63 - 1
@@ -89,7 +90,7 @@ def verify(folder: Folder, run: Run = None, as_json: Json = False) -> None:
 
     run_id = parse_run(run)
     with output.progress(_folder_megabytes(folder), "MB", "verifying") as advance:
-        report = verify_folder(folder, run_id, _in_megabytes(advance))
+        report = verify_folder(folder, run_id, _in_megabytes(advance), _known_roots)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if as_json:
@@ -159,6 +160,19 @@ def parse_run(text: str | None) -> bytes | None:
     return parse(text).run_id
 
 
+def trusted_folder(run_id: bytes) -> Path:
+    """Where this machine keeps what it trusts of a run's metadata."""
+    from swarm.keyfiles import data_home
+
+    return data_home() / "trusted" / run_id.hex()
+
+
+def _known_roots(run_id: bytes, spec: RunSpec) -> tuple[bytes, ...]:
+    from peer.checkpoints import trusted
+
+    return trusted.known_roots(trusted_folder(run_id), run_id, spec)
+
+
 async def _list(invite: Invite) -> dict[str, Any]:
     async with _coordinator(invite) as client:
         run = await client.get_run()
@@ -180,12 +194,16 @@ async def _list(invite: Invite) -> dict[str, Any]:
 async def download_checkpoint(invite: Invite, round_number: int, out: Path | None, force: bool) -> Report:
     """Ask the coordinator for the checkpoint (round 0: the newest), fetch it from peers, and verify it in place."""
     from peer.checkpoints import download as downloads
+    from peer.checkpoints import trusted
     from peer.rounds.statuses import StatusRules
     from swarm import manifest
 
     async with _coordinator(invite) as client:
         run = await client.get_run()
-        publication = await client.checkpoint(round_number)
+        source = trusted.files_source(await client.metadata())
+        known = await asyncio.to_thread(trusted.refresh, trusted_folder(invite.run_id), invite.run_id, run.spec, source)
+        publication = await client.checkpoint(round_number or known.newest_round)
+        known.check(publication)
     order = downloads.Order(
         run_id=invite.run_id,
         signed_spec=run.signed_spec,

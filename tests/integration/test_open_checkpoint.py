@@ -29,10 +29,12 @@ from swarm.errors import ConfigError, DataError, DeviceError, DigestError, Verif
 from swarm.identity import Identity
 from swarm.invite import Invite
 from swarm.proto.common_pb2 import Genesis
+from swarm.publication import Publication
 from swarm.run_spec import RunSpec
-from swarm.witness import Publication
 from tests.checkpoint_samples import (
     MOMENTUM_DIGEST,
+    ORGANIZER,
+    PUBLISHER,
     FakeTransport,
     SignedCheckpoint,
     data_manifest,
@@ -40,6 +42,7 @@ from tests.checkpoint_samples import (
     signed_checkpoint,
     state_digest_of,
 )
+from tests.metadata_samples import Repository
 
 TEXT = "The quick brown fox jumps over the lazy dog. Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich 🦊."
 VOCAB_SIZE = 300
@@ -356,8 +359,13 @@ class Coordinator:
     async def get_run(self) -> RunInfo:
         return self.run
 
+    async def metadata(self) -> dict[str, bytes]:
+        repository = Repository(self.run.spec, (ORGANIZER,), PUBLISHER)
+        repository.publish(self.made.publication, self.made.manifest.round)
+        return repository.files
+
     async def checkpoint(self, round_number: int) -> Publication:
-        assert round_number == 0
+        assert round_number == self.made.manifest.round, "the metadata names the newest"
         return self.made.publication
 
     async def close(self) -> None:
@@ -367,6 +375,7 @@ class Coordinator:
 def test_swarm_download_fetches_over_libp2p_from_the_seed_peer(
     published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     made = published.made
     store = ChunkStore(tmp_path / "store", 0)
     store.add_source(FileChunks(made.folder, made.manifest))
@@ -390,3 +399,4 @@ def test_swarm_download_fetches_over_libp2p_from_the_seed_peer(
     report = asyncio.run(scenario())
     assert report.ok
     assert report.folder == tmp_path / "out" / "round-000010"
+    assert (researcher.trusted_folder(made.run_id) / "timestamp.json").is_file()

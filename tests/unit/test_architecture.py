@@ -57,7 +57,9 @@ DOORS = {
         "coordinator/migrations/*",
     ),
     "tokenizers": ("coordinator/tokenizer.py",),
+    "securesystemslib": ("swarm/metadata.py",),
     "tomli": ("swarm/run_file.py",),
+    "tuf": ("swarm/metadata.py", "swarm/governance.py", "peer/checkpoints/trusted.py"),
     "torch": (
         "peer/training/device.py",
         "peer/training/dither.py",
