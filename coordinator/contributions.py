@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from google.protobuf.message import DecodeError
 
+from coordinator import incidents
 from coordinator.run import Run
 from coordinator.store import Losses, NewCommit, PeerRow, RoundRow, Store
 from swarm import digest, log
@@ -78,13 +79,13 @@ class Ledger:
     def _change_branch(self, fork: LogHead, head: LogHead, new: Sequence[NewCommit]) -> None:
         followed = self.head.is_behind(head)
         kept, given_up = (head, self.head) if followed else (self.head, head)
-        _logger.error(
-            "incident: round %d was decided twice; the branch to round %d (log digest %s, %d tokens) is followed,"
-            " that to round %d (%s, %d tokens) is not",
-            fork.round + 1,
-            *(kept.round, kept.log_digest.hex(), kept.total_tokens),
-            *(given_up.round, given_up.log_digest.hex(), given_up.total_tokens),
+        text = (
+            f"round {fork.round + 1} was decided twice; the branch to round {kept.round} (log digest"
+            f" {kept.log_digest.hex()}, {kept.total_tokens} tokens) is followed, that to round {given_up.round}"
+            f" ({given_up.log_digest.hex()}, {given_up.total_tokens} tokens) is not"
         )
+        _logger.error("incident: %s", text)
+        incidents.tell(self._store, f"branches after round {fork.round}", text, new[0].row.recorded_unix_ms)
         if not followed:
             raise VerificationError(
                 f"round {fork.round + 1} is recorded with another result: the swarm has split",

@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 
 from google.protobuf.message import DecodeError
 
+from coordinator import incidents
 from coordinator.run import Run
 from coordinator.store import ReportRow, Store
 from swarm import run_spec
@@ -81,6 +82,8 @@ def report(run: Run, store: Store, request: Signed, now_unix_ms: int) -> None:
     if payload.incident:
         check_name(payload.incident, "report: incident", MAX_INCIDENT_CHARACTERS)
         _logger.error("incident told by %s: %s", peer_id_of(request.signer), payload.incident)
+        name = f"told by {peer_id_of(request.signer)}"[:MAX_NAME_CHARACTERS]
+        incidents.tell(store, name, f"{name}: {payload.incident}", now_unix_ms)
     if row.reported_unix_ms <= peer.reported_unix_ms:
         return
     store.report(request.signer, row, now_unix_ms)

@@ -1,31 +1,36 @@
 """Publication: which checkpoint gets the publication key's signature.
 
-Decides by the recorded log alone: a seed peer's manifest is signed when it says what the commits say about its round.
-Leaves the files themselves to the seed peer, which assembled them, and to researchers, who verify them.
+Decides by the recorded log and the replicas' attestations: a seed peer's manifest is signed when it says what the
+commits say about its round, and a quorum of live replicas witnessed its state (`coordinator.witnesses`). Leaves the
+files themselves to the seed peer, which assembled them, and to researchers, who verify them.
 """
 
 from __future__ import annotations
 
+from coordinator import vouching, witnesses
 from coordinator.contributions import SHARD, number_or_nan
+from coordinator.published import CheckpointRow
 from coordinator.run import Run
-from coordinator.store import CheckpointRow, RoundRow, Store
-from swarm import digest, manifest
+from coordinator.store import RoundRow, Store
+from coordinator.witnesses import Hearing
+from swarm import digest, manifest, witness
 from swarm.errors import NotFound, SignatureError, VerificationError
 from swarm.identity import verify
 from swarm.manifest import CheckpointManifest
 from swarm.proto import coordinator_pb2 as pb
 from swarm.proto.common_pb2 import Signed
+from swarm.publication import Publication
 
 PUBLISH_CONTEXT = "publish"
 MAX_CHECKPOINTS_SHOWN = 1000
 MAX_COUNT = 2**63 - 1
 
 
-def publish(run: Run, store: Store, request: Signed, now_unix_ms: int) -> Signed:
-    """The manifest in ``request``, signed by the publication key; asked again, the same answer.
+def publish(run: Run, store: Store, request: Signed, hearing: Hearing) -> Publication:
+    """The manifest in ``request`` and its witnesses, signed by the publication key; asked again, the same answer.
 
-    Raises `SignatureError` for anybody but a seed peer, `NotFound` while its round is not recorded, and
-    `VerificationError` for a manifest that the log contradicts or whose round has another one already.
+    Raises `SignatureError` for anybody but a seed peer, `NotFound` while its round is not recorded or has too few
+    witnesses, and `VerificationError` for a manifest that the log contradicts or whose round has another one already.
     """
     if request.signer not in run.seed_peers:
         raise SignatureError("only a seed peer publishes")
@@ -36,20 +41,23 @@ def publish(run: Run, store: Store, request: Signed, now_unix_ms: int) -> Signed
     next_round = store.round(SHARD, checkpoint.round + 1)
     check(run, checkpoint, store.round(SHARD, checkpoint.round), next_round.state_digest if next_round else None)
     manifest_digest = digest.sha256(payload)
-    published = store.checkpoint(checkpoint.round)
+    published = store.published.checkpoint(checkpoint.round)
     if published is None:
+        quorum = witnesses.gather(run, store, checkpoint, manifest_digest, hearing)
+        signed_quorum = run.publish(witness.WITNESSES_CONTEXT, quorum.SerializeToString(deterministic=True))
         published = CheckpointRow(
             round=checkpoint.round,
             total_tokens=checkpoint.total_tokens,
             size_bytes=checkpoint.size_bytes,
             manifest_digest=manifest_digest,
-            published_unix_ms=now_unix_ms,
-            signed_manifest=run.sign(manifest.CONTEXT, payload).SerializeToString(),
+            published_unix_ms=hearing.now_unix_ms,
+            signed_manifest=run.publish(manifest.CONTEXT, payload).SerializeToString(),
+            signed_witnesses=signed_quorum.SerializeToString(),
         )
-        store.add_checkpoint(published)
+        vouching.add(run, store, published)
     elif published.manifest_digest != manifest_digest:
         raise VerificationError(f"round {checkpoint.round} is published with another manifest")
-    return Signed.FromString(published.signed_manifest)
+    return vouching.publication_of(run, published)
 
 
 def check(run: Run, checkpoint: CheckpointManifest, row: RoundRow | None, next_state_digest: bytes | None) -> None:
@@ -74,22 +82,22 @@ def check(run: Run, checkpoint: CheckpointManifest, row: RoundRow | None, next_s
 
 def list_checkpoints(store: Store) -> pb.ListCheckpointsReply:
     """Published checkpoints, newest first."""
-    rows = store.newest_checkpoints(MAX_CHECKPOINTS_SHOWN)
+    rows = store.published.newest_checkpoints(MAX_CHECKPOINTS_SHOWN)
     return pb.ListCheckpointsReply(checkpoints=[_info(row, store) for row in rows])
 
 
-def get_checkpoint(store: Store, round_number: int) -> pb.GetCheckpointReply:
-    """The signed manifest of a round, 0 meaning the newest; `NotFound` where there is none."""
-    newest = store.newest_checkpoints(1)
+def get_checkpoint(run: Run, store: Store, round_number: int) -> Publication:
+    """The publication of a round, 0 meaning the newest; `NotFound` where there is none."""
+    newest = store.published.newest_checkpoints(1)
     row = (newest[0] if newest else None) if round_number == 0 else _of_round(store, round_number)
     if row is None:
         what = f"no checkpoint of round {round_number}" if round_number else "no checkpoint yet"
         raise NotFound(f"{what} is published", "list the checkpoints, or try again later")
-    return pb.GetCheckpointReply(manifest=Signed.FromString(row.signed_manifest))
+    return vouching.publication_of(run, row)
 
 
 def _of_round(store: Store, round_number: int) -> CheckpointRow | None:
-    return store.checkpoint(round_number) if round_number <= MAX_COUNT else None
+    return store.published.checkpoint(round_number) if round_number <= MAX_COUNT else None
 
 
 def _info(row: CheckpointRow, store: Store) -> pb.CheckpointInfo:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from coordinator import contributions, membership, publication
+from coordinator import contributions, incidents, membership, publication, vouching, witnesses
 from coordinator.contributions import Ledger
 from coordinator.run import Run
 from coordinator.store import Store
@@ -47,7 +47,9 @@ class Service:
         self._store = store
         self._clock = clock
         self._removals_path = removals_path
+        self._started_unix_ms = self._now_unix_ms()
         self._ledger = Ledger(run, store)
+        vouching.open_metadata(run, store, self._started_unix_ms)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinator-writer")
 
     def close(self) -> None:
@@ -84,18 +86,37 @@ class Service:
         return pb.RecordCommitsReply(next_round_wanted=wanted)
 
     async def get_progress(self, _request: pb.GetProgressRequest) -> pb.GetProgressReply:
-        return await asyncio.to_thread(contributions.progress, self._run, self._ledger.head, self._store)
+        reply = await asyncio.to_thread(contributions.progress, self._run, self._ledger.head, self._store)
+        reply.incidents.extend(await asyncio.to_thread(incidents.newest, self._store))
+        return reply
+
+    async def attest(self, request: pb.AttestRequest) -> pb.AttestReply:
+        now = self._now_unix_ms()
+        await self._write(lambda: witnesses.attest(self._run, self._store, request.attestation, now))
+        return pb.AttestReply()
 
     async def publish(self, request: pb.PublishRequest) -> pb.PublishReply:
         now = self._now_unix_ms()
-        signed = await self._write(lambda: publication.publish(self._run, self._store, request.request, now))
-        return pb.PublishReply(manifest=signed)
+        # A coordinator that has just started heard nobody yet: until then it waits for all that may live.
+        silent_before = now - witnesses.SILENT_AFTER_MS if self._has_listened(now) else 0
+        hearing = witnesses.Hearing(now_unix_ms=now, silent_before_unix_ms=silent_before)
+        published = await self._write(lambda: publication.publish(self._run, self._store, request.request, hearing))
+        return pb.PublishReply(manifest=published.manifest, witnesses=published.witnesses, roots=published.roots)
 
     async def list_checkpoints(self, _request: pb.ListCheckpointsRequest) -> pb.ListCheckpointsReply:
         return await asyncio.to_thread(publication.list_checkpoints, self._store)
 
     async def get_checkpoint(self, request: pb.GetCheckpointRequest) -> pb.GetCheckpointReply:
-        return await asyncio.to_thread(publication.get_checkpoint, self._store, request.round)
+        found = await asyncio.to_thread(publication.get_checkpoint, self._run, self._store, request.round)
+        return pb.GetCheckpointReply(manifest=found.manifest, witnesses=found.witnesses, roots=found.roots)
+
+    async def get_metadata(self, _request: pb.GetMetadataRequest) -> pb.GetMetadataReply:
+        now = self._now_unix_ms()
+        files = await self._write(lambda: vouching.current_files(self._run, self._store, now))
+        return pb.GetMetadataReply(files=[pb.MetadataFile(name=name, content=raw) for name, raw in files.items()])
+
+    def _has_listened(self, now_unix_ms: int) -> bool:
+        return now_unix_ms - self._started_unix_ms >= witnesses.SILENT_AFTER_MS
 
     async def get_removals(self, _request: pb.GetRemovalsRequest) -> pb.GetRemovalsReply:
         return await asyncio.to_thread(_removals, self._run, self._removals_path)
@@ -124,12 +145,14 @@ METHODS = {
         request=pb.RecordCommitsRequest, max_request_bytes=MAX_REQUEST_BYTES, answer=Service.record_commits
     ),
     "GetProgress": Method(request=pb.GetProgressRequest, max_request_bytes=0, answer=Service.get_progress),
+    "Attest": Method(request=pb.AttestRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.attest),
     "Publish": Method(request=pb.PublishRequest, max_request_bytes=MAX_REQUEST_BYTES, answer=Service.publish),
     "ListCheckpoints": Method(request=pb.ListCheckpointsRequest, max_request_bytes=0, answer=Service.list_checkpoints),
     "GetRemovals": Method(request=pb.GetRemovalsRequest, max_request_bytes=0, answer=Service.get_removals),
     "GetCheckpoint": Method(
         request=pb.GetCheckpointRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.get_checkpoint
     ),
+    "GetMetadata": Method(request=pb.GetMetadataRequest, max_request_bytes=0, answer=Service.get_metadata),
 }
 
 

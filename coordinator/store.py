@@ -1,5 +1,7 @@
 """What the coordinator remembers, in any database that SQLAlchemy speaks to. The door to sqlalchemy and alembic.
 
+Peers and the log are here, what is published is in `coordinator.published`.
+
 Decides when something is durable: every method that writes is one transaction, on disk when the method returns.
 Leaves all judgement about what is written to its callers. Methods block; one thread at a time may write, and the
 caller sees to that (`coordinator.service`).
@@ -20,7 +22,8 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
-from coordinator.tables import checkpoints, commits, contributions, peers, reports, run, seed_addresses
+from coordinator.published import Published
+from coordinator.tables import commits, contributions, peers, reports, run, seed_addresses
 from swarm.errors import ConfigError, DiskFull, ResourceError, VerificationError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -89,18 +92,6 @@ class NewCommit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointRow:
-    """A published checkpoint; ``signed_manifest`` is the serialised Signed."""
-
-    round: int
-    total_tokens: int
-    size_bytes: int
-    manifest_digest: bytes
-    published_unix_ms: int
-    signed_manifest: bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Losses:
     """Of one round, in nats per token: mean over peers of the training losses, median of the validation losses."""
 
@@ -125,6 +116,7 @@ class Store:
         except BaseException:
             self.close()
             raise
+        self.published = Published(self._transaction)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -296,25 +288,6 @@ class Store:
             for row in connection.execute(query.order_by(columns.round, columns.peer_key)):
                 shares.setdefault(row.round, {})[row.peer_key] = row.tokens
         return shares
-
-    # Checkpoints
-
-    def add_checkpoint(self, row: CheckpointRow) -> None:
-        """Publish a checkpoint; `VerificationError` where its round has one."""
-        with self._transaction() as connection:
-            connection.execute(checkpoints.insert().values(asdict(row)))
-
-    def checkpoint(self, round_number: int) -> CheckpointRow | None:
-        query = sa.select(checkpoints).where(checkpoints.c.round == round_number)
-        with self._transaction() as connection:
-            row = connection.execute(query).first()
-        return CheckpointRow(**row._mapping) if row else None
-
-    def newest_checkpoints(self, limit: int) -> list[CheckpointRow]:
-        """Newest first."""
-        query = sa.select(checkpoints).order_by(checkpoints.c.round.desc()).limit(limit)
-        with self._transaction() as connection:
-            return [CheckpointRow(**row._mapping) for row in connection.execute(query)]
 
 
 def _engine(url: str) -> sa.Engine:

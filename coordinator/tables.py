@@ -5,7 +5,7 @@ Decides names and types only; what is read and written is `coordinator.store`'s.
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Boolean, Column, Double, Integer, LargeBinary, MetaData, String, Table
+from sqlalchemy import BigInteger, Boolean, Column, Double, Integer, LargeBinary, MetaData, String, Table, Text
 
 metadata = MetaData()
 
@@ -87,4 +87,30 @@ checkpoints = Table(
     Column("manifest_digest", LargeBinary(32), nullable=False),
     Column("published_unix_ms", BigInteger, nullable=False),
     Column("signed_manifest", LargeBinary, nullable=False),  # serialised Signed
+    Column("signed_witnesses", LargeBinary, nullable=False),  # serialised Signed
+)
+
+attestations = Table(
+    "attestations",
+    metadata,
+    Column("round", BigInteger, primary_key=True, autoincrement=False),
+    Column("peer_key", LargeBinary(32), primary_key=True),
+    Column("digest", LargeBinary(32), primary_key=True),  # of the payload: who says two things is seen
+    Column("signed", LargeBinary, nullable=False),  # serialised Signed
+)
+
+incidents = Table(
+    "incidents",
+    metadata,
+    Column("name", String(64), primary_key=True),  # an incident that goes on has one entry, the newest text
+    Column("told_unix_ms", BigInteger, nullable=False, index=True),
+    Column("text", Text, nullable=False),
+    Column("attestations", LargeBinary, nullable=False),  # serialised Incident that holds nothing else
+)
+
+online_metadata = Table(
+    "online_metadata",
+    metadata,
+    Column("role", String(64), primary_key=True),
+    Column("content", LargeBinary, nullable=False),  # a TUF file that the publication key signed
 )

@@ -1,7 +1,8 @@
 """A peer's (or a researcher's) side of the coordinator's gRPC service. The door to grpc on this side.
 
-Decides that nothing the coordinator sends is used before it is verified: its TLS key against the invite's pin, the
-run's parts against the run id, admissions and checkpoints against the publication key. Leaves when to call, and what
+Decides that nothing the coordinator sends is used before it is verified: its TLS key against the invite's pin
+(`peer.coordinator_connection`), the run's parts against the run id, admissions and checkpoints against the publication
+key, checkpoints against their witnesses too. Leaves when to call, and what
 to do while the coordinator is away, to the caller: every call ends within its deadline, and a call after an outage
 connects anew.
 """
@@ -9,26 +10,21 @@ connects anew.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
-from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from google.protobuf.message import DecodeError, Message
 
-from swarm import __version__, data_manifest, digest, log, manifest, run_spec
+from peer.coordinator_connection import ADVICE, MAX_REQUEST_BYTES, Connection, open_connection
+from swarm import __version__, data_manifest, digest, log, run_spec, witness
 from swarm.errors import (
     ConfigError,
     DeadlineExceeded,
     NetworkError,
-    PinError,
     ProtocolError,
     SwarmError,
     Unreachable,
@@ -37,28 +33,18 @@ from swarm.errors import (
 from swarm.identity import Identity, verify
 from swarm.invite import Invite
 from swarm.proto import coordinator_pb2 as pb
+from swarm.proto.checkpoint_pb2 import Attestation
 from swarm.proto.common_pb2 import Admission, Genesis, Signed
 from swarm.proto.round_pb2 import Commit
+from swarm.publication import Publication
 from swarm.run_spec import RunSpec
 
-CONNECT_TIMEOUT_S = 10.0
 CALL_TIMEOUT_S = 20.0
 TRANSFER_TIMEOUT_S = 300.0  # for replies and requests of many megabytes
-MAX_REPLY_BYTES = 144 << 20  # data manifest and tokenizer, 64 MiB each
 MAX_COMMITS_PER_CALL = 1024
-MAX_REQUEST_BYTES = 16 << 20
 _BATCH_BYTES = 15 << 20
 _MAX_SEED_ADDRESSES = 16
 _MAX_DETAIL_CHARACTERS = 8192
-_SERVER_NAME = "swarm-coordinator"
-_ADVICE = "check your connection; ask the organizer whether the coordinator runs; training goes on without it"
-_OPTIONS = (
-    ("grpc.ssl_target_name_override", _SERVER_NAME),
-    ("grpc.max_receive_message_length", MAX_REPLY_BYTES),
-    ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
-    ("grpc.enable_http_proxy", 0),  # the pin was checked on a direct connection
-    ("grpc.use_local_subchannel_pool", 1),  # a new connection does not wait for an old one's back-off
-)
 _Reply = TypeVar("_Reply", bound=Message)
 
 
@@ -90,7 +76,7 @@ class CoordinatorClient:
         self._invite = invite
         self._identity = identity
         self._clock = clock
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
         self._closed = False
         self._run: RunInfo | None = None
@@ -165,31 +151,42 @@ class CoordinatorClient:
         """How far the run is, by the coordinator's record."""
         return await self._call("GetProgress", pb.GetProgressRequest(), pb.GetProgressReply)
 
-    async def publish(self, manifest_bytes: bytes) -> Signed:
-        """Have a checkpoint's manifest signed by the publication key (seed peers only)."""
+    async def attest(self, attestation: Attestation) -> None:
+        """Sign what this replica holds after a checkpoint round; `NotFound` while the round is not recorded."""
+        signed = self._sign(witness.ATTESTATION_CONTEXT, attestation)
+        await self._call("Attest", pb.AttestRequest(attestation=signed), pb.AttestReply)
+
+    async def publish(self, manifest_bytes: bytes) -> Publication:
+        """Have a checkpoint published (seed peers only); `NotFound` while it lacks witnesses."""
         run = await self._known_run()
         request = pb.PublishRequest(request=self._sign("publish", manifest_bytes))
         reply = await self._call("Publish", request, pb.PublishReply, TRANSFER_TIMEOUT_S)
-        manifest.parse_signed(reply.manifest, self._invite.run_id, bytes.fromhex(run.spec.publication_key))
+        publication = _publication(reply)
+        publication.verified(self._invite.run_id, run.spec)
         if reply.manifest.payload != manifest_bytes:
             raise ProtocolError("the coordinator signed another manifest than the one sent")
-        return reply.manifest
+        return publication
 
     async def checkpoints(self) -> list[pb.CheckpointInfo]:
         """Published checkpoints, newest first."""
         reply = await self._call("ListCheckpoints", pb.ListCheckpointsRequest(), pb.ListCheckpointsReply)
         return list(reply.checkpoints)
 
-    async def checkpoint(self, round_number: int = 0) -> Signed:
-        """The signed manifest of a round, 0 meaning the newest, verified. `NotFound` where there is none."""
+    async def checkpoint(self, round_number: int = 0) -> Publication:
+        """What is published of a round, 0 meaning the newest, verified. `NotFound` where there is none."""
         run = await self._known_run()
         request = pb.GetCheckpointRequest(round=round_number)
         reply = await self._call("GetCheckpoint", request, pb.GetCheckpointReply, TRANSFER_TIMEOUT_S)
-        key = bytes.fromhex(run.spec.publication_key)
-        found = manifest.parse_signed(reply.manifest, self._invite.run_id, key)
+        publication = _publication(reply)
+        found = publication.verified(self._invite.run_id, run.spec)
         if round_number not in (0, found.round):
             raise ProtocolError(f"asked for the checkpoint of round {round_number}, got that of {found.round}")
-        return reply.manifest
+        return publication
+
+    async def metadata(self) -> dict[str, bytes]:
+        """The run's TUF metadata by name, not verified: that is `peer.checkpoints.trusted`'s."""
+        reply = await self._call("GetMetadata", pb.GetMetadataRequest(), pb.GetMetadataReply, TRANSFER_TIMEOUT_S)
+        return {file.name: file.content for file in reply.files}
 
     async def signed_removals(self) -> Signed | None:
         """The organizer's list of documents that are read no more, to be verified; None where there is none."""
@@ -249,89 +246,13 @@ class CoordinatorClient:
             if connection.retired and connection.calls == 0:
                 await connection.channel.close()
 
-    async def _connected(self) -> _Connection:
+    async def _connected(self) -> Connection:
         async with self._connecting:
             if self._closed:
                 raise Unreachable("the connection to the coordinator was closed")
             if self._connection is None or self._connection.retired:
-                self._connection = await _open(self._invite)
+                self._connection = await open_connection(self._invite)
             return self._connection
-
-
-@dataclass(slots=True)
-class _Connection:
-    """A channel, how many calls use it, and whether it is given up (closed after its last call)."""
-
-    channel: Any
-    calls: int = 0
-    retired: bool = False
-
-
-async def _open(invite: Invite) -> _Connection:
-    """A connection to the first address that works; else the gravest of what went wrong."""
-    failures: list[SwarmError] = []
-    for address in invite.addresses:
-        try:
-            return await _open_address(address, invite.tls_pin)
-        except (Unreachable, PinError) as error:
-            failures.append(error)
-    for failure in failures:
-        if isinstance(failure, PinError):
-            raise failure
-    raise Unreachable("no coordinator answers: " + "; ".join(str(failure) for failure in failures), _ADVICE)
-
-
-async def _open_address(address: str, tls_pin: bytes) -> _Connection:
-    certificate = await _fetch_certificate(address)
-    _check_pin(certificate, tls_pin, address)
-    credentials = grpc.ssl_channel_credentials(ssl.DER_cert_to_PEM_cert(certificate).encode())
-    channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
-    try:
-        await asyncio.wait_for(channel.channel_ready(), CONNECT_TIMEOUT_S)
-    except BaseException as error:
-        await channel.close()
-        if isinstance(error, asyncio.TimeoutError):
-            raise Unreachable(f"{address}: no secure connection within {CONNECT_TIMEOUT_S:.0f} s", _ADVICE) from error
-        raise
-    return _Connection(channel)
-
-
-async def _fetch_certificate(address: str) -> bytes:
-    """The DER certificate that ``address`` shows, not verified by anybody yet."""
-    host, _, port = address.rpartition(":")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    context.set_alpn_protocols(["h2"])
-    opening = asyncio.open_connection(host.strip("[]"), int(port), ssl=context, server_hostname=_SERVER_NAME)
-    try:
-        _, writer = await asyncio.wait_for(opening, CONNECT_TIMEOUT_S)
-    except asyncio.TimeoutError as error:
-        raise Unreachable(f"{address}: no answer within {CONNECT_TIMEOUT_S:.0f} s", _ADVICE) from error
-    except ssl.SSLError as error:
-        raise Unreachable(f"{address}: does not speak TLS", _ADVICE) from error
-    except OSError as error:
-        raise Unreachable(f"{address}: {error.strerror or error}", _ADVICE) from error
-    try:
-        certificate = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-    finally:
-        writer.transport.abort()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
-    return certificate or b""
-
-
-def _check_pin(certificate: bytes, tls_pin: bytes, address: str) -> None:
-    try:
-        public_key = x509.load_der_x509_certificate(certificate).public_key()
-        pin = digest.sha256(public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise PinError(f"{address}: shows no usable certificate") from error
-    if pin != tls_pin:
-        raise PinError(
-            f"{address}: answers with another key than the invite's",
-            "do not join; ask the organizer for a fresh invite over another channel",
-        )
 
 
 def _verified_run(reply: pb.GetRunReply, run_id: bytes, clock_offset_s: float) -> RunInfo:
@@ -353,6 +274,11 @@ def _verified_run(reply: pb.GetRunReply, run_id: bytes, clock_offset_s: float) -
     )
 
 
+def _publication(reply: pb.PublishReply | pb.GetCheckpointReply) -> Publication:
+    roots = reply.roots if reply.HasField("roots") else None
+    return Publication(manifest=reply.manifest, witnesses=reply.witnesses, roots=roots)
+
+
 def _batches(commits: Sequence[Commit]) -> Iterator[list[Commit]]:
     """Consecutive batches within the limits of a call; one empty batch for no commits."""
     batch: list[Commit] = []
@@ -369,14 +295,14 @@ def _batches(commits: Sequence[Commit]) -> Iterator[list[Commit]]:
 def _named_error(method: str, code: grpc.StatusCode, details: str) -> SwarmError:
     """The error that the coordinator named, or the one that a status of the transport means."""
     if code == grpc.StatusCode.UNAVAILABLE:
-        return Unreachable("the coordinator cannot be reached", _ADVICE)
+        return Unreachable("the coordinator cannot be reached", ADVICE)
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineExceeded(f"the coordinator did not answer {method} in time", _ADVICE)
+        return DeadlineExceeded(f"the coordinator did not answer {method} in time", ADVICE)
     try:
         texts = json.loads(details[:_MAX_DETAIL_CHARACTERS])
         kind, message, advice = (str(texts[name]) for name in ("error", "message", "advice"))
     except (ValueError, KeyError, TypeError, RecursionError):
-        return NetworkError(f"the coordinator answered {method} with {code.name}: {_printable(details)}", _ADVICE)
+        return NetworkError(f"the coordinator answered {method} with {code.name}: {_printable(details)}", ADVICE)
     return _error_classes().get(kind, NetworkError)(_printable(message), _printable(advice))
 
 

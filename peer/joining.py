@@ -131,6 +131,7 @@ def checkpoint_template(joined: Joined, anchor: Float32) -> Template:
             round=1,
             total_tokens=0,
             state_digest=bytes(32),
+            momentum_digest=bytes(32),
             log_digest=bytes(32),
             config_json=model.config_json(config),
             tokenizer_json=run.tokenizer_bytes,
@@ -138,7 +139,8 @@ def checkpoint_template(joined: Joined, anchor: Float32) -> Template:
         ),
         layout=layout,
         signed_spec=run.signed_spec,
-        publisher=None if joined.options.trains else joined.client,
+        coordinator=joined.client,
+        publishes=not joined.options.trains,
         kept=KEPT_BY_VOLUNTEER if joined.options.trains else KEPT_BY_SEED,
     )
 
@@ -265,8 +267,7 @@ async def find_start(joined: Joined) -> Start:
 
     def look(head: LogHead, shard: Shard) -> None:
         if head.round and schedule.is_checkpoint_round(rules, head.round, head.total_tokens):
-            anchor = shard.anchor_on_disk(joined.folder)
-            due.append(StateCopy(head=head, state_digest=shard.state_digest, anchor=anchor))
+            due.append(StateCopy.of(shard, head, joined.folder))
 
     head = await asyncio.to_thread(resume, joined.ledger, head, shard, joined.identity.public_key, look)
     return Start(head=head, shard=shard, due=tuple(due))

@@ -243,7 +243,7 @@ class Peer:
         if self.training is not None:
             self.training.follow(head)
         if schedule.is_checkpoint_round(self.spec, head.round, head.total_tokens):
-            await self._offer_checkpoint(committed.state_digest)
+            await self._offer_checkpoint()
         contributors = {share.peer_key for part in record.parts for share in part.shares}
         if self.training is not None and evaluator(head.round, contributors) == self.joined.identity.public_key:
             await self._evaluate(head.round)
@@ -269,9 +269,9 @@ class Peer:
         self.watch(News(kind="incident", values={"round": self.exchange.head.round, "reason": str(incident)}))
         self.reporter.met_branch(str(incident))
 
-    async def _offer_checkpoint(self, state_digest: bytes) -> None:
-        anchor = await self._anchor_on_disk()
-        self.checkpoints.offer(StateCopy(head=self.exchange.head, state_digest=state_digest, anchor=anchor))
+    async def _offer_checkpoint(self) -> None:
+        shard, head, folder = self.exchange.shard, self.exchange.head, self.joined.folder
+        self.checkpoints.offer(await asyncio.to_thread(StateCopy.of, shard, head, folder))
 
     def _on_checkpoint(self, round_number: int) -> None:
         self.words.checkpoint_round = max(self.words.checkpoint_round, round_number)

@@ -30,6 +30,29 @@ def chunk_digests(data: memoryview, chunk_bytes: int = STATE_CHUNK_BYTES) -> lis
     return [sha256(data[start : start + chunk_bytes]) for start in range(0, len(data), chunk_bytes)]
 
 
+class ChunkRoot:
+    """The Merkle root over the chunks of bytes that come in pieces."""
+
+    def __init__(self, chunk_bytes: int = STATE_CHUNK_BYTES) -> None:
+        self._room = self._chunk_bytes = chunk_bytes
+        self._chunk = hashlib.sha256()
+        self._leaves: list[bytes] = []
+
+    def update(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            taken, view = view[: self._room], view[self._room :]
+            self._chunk.update(taken)
+            self._room -= len(taken)
+            if not self._room:
+                self._leaves.append(self._chunk.digest())
+                self._chunk, self._room = hashlib.sha256(), self._chunk_bytes
+
+    def root(self) -> bytes:
+        rest = [self._chunk.digest()] if self._room < self._chunk_bytes else []
+        return merkle_root([*self._leaves, *rest])
+
+
 def num_chunks(size_bytes: int, chunk_bytes: int = STATE_CHUNK_BYTES) -> int:
     return -(-size_bytes // chunk_bytes)
 
@@ -46,7 +69,12 @@ def merkle_root(leaves: Sequence[bytes]) -> bytes:
 
 def state_digest(anchor_chunks: Sequence[bytes], momentum_chunks: Sequence[bytes]) -> bytes:
     """The root over the two subtrees of a state: its anchor and its outer momentum."""
-    return hashlib.sha256(b"\x01" + merkle_root(anchor_chunks) + merkle_root(momentum_chunks)).digest()
+    return join_subtrees(merkle_root(anchor_chunks), merkle_root(momentum_chunks))
+
+
+def join_subtrees(anchor_root: bytes, momentum_root: bytes) -> bytes:
+    """The state digest of an anchor and an outer momentum that have these Merkle roots."""
+    return hashlib.sha256(b"\x01" + anchor_root + momentum_root).digest()
 
 
 def log_genesis(run_id: bytes, shard: int) -> bytes:

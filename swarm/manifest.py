@@ -2,16 +2,18 @@
 
 Decides which files a checkpoint may hold and what is checked, without any I/O: bytes in, verified objects out, or a
 named error. A checkpoint on disk is the files of the manifest plus ``swarm-manifest.json`` (the payload as signed)
-and ``swarm-manifest.sig`` (serialised `Signed`, context "checkpoint").
+and ``swarm-manifest.sig`` (serialised `Signed`, context "checkpoint"). Who witnessed the state is `swarm.witness`'s.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
+from swarm.digest import sha256
 from swarm.errors import SpecError, VerificationError
 from swarm.identity import verify
 from swarm.proto.common_pb2 import Signed
@@ -23,8 +25,14 @@ MANIFEST_FILE = "swarm-manifest.json"
 SIGNATURE_FILE = "swarm-manifest.sig"
 SPEC_FILE = "swarm-run-spec.sig"
 DATA_FILE = "data-manifest.json"
+WITNESSES_FILE = "swarm-witnesses.sig"
+ROOTS_FILE = "swarm-roots.sig"  # only where the organizers changed the run's keys
+SIGNED_FILES = frozenset({MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE, WITNESSES_FILE, ROOTS_FILE})
+"""what lies beside the files of the manifest, checked by signatures"""
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_FILES = 10_000
+MAX_PARAMETERS = 1 << 20
+VALUE_BYTES = 4  # the anchor is fp32
 
 # One plain name: no folders, no leading dot, nothing that differs only by case on some file systems. Only kinds of file
 # that hold no code: no pickle (.bin, .pt), no Python, no templates. README.md is the one name with capitals.
@@ -47,8 +55,40 @@ class CheckpointFile(Section):
         return self
 
 
+class Parameter(Section):
+    name: str = Field(min_length=1, max_length=256)
+    shape: tuple[Annotated[int, Field(ge=0, le=1 << 40)], ...] = Field(max_length=16)
+
+    @property
+    def size_bytes(self) -> int:
+        return VALUE_BYTES * math.prod(self.shape)
+
+
+class Anchor(Section):
+    """The state whose weights these are: what witnesses signed, and how to recompute it from the files.
+
+    ``digest``: Merkle root over the chunks of all parameters, one after the other in this order, little-endian fp32.
+    """
+
+    digest: Hex32
+    momentum_digest: Hex32
+    parameters: tuple[Parameter, ...] = Field(min_length=1, max_length=MAX_PARAMETERS)
+
+    @model_validator(mode="after")
+    def _distinct_parameters(self) -> Anchor:
+        if len({parameter.name for parameter in self.parameters}) != len(self.parameters):
+            raise ValueError("two parameters have one name")
+        return self
+
+    @property
+    def layout_digest(self) -> bytes:
+        """SHA-256 over names and shapes, in order: the same bytes under other names are another model."""
+        layout = [[parameter.name, list(parameter.shape)] for parameter in self.parameters]
+        return sha256(json.dumps(layout, separators=(",", ":")).encode())
+
+
 class CheckpointManifest(Section):
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     run_id: RunIdHex
     run_name: str = Field(max_length=64)
     round: int = Field(ge=1)
@@ -56,13 +96,14 @@ class CheckpointManifest(Section):
     state_digest: Hex32
     log_digest: Hex32
     data_manifest_digest: Hex32
+    anchor: Anchor
     files: tuple[CheckpointFile, ...] = Field(min_length=1, max_length=MAX_FILES)
 
     @model_validator(mode="after")
     def _distinct_names(self) -> CheckpointManifest:
         if len({file.name.lower() for file in self.files}) != len(self.files):
             raise ValueError("two files have one name")
-        if any(file.name in (MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE) for file in self.files):
+        if any(file.name in SIGNED_FILES for file in self.files):
             raise ValueError("a file has the name of the manifest")
         return self
 

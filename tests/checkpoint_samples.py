@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from peer.checkpoints.anchor import describe_anchor
 from peer.checkpoints.checkpoint import CheckpointParts, assemble, write_signed
 from peer.p2p.transport import MAX_CALL_BYTES, Handler
 from swarm import manifest as manifests
-from swarm import run_spec
+from swarm import run_spec, witness
 from swarm.data_manifest import DataManifest, Source, TokenShard
-from swarm.digest import sha256
+from swarm.digest import join_subtrees, sha256
 from swarm.errors import DeadlineExceeded, ProtocolError, Unreachable
 from swarm.identity import Identity
+from swarm.proto.checkpoint_pb2 import Witnesses
 from swarm.proto.common_pb2 import Signed
+from swarm.publication import Publication
 from swarm.run_spec import RunSpec
 
 ORGANIZER = Identity(b"o" * 32)
 PUBLISHER = Identity(b"p" * 32)
+WITNESSES = tuple(Identity(sha256(b"witness %d" % number)) for number in range(3))
+MOMENTUM_DIGEST = sha256(b"momentum")
 TOKENIZER = json.dumps({"added_tokens": [{"id": 0, "content": "<|endoftext|>"}]}).encode()
 CONFIG = json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
 
@@ -55,6 +60,10 @@ def make_parts(round_number: int = 10, name: str = "sample", num_values: int = 3
     data = data_manifest()
     spec = make_spec(data, name)
     rng = np.random.default_rng(round_number)
+    tensors = {
+        "b.weight": rng.random((num_values // 2, 2), dtype=np.float32),
+        "a.weight": np.ones(7, np.float32),
+    }
     return CheckpointParts(
         run_id=spec.run_id,
         spec=spec,
@@ -62,15 +71,19 @@ def make_parts(round_number: int = 10, name: str = "sample", num_values: int = 3
         data_json=data.canonical_bytes(),
         round=round_number,
         total_tokens=500,
-        state_digest=sha256(b"state"),
+        state_digest=state_digest_of(tensors),
+        momentum_digest=MOMENTUM_DIGEST,
         log_digest=sha256(b"log"),
         config_json=CONFIG,
         tokenizer_json=TOKENIZER,
-        tensors={
-            "b.weight": rng.random((num_values // 2, 2), dtype=np.float32),
-            "a.weight": np.ones(7, np.float32),
-        },
+        tensors=tensors,
     )
+
+
+def state_digest_of(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """Of a state whose anchor is made of ``tensors``, in their order."""
+    anchor = describe_anchor(tensors, MOMENTUM_DIGEST)
+    return join_subtrees(bytes.fromhex(anchor.digest), MOMENTUM_DIGEST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +94,40 @@ class SignedCheckpoint:
     manifest: manifests.CheckpointManifest
     run_id: bytes
     signed_spec: Signed
-    signed_manifest: Signed
+    publication: Publication
+
+    @property
+    def signed_manifest(self) -> Signed:
+        return self.publication.manifest
+
+
+def publication_of(
+    payload: bytes,
+    run_id: bytes,
+    publisher: Identity = PUBLISHER,
+    signers: Sequence[Identity] = WITNESSES[:2],
+    live: Sequence[Identity] = WITNESSES,
+) -> Publication:
+    """A manifest as the coordinator publishes it once ``signers``, out of the ``live`` replicas, attested it."""
+    attestation = witness.attestation_of(manifests.parse(payload)).SerializeToString()
+    witnesses = Witnesses(
+        round=manifests.parse(payload).round,
+        manifest_digest=sha256(payload),
+        replicas=[replica.public_key for replica in live],
+        attestations=[signer.sign(witness.ATTESTATION_CONTEXT, run_id, attestation) for signer in signers],
+    )
+    return Publication(
+        manifest=publisher.sign(manifests.CONTEXT, run_id, payload),
+        witnesses=publisher.sign(witness.WITNESSES_CONTEXT, run_id, witnesses.SerializeToString()),
+    )
 
 
 def signed_checkpoint(folder: Path, parts: CheckpointParts) -> SignedCheckpoint:
     manifest = assemble(folder, parts)
     signed_spec = ORGANIZER.sign(run_spec.CONTEXT, parts.run_id, parts.spec.canonical_bytes())
-    signed_manifest = PUBLISHER.sign(manifests.CONTEXT, parts.run_id, manifest.canonical_bytes())
-    write_signed(folder, signed_manifest, signed_spec)
-    return SignedCheckpoint(folder, manifest, parts.run_id, signed_spec, signed_manifest)
+    publication = publication_of(manifest.canonical_bytes(), parts.run_id)
+    write_signed(folder, publication, signed_spec)
+    return SignedCheckpoint(folder, manifest, parts.run_id, signed_spec, publication)
 
 
 def small_checkpoint(folder: Path, round_number: int = 10, name: str = "sample") -> SignedCheckpoint:
@@ -97,7 +135,7 @@ def small_checkpoint(folder: Path, round_number: int = 10, name: str = "sample")
 
 
 def with_tensors(parts: CheckpointParts, tensors: dict[str, np.ndarray]) -> CheckpointParts:
-    return replace(parts, tensors=tensors)
+    return replace(parts, tensors=tensors, state_digest=state_digest_of(tensors))
 
 
 @dataclass

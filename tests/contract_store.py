@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.store import MAX_REPORTS_PER_PEER, CheckpointRow, Losses, NewCommit, ReportRow, RoundRow, Store
+from coordinator.published import AttestationRow, CheckpointRow, IncidentRow
+from coordinator.store import MAX_REPORTS_PER_PEER, Losses, NewCommit, ReportRow, RoundRow, Store
 from swarm.errors import ConfigError, ResourceError, VerificationError
 
 ANNA, BORIS = b"a" * 32, b"b" * 32
@@ -48,6 +49,7 @@ def checkpoint(number: int) -> CheckpointRow:
         manifest_digest=b"m" * 32,
         published_unix_ms=3,
         signed_manifest=b"signed %d" % number,
+        signed_witnesses=b"witnesses",
     )
 
 
@@ -173,10 +175,27 @@ class StoreContract:
         assert [peer.key[0] for peer in store.newest_peers(3)] == [4, 3, 2]
 
     def test_checkpoints_are_one_per_round_and_newest_first(self, store: Store) -> None:
-        store.add_checkpoint(checkpoint(2))
-        store.add_checkpoint(checkpoint(10))
+        store.published.add_checkpoint(checkpoint(2), {"timestamp": b"1"})
+        store.published.add_checkpoint(checkpoint(10), {"timestamp": b"2"})
         with pytest.raises(VerificationError):
-            store.add_checkpoint(replace(checkpoint(10), signed_manifest=b"another"))
-        assert [row.round for row in store.newest_checkpoints(5)] == [10, 2]
-        assert store.checkpoint(10) == checkpoint(10)
-        assert store.checkpoint(3) is None
+            store.published.add_checkpoint(replace(checkpoint(10), signed_manifest=b"another"), {"timestamp": b"3"})
+        assert [row.round for row in store.published.newest_checkpoints(5)] == [10, 2]
+        assert store.published.checkpoint(10) == checkpoint(10)
+        assert store.published.checkpoint(3) is None
+        assert store.published.metadata() == {"timestamp": b"2"}
+
+    def test_what_a_replica_attests_is_kept_once_and_within_bounds(self, store: Store) -> None:
+        rows = [AttestationRow(round=2, peer_key=b"a" * 32, digest=bytes([n]) * 32, signed=b"s") for n in range(3)]
+        for row in (rows[0], rows[0], rows[1], rows[2]):
+            store.published.add_attestation(row, most_per_peer=2)
+        other = AttestationRow(round=2, peer_key=b"b" * 32, digest=b"d" * 32, signed=b"t")
+        store.published.add_attestation(other, most_per_peer=2)
+        assert store.published.attestations(2, 10) == [rows[0], rows[1], other]
+        assert store.published.attestations(3, 10) == []
+
+    def test_an_incident_has_its_newest_text_and_the_oldest_are_forgotten(self, store: Store) -> None:
+        for number, name in enumerate(["a", "b", "a", "c"]):
+            row = IncidentRow(name=name, told_unix_ms=number, text=f"text {number}", attestations=b"")
+            store.published.tell_incident(row, most=2)
+        found = [(row.name, row.text) for row in store.published.newest_incidents(10)]
+        assert found == [("c", "text 3"), ("a", "text 2")]

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 from coordinator.run import Run, RunSource, open_run
-from swarm import log
+from swarm import log, manifest, witness
 from swarm.data_manifest import DataManifest
-from swarm.digest import sha256
+from swarm.digest import join_subtrees, sha256
 from swarm.identity import Identity
 from swarm.log import LogHead
 from swarm.manifest import CheckpointManifest
 from swarm.proto import coordinator_pb2 as pb
+from swarm.proto.checkpoint_pb2 import Attestation
 from swarm.proto.common_pb2 import Genesis, ShardGenesis, Signed
 from swarm.proto.round_pb2 import Ballot, Commit, PartResult, Record, Share, Vote
 from swarm.run_spec import RunSpec
+from tests.metadata_samples import first_offline
 
 NOW_UNIX_S = 1_800_000_000.0
 NOW_UNIX_MS = int(NOW_UNIX_S * 1000)
@@ -32,8 +35,13 @@ def identity(number: int) -> Identity:
 ORGANIZER, PUBLICATION, SEED, ANNA, BORIS, STRANGER = (identity(number) for number in range(6))
 
 
+def subtrees_after(round_number: int) -> tuple[bytes, bytes]:
+    """Roots of anchor and momentum."""
+    return sha256(b"anchor after %d" % round_number), sha256(b"momentum after %d" % round_number)
+
+
 def state_digest_after(round_number: int) -> bytes:
-    return sha256(b"state after %d" % round_number)
+    return join_subtrees(*subtrees_after(round_number))
 
 
 @dataclass
@@ -59,6 +67,8 @@ class World:
             data_manifest=self.data_manifest,
             tokenizer=TOKENIZER,
             publication=PUBLICATION,
+            offline=first_offline(self.spec, [ORGANIZER], datetime.now(timezone.utc)),
+            publisher=PUBLICATION,
         )
 
     @property
@@ -82,6 +92,7 @@ class World:
     def manifest(self, round_number: int, **changes: Any) -> bytes:
         """The manifest of the checkpoint after a round, as an honest seed peer writes it."""
         head = self.heads[round_number]
+        anchor, momentum = subtrees_after(round_number)
         values: dict[str, Any] = {
             "run_id": self.run_id.hex(),
             "run_name": self.spec.name,
@@ -90,9 +101,23 @@ class World:
             "state_digest": state_digest_after(round_number).hex(),
             "log_digest": head.log_digest.hex(),
             "data_manifest_digest": self.spec.data.manifest_digest,
+            "anchor": {
+                "digest": anchor.hex(),
+                "momentum_digest": momentum.hex(),
+                "parameters": [{"name": "a.weight", "shape": [100]}],
+            },
             "files": [{"name": "config.json", "size_bytes": 2, "sha256": sha256(b"{}").hex(), "chunks": ["0" * 64]}],
         }
         return CheckpointManifest.model_validate({**values, **changes}).canonical_bytes()
+
+    def attestation(self, round_number: int, **changes: Any) -> Attestation:
+        """What a replica that holds the state after a round says of it."""
+        attestation = witness.attestation_of(manifest.parse(self.manifest(round_number)))
+        return Attestation(**{field.name: value for field, value in attestation.ListFields()} | changes)
+
+    def attest_request(self, who: Identity, round_number: int, **changes: Any) -> Signed:
+        payload = self.attestation(round_number, **changes).SerializeToString(deterministic=True)
+        return who.sign("attestation", self.run_id, payload)
 
     def admit_request(self, who: Identity, **changes: Any) -> Signed:
         values = {"token": TOKEN, "sent_unix_ms": NOW_UNIX_MS, "agent": "test/1", **changes}
@@ -181,6 +206,7 @@ def _spec(data_manifest: bytes, admission: Mapping[str, Any]) -> RunSpec:
                     "tokenizer_digest": sha256(TOKENIZER).hex(),
                 },
                 "admission": dict(admission),
+                "checkpoints": {"every_rounds": 1},
             }
         )
     )

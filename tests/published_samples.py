@@ -10,7 +10,14 @@ from peer.checkpoints.checkpoint import CheckpointParts
 from peer.training.model import build_config, build_model, config_json
 from swarm.digest import sha256
 from swarm.run_spec import RunSpec
-from tests.checkpoint_samples import SignedCheckpoint, data_manifest, make_spec, signed_checkpoint
+from tests.checkpoint_samples import (
+    MOMENTUM_DIGEST,
+    SignedCheckpoint,
+    data_manifest,
+    make_spec,
+    signed_checkpoint,
+    state_digest_of,
+)
 
 TEXT = "The quick brown fox jumps over the lazy dog. Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich 🦊."
 VOCAB_SIZE = 300
@@ -85,6 +92,7 @@ def publish(folder: Path, family: str) -> Published:
     spec = RunSpec.model_validate(values)
     config = build_config(spec, tokenizer.get_vocab_size())
     model = build_model(config, seed=1).eval()
+    tensors = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
     parts = CheckpointParts(
         run_id=spec.run_id,
         spec=spec,
@@ -92,11 +100,12 @@ def publish(folder: Path, family: str) -> Published:
         data_json=data.canonical_bytes(),
         round=10,
         total_tokens=1000,
-        state_digest=sha256(b"state"),
+        state_digest=state_digest_of(tensors),
+        momentum_digest=MOMENTUM_DIGEST,
         log_digest=sha256(b"log"),
         config_json=config_json(config),
         tokenizer_json=tokenizer_json,
-        tensors={name: parameter.detach().numpy() for name, parameter in model.named_parameters()},
+        tensors=tensors,
         max_file_bytes=60_000,  # several files with an index, as large models have
     )
     return Published(signed_checkpoint(folder, parts), model, tokenizer)

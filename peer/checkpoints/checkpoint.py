@@ -22,6 +22,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from peer.checkpoints.anchor import describe_anchor
 from peer.checkpoints.card import CardFacts, model_card
 from swarm import manifest as manifests
 from swarm.data_manifest import TOKENIZER_NAME, DataManifest
@@ -30,6 +31,7 @@ from swarm.errors import DataError
 from swarm.files import disk_errors, fsync_folder, write_durably
 from swarm.manifest import FILE_CHUNK_BYTES, CheckpointFile, CheckpointManifest
 from swarm.proto.common_pb2 import Signed
+from swarm.publication import Publication
 from swarm.run_spec import RunSpec
 
 WEIGHTS_NAME = "model.safetensors"
@@ -43,9 +45,8 @@ Tensors = Mapping[str, npt.NDArray[np.float32]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointParts:
-    """Everything that a checkpoint is made of. ``tensors`` are fp32, by the family's own parameter names.
-
-    ``data_json``: the bytes of the data manifest, whose digest the run spec names; ``data`` is what they say.
+    """Everything that a checkpoint is made of. ``tensors``: fp32, by the family's own parameter names, in the anchor's
+    order. ``data_json``: the bytes of the data manifest, whose digest the run spec names; ``data`` is what they say.
     """
 
     run_id: bytes
@@ -55,6 +56,8 @@ class CheckpointParts:
     round: int
     total_tokens: int
     state_digest: bytes
+    momentum_digest: bytes
+    """Merkle root over the outer momentum's chunks: with the anchor's it makes the state digest"""
     log_digest: bytes
     config_json: str
     tokenizer_json: bytes
@@ -97,11 +100,14 @@ def assemble(folder: Path, parts: CheckpointParts) -> CheckpointManifest:
     return manifest
 
 
-def write_signed(folder: Path, signed_manifest: Signed, signed_spec: Signed) -> None:
-    """Put the manifest, its signature and the signed run spec beside the files. Raises `DiskFull`."""
+def write_signed(folder: Path, publication: Publication, signed_spec: Signed) -> None:
+    """Put manifest, signature, witnesses and the signed run spec beside the files. Raises `DiskFull`."""
     write_durably(folder / manifests.SPEC_FILE, signed_spec.SerializeToString(deterministic=True))
-    write_durably(folder / manifests.MANIFEST_FILE, signed_manifest.payload)
-    write_durably(folder / manifests.SIGNATURE_FILE, signed_manifest.SerializeToString(deterministic=True))
+    write_durably(folder / manifests.WITNESSES_FILE, publication.witnesses.SerializeToString(deterministic=True))
+    if publication.roots is not None:
+        write_durably(folder / manifests.ROOTS_FILE, publication.roots.SerializeToString(deterministic=True))
+    write_durably(folder / manifests.MANIFEST_FILE, publication.manifest.payload)
+    write_durably(folder / manifests.SIGNATURE_FILE, publication.manifest.SerializeToString(deterministic=True))
 
 
 def describe_file(path: Path) -> CheckpointFile:
@@ -134,6 +140,7 @@ def _write_files(folder: Path, parts: CheckpointParts) -> CheckpointManifest:
         state_digest=parts.state_digest.hex(),
         log_digest=parts.log_digest.hex(),
         data_manifest_digest=parts.spec.data.manifest_digest,
+        anchor=describe_anchor(parts.tensors, parts.momentum_digest),
         files=tuple(describe_file(path) for path in sorted(folder.iterdir())),
     )
 

@@ -31,6 +31,7 @@ from swarm.errors import AlreadyRunning, ConfigError, DataError, DiskFull, Netwo
 from swarm.files import TEMPORARY_PREFIX, disk_errors, fsync_folder
 from swarm.manifest import FILE_CHUNK_BYTES, MANIFEST_FILE, CheckpointFile, CheckpointManifest
 from swarm.proto.common_pb2 import Signed
+from swarm.publication import Publication
 
 MAX_TARGET_ENTRIES = 10_000
 CONNECT_TIMEOUT_S = 10.0
@@ -48,7 +49,7 @@ class Order:
 
     run_id: bytes
     signed_spec: Signed
-    signed_manifest: Signed
+    publication: Publication
     target: Path
     any_round: bool = False
 
@@ -72,7 +73,7 @@ async def download(
     Raises `VerificationError` (signature, rollback), `ConfigError` (the target holds another run), `AlreadyRunning`,
     `DiskFull`, `NotFound` (run it again later: it resumes).
     """
-    provenance = check_provenance(order.signed_spec, order.signed_manifest, order.run_id)
+    provenance = check_provenance(order.signed_spec, order.publication, order.run_id)
     manifest = provenance.manifest
     final = round_folder(order.target, manifest.round)
     partial = order.target / f".partial-{manifest.round}"
@@ -280,7 +281,7 @@ def _write_range(place: FileRange, data: bytes) -> None:
 
 def _finish(partial: Path, final: Path, order: Order) -> Report:
     """Sign off: everything on disk, read back and verified, then one rename."""
-    write_signed(partial, order.signed_manifest, order.signed_spec)
+    write_signed(partial, order.publication, order.signed_spec)
     for path in partial.iterdir():
         if path.is_file() and not path.is_symlink():
             with open(path, "rb") as file:

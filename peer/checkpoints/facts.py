@@ -70,7 +70,9 @@ class FolderFacts:
             "record": record.model_dump(mode="json") if record is not None else None,
             "signed_by": {
                 "organizer_key": spec.organizer_key,
-                "publication_key": spec.publication_key,
+                "publication_key": self.provenance.publication.manifest.signer.hex(),
+                "witnesses": list(self.provenance.witnesses),
+                "replicas": self.provenance.num_live,
                 "manifest_digest": manifest_digest(self.provenance),
             },
             "evaluations": [
@@ -83,7 +85,7 @@ class FolderFacts:
 
 def manifest_digest(provenance: Provenance) -> str:
     """SHA-256 of the manifest as signed: the name of this very checkpoint."""
-    return digest.sha256(provenance.signed_manifest.payload).hex()
+    return digest.sha256(provenance.publication.manifest.payload).hex()
 
 
 def read_facts(folder: Path, run_id: bytes | None) -> FolderFacts:

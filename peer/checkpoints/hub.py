@@ -51,7 +51,7 @@ def describe_folder(folder: Path, run_id: bytes | None) -> str:
         report = verify_folder(folder, run_id)
         report.require_ok()
         listed = report.provenance
-        digest = sha256(listed.signed_manifest.payload).hex()
+        digest = sha256(listed.publication.manifest.payload).hex()
         return f"{listed.manifest.run_name}, round {listed.manifest.round} (manifest {digest[:16]})"
     origin, files = _origin(folder)
     for name, wanted in files.items():

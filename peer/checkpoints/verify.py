@@ -1,7 +1,8 @@
 """Checking a checkpoint folder offline, by somebody who trusts nobody but the run id.
 
 The chain: run id -> run spec (it contains the organizer's key and rules, and the organizer signed it) -> publication
-key -> manifest -> every byte of every file. Decides what is an error and what a warning. Leaves opening the model to
+key -> manifest -> every byte of every file. And besides it: the weights recompute to the anchor digest that a quorum of
+the run's replicas signed (`swarm.witness`). Decides what is an error and what a warning. Leaves opening the model to
 `peer.checkpoints.generate`, and where the right run id comes from to the person: the invite, or the organizer's own
 page.
 """
@@ -20,26 +21,31 @@ from typing import BinaryIO
 
 from google.protobuf.message import DecodeError
 
+from peer.checkpoints.anchor import MAX_HEADER_BYTES, anchor_problem
 from swarm import manifest as manifests
-from swarm import run_spec
+from swarm import run_spec, witness
 from swarm.data_manifest import TOKENIZER_NAME
 from swarm.digest import sha256
 from swarm.errors import DataError, DigestError, SignatureError, SpecError, VerificationError
-from swarm.identity import PUBLIC_KEY_BYTES, SIGNATURE_BYTES
+from swarm.identity import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, peer_id_of
 from swarm.manifest import (
     FILE_CHUNK_BYTES,
     MANIFEST_FILE,
+    ROOTS_FILE,
     SIGNATURE_FILE,
+    SIGNED_FILES,
     SPEC_FILE,
+    WITNESSES_FILE,
     CheckpointFile,
     CheckpointManifest,
 )
+from swarm.proto.checkpoint_pb2 import Witnesses
 from swarm.proto.common_pb2 import Signed
+from swarm.publication import MAX_ROOTS_BYTES, Publication
 from swarm.run_spec import RunSpec
 
 MAX_FOLDER_ENTRIES = 100_000
 MAX_PROBLEMS = 100
-MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _SIGNED_OVERHEAD_BYTES = 256
 # Kinds of file that a loader may pick up by itself, beside the listed ones.
 _LOADED_SUFFIXES = frozenset(
@@ -57,6 +63,8 @@ _ITEM_BYTES = {
 
 
 OnBytes = Callable[[int], object]
+KnownRoots = Callable[[bytes, RunSpec], tuple[bytes, ...]]
+"""(run id, spec) -> the run's roots that this machine trusts, as `peer.checkpoints.trusted` keeps them"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +75,21 @@ class Provenance:
     spec: RunSpec
     manifest: CheckpointManifest
     signed_spec: Signed
-    signed_manifest: Signed
+    publication: Publication
+
+    @property
+    def witnesses(self) -> tuple[str, ...]:
+        """Peer ids of the replicas that signed this state."""
+        return tuple(peer_id_of(signed.signer) for signed in self._quorum.attestations)
+
+    @property
+    def num_live(self) -> int:
+        """How many replicas lived when the checkpoint was published."""
+        return len(self._quorum.replicas)
+
+    @property
+    def _quorum(self) -> Witnesses:
+        return Witnesses.FromString(self.publication.witnesses.payload)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +128,10 @@ class Report:
             "total_tokens": manifest.total_tokens,
             "state_digest": manifest.state_digest,
             "log_digest": manifest.log_digest,
-            "manifest_digest": sha256(self.provenance.signed_manifest.payload).hex(),
+            "anchor_digest": manifest.anchor.digest,
+            "manifest_digest": sha256(self.provenance.publication.manifest.payload).hex(),
+            "witnesses": list(self.provenance.witnesses),
+            "live_replicas": self.provenance.num_live,
             "num_files": len(manifest.files),
             "size_bytes": manifest.size_bytes,
             "problems": list(self.problems),
@@ -114,16 +139,28 @@ class Report:
         }
 
 
-def verify_folder(folder: Path, run_id: bytes | None, on_bytes: OnBytes = lambda _: None) -> Report:
+def no_roots(_run_id: bytes, _spec: RunSpec) -> tuple[bytes, ...]:
+    """For who has never heard of the run."""
+    return ()
+
+
+def verify_folder(
+    folder: Path, run_id: bytes | None, on_bytes: OnBytes = lambda _: None, known_roots: KnownRoots = no_roots
+) -> Report:
     """Check signatures and every byte of ``folder``; ``on_bytes`` hears how many bytes were read.
+
+    ``known_roots``: what this machine trusts of a run already: a publication key that was replaced is refused.
 
     Where ``run_id`` is None, the folder's own run id is reported, and the person has to compare it.
     Raises `DataError` where this is no checkpoint, `VerificationError` where a signature file is wrong.
     """
-    provenance = read_provenance(folder, run_id)
+    provenance = read_provenance(folder, run_id, known_roots)
     problems = [*_mismatches(provenance)]
     for file in provenance.manifest.files:
         problems += _file_problems(folder / file.name, file, on_bytes)
+    if not problems:
+        problem = anchor_problem(folder, provenance.manifest, _open_regular)
+        problems += [problem] if problem else []
     unlisted, warnings = _unlisted(folder, provenance.manifest)
     return Report(
         folder=folder,
@@ -133,27 +170,36 @@ def verify_folder(folder: Path, run_id: bytes | None, on_bytes: OnBytes = lambda
     )
 
 
-def read_provenance(folder: Path, run_id: bytes | None) -> Provenance:
+def read_provenance(folder: Path, run_id: bytes | None, known_roots: KnownRoots = no_roots) -> Provenance:
     """The signed run spec and manifest in ``folder``, verified; no other file is read."""
     signed_spec = _read_signed(folder / SPEC_FILE, run_spec.MAX_SPEC_BYTES)
     signed_manifest = _read_signed(folder / SIGNATURE_FILE, manifests.MAX_MANIFEST_BYTES)
-    provenance = check_provenance(signed_spec, signed_manifest, run_id)
+    witnesses = _read_signed(folder / WITNESSES_FILE, witness.MAX_WITNESSES_BYTES)
+    has_roots = os.path.lexists(folder / ROOTS_FILE)
+    roots = _read_signed(folder / ROOTS_FILE, MAX_ROOTS_BYTES) if has_roots else None
+    publication = Publication(manifest=signed_manifest, witnesses=witnesses, roots=roots)
+    provenance = check_provenance(signed_spec, publication, run_id, known_roots)
     if _read_bounded(folder / MANIFEST_FILE, manifests.MAX_MANIFEST_BYTES) != signed_manifest.payload:
         raise SignatureError(f"{MANIFEST_FILE} is not what {SIGNATURE_FILE} signs", "download the checkpoint again")
     return provenance
 
 
-def check_provenance(signed_spec: Signed, signed_manifest: Signed, run_id: bytes | None) -> Provenance:
-    """Spec and manifest, once both signatures are right and both belong to the run."""
+def check_provenance(
+    signed_spec: Signed, publication: Publication, run_id: bytes | None, known_roots: KnownRoots = no_roots
+) -> Provenance:
+    """Spec, manifest and witnesses, once every signature is right and all belong to the run."""
     if run_id is None:
         run_id = run_spec.run_id_of(signed_spec.signer, signed_spec.payload)
     try:
         spec = run_spec.parse_signed(signed_spec, run_id)
     except SpecError as error:
         raise VerificationError(str(error), "this checkpoint belongs to another run, or was changed") from error
-    manifest = manifests.parse_signed(signed_manifest, run_id, bytes.fromhex(spec.publication_key))
     return Provenance(
-        run_id=run_id, spec=spec, manifest=manifest, signed_spec=signed_spec, signed_manifest=signed_manifest
+        run_id=run_id,
+        spec=spec,
+        manifest=publication.verified(run_id, spec, known_roots(run_id, spec)),
+        signed_spec=signed_spec,
+        publication=publication,
     )
 
 
@@ -273,7 +319,7 @@ def _json_problems(file: BinaryIO, listed: CheckpointFile) -> list[str]:
 
 def _unlisted(folder: Path, manifest: CheckpointManifest) -> tuple[list[str], list[str]]:
     """(errors, warnings) about what lies in the folder and is in no list."""
-    known = {file.name for file in manifest.files} | {MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE}
+    known = {file.name for file in manifest.files} | SIGNED_FILES
     # Added later by whoever evaluated or signed the folder; nothing loads them.
     known |= {name for name in _ADDED_LATER if not (folder / name).is_symlink()}
     errors: list[str] = []

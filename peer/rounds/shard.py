@@ -72,7 +72,7 @@ class Shard:
         self.reducer_debt = ReducerDebt()
         self.codec: Codec = CODECS[spec.rounds.wire_codec]
         """of averages"""
-        self.state_digest = self.compute_digest()
+        self._note_digests()
 
     @property
     def num_values(self) -> int:
@@ -118,9 +118,11 @@ class Shard:
         """Anchor and momentum as they are hashed and sent, without a copy."""
         return state_bytes(self.anchor), self.momentum.data.data
 
-    def compute_digest(self) -> bytes:
-        """The state digest, from memory."""
-        return digest.state_digest(*self.chunk_digests())
+    def _note_digests(self) -> None:
+        """State digest and the momentum's part in it, from memory."""
+        anchor, momentum = map(digest.merkle_root, self.chunk_digests())
+        self.momentum_digest = momentum
+        self.state_digest = digest.join_subtrees(anchor, momentum)
 
     def offer(self, movement: Movement, tokens: int, codec: str | None = None) -> ReplicaSnapshot | None:
         """A replica's ``movement`` since the anchor; None where it, with what is owed from before, is not finite.
@@ -181,7 +183,7 @@ class Shard:
             if gradient is not None:
                 outer_step(self.anchor, self.momentum, self._values(part).start, gradient, step)
         self.reducer_debt.settle(record)
-        self.state_digest = self.compute_digest()
+        self._note_digests()
 
     def settle(self, record: Record, parts: Mapping[bytes, Kept], snapshot: ReplicaSnapshot, me: bytes) -> bool:
         """Book what the commit took of our offer; True where it took any: averaged, clipped or rejected.
@@ -217,7 +219,7 @@ class Shard:
     def become(self, other: Shard) -> None:
         """Take over the state of ``other``, in place; what is owed stays."""
         self.anchor[:], self.momentum.data[:] = other.anchor, other.momentum.data
-        self.state_digest = other.state_digest
+        self.state_digest, self.momentum_digest = other.state_digest, other.momentum_digest
 
     def owed(self, values: slice) -> Float32:
         """What no commit has counted yet of what was offered. ``values`` is made of whole blocks."""

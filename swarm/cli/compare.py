@@ -84,6 +84,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, object]]:
         ("data manifest", found["data"]["manifest_digest"]),
         ("rules signed by", found["signed_by"]["organizer_key"]),
         ("files signed by", found["signed_by"]["publication_key"]),
+        ("witnesses", f"{len(found['signed_by']['witnesses'])} of {found['signed_by']['replicas']} live replicas"),
         ("manifest digest", found["signed_by"]["manifest_digest"]),
     ]
     if record is not None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from peer.coordinator_client import CoordinatorClient, RunInfo
     from peer.p2p.transport import Transport
     from swarm.invite import Invite
+    from swarm.run_spec import RunSpec
 
 _MEGABYTE = 1_000_000
 _MAX_ROUND = 2**63 - 1
@@ -122,6 +123,19 @@ def parse_run(text: str | None) -> bytes | None:
     return parse(text).run_id
 
 
+def trusted_folder(run_id: bytes) -> Path:
+    """Where this machine keeps what it trusts of a run's metadata."""
+    from swarm.keyfiles import data_home
+
+    return data_home() / "trusted" / run_id.hex()
+
+
+def _known_roots(run_id: bytes, spec: RunSpec) -> tuple[bytes, ...]:
+    from peer.checkpoints import trusted
+
+    return trusted.known_roots(trusted_folder(run_id), run_id, spec)
+
+
 async def _list(invite: Invite) -> dict[str, Any]:
     async with _coordinator(invite) as client:
         run = await client.get_run()
@@ -143,20 +157,24 @@ async def _list(invite: Invite) -> dict[str, Any]:
 async def download_checkpoint(invite: Invite, round_number: int, out: Path | None, force: bool) -> Report:
     """Ask the coordinator for the checkpoint (round 0: the newest), fetch it from peers, and verify it in place."""
     from peer.checkpoints import download as downloads
+    from peer.checkpoints import trusted
     from peer.rounds.statuses import StatusRules
     from swarm import manifest
 
     async with _coordinator(invite) as client:
         run = await client.get_run()
-        signed_manifest = await client.checkpoint(round_number)
+        source = trusted.files_source(await client.metadata())
+        known = await asyncio.to_thread(trusted.refresh, trusted_folder(invite.run_id), invite.run_id, run.spec, source)
+        publication = await client.checkpoint(round_number or known.newest_round)
+        known.check(publication)
     order = downloads.Order(
         run_id=invite.run_id,
         signed_spec=run.signed_spec,
-        signed_manifest=signed_manifest,
+        publication=publication,
         target=out if out is not None else Path(run.spec.name),
         any_round=force or round_number > 0,
     )
-    wanted = manifest.parse(signed_manifest.payload)
+    wanted = manifest.parse(publication.manifest.payload)
     rules = StatusRules(
         run_id=invite.run_id,
         publication_key=bytes.fromhex(run.spec.publication_key),
@@ -213,7 +231,7 @@ def _verify(folder: Path, run_id: bytes | None) -> Report:
     from peer.checkpoints.verify import verify_folder
 
     with output.progress(_folder_megabytes(folder), "MB", "verifying") as advance:
-        return verify_folder(folder, run_id, _in_megabytes(advance))
+        return verify_folder(folder, run_id, _in_megabytes(advance), _known_roots)
 
 
 def _print_report(report: Report, run_was_named: bool) -> None:
@@ -224,6 +242,7 @@ def _print_report(report: Report, run_was_named: bool) -> None:
         ("organizer's key", provenance.spec.organizer_key),
         ("round", f"{manifest.round}, after {manifest.total_tokens:,} tokens"),
         ("state digest", manifest.state_digest),
+        ("witnesses", f"{len(provenance.witnesses)} of {provenance.num_live} replicas signed this state"),
         ("files", f"{len(manifest.files)}, {_size(report)}"),
     ]
     output.table(f"{report.folder}: every byte and signature is right", ("what", "value"), rows)

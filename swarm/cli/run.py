@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -166,6 +167,8 @@ def status(invite: InviteText, as_json: Json = False) -> None:
     _table(
         "Peers", ["peer", "round", "tokens", "tokens/s", "sent MB", "received MB", "state", "device"], values["peers"]
     )
+    if values["incidents"]:
+        _table("Incidents", ["told (UTC)", "what"], values["incidents"])
 
 
 def _table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
@@ -213,6 +216,14 @@ def _progress_values(reply: GetProgressReply) -> dict[str, Any]:
                 "device": p.device,
             }
             for p in reply.peers
+        ],
+        "incidents": [
+            {
+                "told (UTC)": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(incident.told_unix_ms / 1000)),
+                "what": incident.text,
+                "signed by": [peer_id_of(signed.signer) for signed in incident.attestations],
+            }
+            for incident in reversed(reply.incidents)
         ],
     }
 

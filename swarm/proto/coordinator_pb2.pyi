@@ -157,7 +157,7 @@ class PeerProgress(_message.Message):
     def __init__(self, peer_key: _Optional[bytes] = ..., round: _Optional[int] = ..., state_digest: _Optional[bytes] = ..., tokens: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., last_seen_unix_ms: _Optional[int] = ..., leaving: _Optional[bool] = ..., device: _Optional[str] = ..., log_digest: _Optional[bytes] = ...) -> None: ...
 
 class GetProgressReply(_message.Message):
-    __slots__ = ("name", "round", "total_tokens", "target_tokens", "rounds", "peers", "initial_validation_loss")
+    __slots__ = ("name", "round", "total_tokens", "target_tokens", "rounds", "peers", "initial_validation_loss", "incidents")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +165,7 @@ class GetProgressReply(_message.Message):
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
     INITIAL_VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
+    INCIDENTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     round: int
     total_tokens: int
@@ -172,7 +173,28 @@ class GetProgressReply(_message.Message):
     rounds: _containers.RepeatedCompositeFieldContainer[RoundProgress]
     peers: _containers.RepeatedCompositeFieldContainer[PeerProgress]
     initial_validation_loss: float
-    def __init__(self, name: _Optional[str] = ..., round: _Optional[int] = ..., total_tokens: _Optional[int] = ..., target_tokens: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundProgress, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[PeerProgress, _Mapping]]] = ..., initial_validation_loss: _Optional[float] = ...) -> None: ...
+    incidents: _containers.RepeatedCompositeFieldContainer[Incident]
+    def __init__(self, name: _Optional[str] = ..., round: _Optional[int] = ..., total_tokens: _Optional[int] = ..., target_tokens: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundProgress, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[PeerProgress, _Mapping]]] = ..., initial_validation_loss: _Optional[float] = ..., incidents: _Optional[_Iterable[_Union[Incident, _Mapping]]] = ...) -> None: ...
+
+class Incident(_message.Message):
+    __slots__ = ("told_unix_ms", "text", "attestations")
+    TOLD_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    ATTESTATIONS_FIELD_NUMBER: _ClassVar[int]
+    told_unix_ms: int
+    text: str
+    attestations: _containers.RepeatedCompositeFieldContainer[_common_pb2.Signed]
+    def __init__(self, told_unix_ms: _Optional[int] = ..., text: _Optional[str] = ..., attestations: _Optional[_Iterable[_Union[_common_pb2.Signed, _Mapping]]] = ...) -> None: ...
+
+class AttestRequest(_message.Message):
+    __slots__ = ("attestation",)
+    ATTESTATION_FIELD_NUMBER: _ClassVar[int]
+    attestation: _common_pb2.Signed
+    def __init__(self, attestation: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
+
+class AttestReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class PublishRequest(_message.Message):
     __slots__ = ("request",)
@@ -181,10 +203,14 @@ class PublishRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
 
 class PublishReply(_message.Message):
-    __slots__ = ("manifest",)
+    __slots__ = ("manifest", "witnesses", "roots")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    WITNESSES_FIELD_NUMBER: _ClassVar[int]
+    ROOTS_FIELD_NUMBER: _ClassVar[int]
     manifest: _common_pb2.Signed
-    def __init__(self, manifest: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
+    witnesses: _common_pb2.Signed
+    roots: _common_pb2.Signed
+    def __init__(self, manifest: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., witnesses: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., roots: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
 
 class ListCheckpointsRequest(_message.Message):
     __slots__ = ()
@@ -219,10 +245,32 @@ class GetCheckpointRequest(_message.Message):
     def __init__(self, round: _Optional[int] = ...) -> None: ...
 
 class GetCheckpointReply(_message.Message):
-    __slots__ = ("manifest",)
+    __slots__ = ("manifest", "witnesses", "roots")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    WITNESSES_FIELD_NUMBER: _ClassVar[int]
+    ROOTS_FIELD_NUMBER: _ClassVar[int]
     manifest: _common_pb2.Signed
-    def __init__(self, manifest: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
+    witnesses: _common_pb2.Signed
+    roots: _common_pb2.Signed
+    def __init__(self, manifest: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., witnesses: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., roots: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
+
+class GetMetadataRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class MetadataFile(_message.Message):
+    __slots__ = ("name", "content")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    content: bytes
+    def __init__(self, name: _Optional[str] = ..., content: _Optional[bytes] = ...) -> None: ...
+
+class GetMetadataReply(_message.Message):
+    __slots__ = ("files",)
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    files: _containers.RepeatedCompositeFieldContainer[MetadataFile]
+    def __init__(self, files: _Optional[_Iterable[_Union[MetadataFile, _Mapping]]] = ...) -> None: ...
 
 class GetRemovalsRequest(_message.Message):
     __slots__ = ()

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from coordinator.server import ServerConfig, serve
-from peer import coordinator_client
+from peer import coordinator_client, coordinator_connection
+from peer.checkpoints import trusted
 from peer.coordinator_client import CoordinatorClient
 from swarm.digest import sha256
 from swarm.errors import (
@@ -52,10 +53,20 @@ async def test_a_run_from_the_first_call_to_a_published_checkpoint(tmp_path: Pat
             assert await volunteer.report(report_payload(round=0)) == 1
         assert await seed.record_commits(world.commits(70)) == 71
         assert await seed.record_commits([]) == 71
+        await seed.attest(world.attestation(70))
+        with pytest.raises(NotFound, match="1 of 3 live replicas"):
+            await seed.publish(world.manifest(70))
+        async with client_of(world, server, ANNA, TOKEN) as witness:
+            await witness.admit()
+            await witness.attest(world.attestation(70))
         signed = await seed.publish(world.manifest(70))
         async with client_of(world, server) as researcher:
             assert [info.round for info in await researcher.checkpoints()] == [70]
             assert await researcher.checkpoint() == await researcher.checkpoint(70) == signed
+            source = trusted.files_source(await researcher.metadata())
+            known = trusted.refresh(tmp_path / "trusted", world.run_id, world.spec, source)
+            assert known.newest_round == 70
+            assert known.check(signed).round == 70
             progress = await researcher.progress()
             assert (progress.round, len(progress.rounds), progress.target_tokens) == (70, 70, 100_000)
             with pytest.raises(NotFound, match="round 9"):
@@ -98,8 +109,8 @@ async def test_a_message_larger_than_the_server_takes_is_refused_by_the_server_t
     world = World()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coordinator_client, "MAX_REQUEST_BYTES", 1 << 30)
-        options = [option for option in coordinator_client._OPTIONS if "send" not in option[0]]
-        patch.setattr(coordinator_client, "_OPTIONS", (*options, ("grpc.max_send_message_length", -1)))
+        options = [option for option in coordinator_connection._OPTIONS if "send" not in option[0]]
+        patch.setattr(coordinator_connection, "_OPTIONS", (*options, ("grpc.max_send_message_length", -1)))
         async with coordinator(world, tmp_path) as server, client_of(world, server, SEED) as client:
             with pytest.raises(NetworkError, match="RESOURCE_EXHAUSTED"):
                 await client.publish(b"x" * (17 << 20))

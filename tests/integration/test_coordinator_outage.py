@@ -23,7 +23,7 @@ from coordinator import server as server_module
 from coordinator.server import ServerConfig, serve
 from coordinator.service import Service
 from coordinator.tls import KEY_FILE
-from peer import coordinator_client
+from peer import coordinator_client, coordinator_connection
 from peer.coordinator_client import CoordinatorClient
 from swarm.errors import DeadlineExceeded, NetworkError, PinError, Unreachable
 from tests.coordinator_server import client_of, coordinator, in_loop, invite_to
@@ -87,7 +87,7 @@ async def test_a_coordinator_that_nobody_runs_is_unreachable(tmp_path: Path) -> 
 @in_loop
 async def test_a_server_that_never_answers_ends_at_the_deadline(tmp_path: Path) -> None:
     with _silent_port() as port, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coordinator_client, "CONNECT_TIMEOUT_S", 0.3)
+        patch.setattr(coordinator_connection, "CONNECT_TIMEOUT_S", 0.3)
         with pytest.raises(Unreachable, match="no answer within"):
             await CoordinatorClient.connect(invite_to(World(), port, b"p" * 32))
 
@@ -234,6 +234,11 @@ async def _one_life(world: World, process: Process, life: int) -> None:
         lambda: client.publish(world.manifest(5 * life)),
     ]
     assert await client.record_commits(world.commits(5)) == 5 * life + 1
+    witness = await CoordinatorClient.connect(invite_to(world, process.port, process.pin), ANNA)
+    await witness.admit()
+    for replica in (client, witness):
+        await replica.attest(world.attestation(5 * life))
+    await witness.close()
     for call in acknowledged if life % 2 else acknowledged[::-1]:  # another call is the last before each kill
         await call()
     process.kill()

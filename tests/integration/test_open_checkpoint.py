@@ -24,8 +24,10 @@ from swarm.cli import researcher
 from swarm.errors import ConfigError, DataError, DeviceError, DigestError, VerificationError
 from swarm.identity import Identity
 from swarm.invite import Invite
-from swarm.proto.common_pb2 import Genesis, Signed
-from tests.checkpoint_samples import FakeTransport, SignedCheckpoint
+from swarm.proto.common_pb2 import Genesis
+from swarm.publication import Publication
+from tests.checkpoint_samples import ORGANIZER, PUBLISHER, FakeTransport, SignedCheckpoint
+from tests.metadata_samples import Repository
 from tests.published_samples import CONFIGS, TEXT, Published, publish
 
 HOLDER = b"h" * 32
@@ -46,7 +48,7 @@ def folder(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Pa
     order = Order(
         run_id=made.run_id,
         signed_spec=made.signed_spec,
-        signed_manifest=made.signed_manifest,
+        publication=made.publication,
         target=base / "out",
     )
     return asyncio.run(download(FakeTransport({HOLDER: store.handle_chunk}), order, [HOLDER])).folder
@@ -258,9 +260,14 @@ class Coordinator:
     async def get_run(self) -> RunInfo:
         return self.run
 
-    async def checkpoint(self, round_number: int) -> Signed:
-        assert round_number == 0
-        return self.made.signed_manifest
+    async def metadata(self) -> dict[str, bytes]:
+        repository = Repository(self.run.spec, (ORGANIZER,), PUBLISHER)
+        repository.publish(self.made.publication, self.made.manifest.round)
+        return repository.files
+
+    async def checkpoint(self, round_number: int) -> Publication:
+        assert round_number == self.made.manifest.round, "the metadata names the newest"
+        return self.made.publication
 
     async def close(self) -> None:
         pass
@@ -269,6 +276,7 @@ class Coordinator:
 def test_swarm_download_fetches_over_libp2p_from_the_seed_peer(
     published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     made = published.made
     store = ChunkStore(tmp_path / "store", 0)
     store.add_source(FileChunks(made.folder, made.manifest))
@@ -292,3 +300,4 @@ def test_swarm_download_fetches_over_libp2p_from_the_seed_peer(
     report = asyncio.run(scenario())
     assert report.ok
     assert report.folder == tmp_path / "out" / "round-000010"
+    assert (researcher.trusted_folder(made.run_id) / "timestamp.json").is_file()

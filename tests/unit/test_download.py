@@ -35,6 +35,7 @@ from tests.checkpoint_samples import (
     FakeTransport,
     SignedCheckpoint,
     make_parts,
+    publication_of,
     signed_checkpoint,
     small_checkpoint,
 )
@@ -60,7 +61,7 @@ def order(made: SignedCheckpoint, target: Path, any_round: bool = False) -> Orde
     return Order(
         run_id=made.run_id,
         signed_spec=made.signed_spec,
-        signed_manifest=made.signed_manifest,
+        publication=made.publication,
         target=target,
         any_round=any_round,
     )
@@ -131,7 +132,7 @@ found = read_provenance(made, None)
 store = ChunkStore(out.parent / "store", 0)
 store.add_source(FileChunks(made, found.manifest))
 order = Order(
-    run_id=found.run_id, signed_spec=found.signed_spec, signed_manifest=found.signed_manifest, target=out
+    run_id=found.run_id, signed_spec=found.signed_spec, publication=found.publication, target=out
 )
 def killed_midway(done, total):
     if done > total // 2:
@@ -224,8 +225,13 @@ def test_folders_that_are_no_checkpoints_are_passed_over(made: SignedCheckpoint,
 
 def test_a_forged_manifest_or_spec_writes_nothing(made: SignedCheckpoint, tmp_path: Path) -> None:
     wanted = order(made, tmp_path / "out")
-    forged = ORGANIZER.sign("checkpoint", made.run_id, made.signed_manifest.payload)
-    for bad in (replace(wanted, signed_manifest=forged), replace(wanted, run_id=b"x" * 20)):
+    forged = publication_of(made.signed_manifest.payload, made.run_id, publisher=ORGANIZER)
+    unwitnessed = publication_of(made.signed_manifest.payload, made.run_id, signers=())
+    for bad in (
+        replace(wanted, publication=forged),
+        replace(wanted, publication=unwitnessed),
+        replace(wanted, run_id=b"x" * 20),
+    ):
         with pytest.raises((SignatureError, VerificationError)):
             get(serving(tmp_path, made), bad)
     assert not (tmp_path / "out").exists()

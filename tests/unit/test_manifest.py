@@ -24,7 +24,8 @@ def listed(name: str, size_bytes: int = 0, num_chunks: int | None = None) -> dic
 def values(**changes: Any) -> dict[str, Any]:
     digests = dict.fromkeys(("state_digest", "log_digest", "data_manifest_digest"), DIGEST)
     base = {"run_id": "ab" * 20, "run_name": "r", "round": 1, "total_tokens": 0, "files": [listed("config.json")]}
-    return {**base, **digests, **changes}
+    anchor = {"digest": DIGEST, "momentum_digest": DIGEST, "parameters": [{"name": "a", "shape": [2, 3]}]}
+    return {**base, **digests, "anchor": anchor, **changes}
 
 
 def test_a_manifest_reads_back_from_its_own_bytes() -> None:
@@ -62,7 +63,7 @@ BAD = {
     "round 0": values(round=0),
     "short digest": values(state_digest="ab"),
     "unknown key": values(extra=1),
-    "another format": values(format=2),
+    "another format": values(format=1),
     "a list": [1],
 }
 

@@ -17,10 +17,18 @@ from peer.p2p.chunk_store import ChunkStore
 from peer.training.layout import Layout
 from swarm import manifest as manifests
 from swarm import run_spec
-from swarm.errors import Unreachable
+from swarm.errors import NotFound, Unreachable
 from swarm.log import LogHead
-from swarm.proto.common_pb2 import Signed
-from tests.checkpoint_samples import ORGANIZER, PUBLISHER, make_parts
+from swarm.proto.checkpoint_pb2 import Attestation
+from swarm.publication import Publication
+from tests.checkpoint_samples import (
+    MOMENTUM_DIGEST,
+    ORGANIZER,
+    PUBLISHER,
+    make_parts,
+    publication_of,
+    state_digest_of,
+)
 
 PARTS = make_parts(num_values=1000)
 LAYOUT = Layout.of((name, tensor.shape) for name, tensor in sorted(PARTS.tensors.items()))
@@ -30,22 +38,33 @@ class FakeCoordinator:
     def __init__(self) -> None:
         self.failures = 0
         self.published: list[int] = []
+        self.attested: list[Attestation] = []
+        self.lacks_witnesses: set[int] = set()
 
-    async def publish(self, manifest_bytes: bytes) -> Signed:
+    async def attest(self, attestation: Attestation) -> None:
         if self.failures:
             self.failures -= 1
             raise Unreachable("away")
-        self.published.append(manifests.parse(manifest_bytes).round)
-        return PUBLISHER.sign(manifests.CONTEXT, PARTS.run_id, manifest_bytes)
+        self.attested.append(attestation)
+
+    async def publish(self, manifest_bytes: bytes) -> Publication:
+        number = manifests.parse(manifest_bytes).round
+        if number in self.lacks_witnesses:
+            raise NotFound("too few witnesses")
+        self.published.append(number)
+        return publication_of(manifest_bytes, PARTS.run_id)
 
 
-def make(folder: Path, coordinator: FakeCoordinator | None, ready: list[int], kept: int = 2) -> CheckpointMaker:
+def make(
+    folder: Path, coordinator: FakeCoordinator, ready: list[int], kept: int = 2, publishes: bool = True
+) -> CheckpointMaker:
     template = Template(
         folder=folder,
         parts=PARTS,
         layout=LAYOUT,
         signed_spec=ORGANIZER.sign(run_spec.CONTEXT, PARTS.run_id, PARTS.spec.canonical_bytes()),
-        publisher=coordinator,
+        coordinator=coordinator,
+        publishes=publishes,
         kept=kept,
     )
     return CheckpointMaker(template, ChunkStore(folder / "chunks", 1 << 26), ready.append)
@@ -55,7 +74,9 @@ def state(round_number: int) -> StateCopy:
     head = LogHead(
         run_id=PARTS.run_id, shard=0, round=round_number, log_digest=b"l" * 32, voters=(b"v" * 32,), total_tokens=9
     )
-    return StateCopy(head=head, state_digest=b"s" * 32, anchor=np.full(LAYOUT.num_values, round_number, np.float32))
+    anchor = np.full(LAYOUT.num_values, round_number, np.float32)
+    state_digest = state_digest_of(LAYOUT.views(anchor))
+    return StateCopy(head=head, state_digest=state_digest, momentum_digest=MOMENTUM_DIGEST, anchor=anchor)
 
 
 async def until(maker: CheckpointMaker, done: Callable[[], bool]) -> None:
@@ -107,11 +128,59 @@ def test_a_coordinator_that_is_away_is_asked_again(tmp_path: Path) -> None:
     assert coordinator.published == [10] and coordinator.failures == 0
 
 
+def test_a_checkpoint_that_lacks_witnesses_does_not_hold_up_the_next(tmp_path: Path) -> None:
+    coordinator, ready = FakeCoordinator(), list[int]()
+    coordinator.lacks_witnesses = {10}
+
+    async def main() -> None:
+        maker = make(tmp_path, coordinator, ready)
+        maker.offer(state(10))
+        maker.offer(state(20))
+        task = asyncio.ensure_future(until(maker, lambda: ready == [20, 10]))
+        for _ in range(500):
+            await asyncio.sleep(0.01)
+            if ready == [20]:
+                coordinator.lacks_witnesses = set()
+        await task
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("publishes", [True, False], ids=["seed peer", "volunteer"])
+def test_every_replica_attests_the_state_of_its_checkpoint_once(tmp_path: Path, publishes: bool) -> None:
+    coordinator, ready, copy = FakeCoordinator(), list[int](), state(10)
+    coordinator.failures = 2
+
+    async def main() -> None:
+        maker = make(tmp_path, coordinator, ready, publishes=publishes)
+        maker.offer(copy)
+        await until(maker, lambda: ready == [10] and len(coordinator.attested) == 1)
+
+    asyncio.run(main())
+    attestation = coordinator.attested[0]
+    assert (attestation.round, attestation.state_digest) == (10, copy.state_digest)
+    assert attestation.log_digest == copy.head.log_digest
+
+
+def test_a_state_that_is_not_the_one_of_its_digest_is_not_told(tmp_path: Path) -> None:
+    coordinator, ready, damaged = FakeCoordinator(), list[int](), state(10)
+    damaged.anchor[5] += 1
+
+    async def main() -> None:
+        maker = make(tmp_path, coordinator, ready)
+        maker.offer(damaged)
+        maker.offer(state(20))
+        await until(maker, lambda: ready == [20])
+
+    asyncio.run(main())
+    assert [attestation.round for attestation in coordinator.attested] == [20]
+
+
 def test_a_volunteer_serves_its_newest_checkpoint_only(tmp_path: Path) -> None:
     ready = list[int]()
 
     async def main() -> None:
-        maker = make(tmp_path, None, ready, kept=1)
+        maker = make(tmp_path, FakeCoordinator(), ready, kept=1, publishes=False)
         maker.offer(state(10))
         maker.offer(state(20))
         await until(maker, lambda: ready == [10, 20])

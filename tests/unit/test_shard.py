@@ -315,9 +315,11 @@ def buffers_of(shard: Shard) -> StateBuffers:
 def test_a_state_is_loaded_only_under_its_own_digest() -> None:
     shard = make_shard()
     shard.momentum.write(ALL, moved(shard, 2), 1)
-    shard.state_digest = shard.compute_digest()
+    shard.state_digest = digest.state_digest(*shard.chunk_digests())
     loaded = load_state(SPEC, 0, buffers_of(shard), shard.state_digest)
-    assert loaded.state_digest == shard.state_digest and loaded.compute_digest() == shard.state_digest
+    assert (
+        loaded.state_digest == shard.state_digest and digest.state_digest(*loaded.chunk_digests()) == shard.state_digest
+    )
     for which in (0, 1):
         flipped = buffers_of(shard)
         flipped.views[which][-1] ^= 1
@@ -329,7 +331,7 @@ def test_a_state_with_momentum_that_no_encoder_writes_is_refused_although_its_di
     shard = make_shard()
     shard.momentum.codes[5] = -128
     with pytest.raises(ProtocolError, match="no encoder writes"):
-        load_state(SPEC, 0, buffers_of(shard), shard.compute_digest())
+        load_state(SPEC, 0, buffers_of(shard), digest.state_digest(*shard.chunk_digests()))
 
 
 def test_what_a_thin_rung_leaves_out_stays_owed() -> None:

@@ -22,6 +22,7 @@ from tests.checkpoint_samples import (
     PUBLISHER,
     SignedCheckpoint,
     make_parts,
+    publication_of,
     signed_checkpoint,
     small_checkpoint,
 )
@@ -45,8 +46,7 @@ def re_sign(made: SignedCheckpoint, **changes: object) -> None:
     names = [file.name for file in made.manifest.files]
     files = tuple(describe_file(made.folder / name) for name in names)
     manifest = made.manifest.model_copy(update={"files": files, **changes})
-    signed = PUBLISHER.sign(manifests.CONTEXT, made.run_id, manifest.canonical_bytes())
-    write_signed(made.folder, signed, made.signed_spec)
+    write_signed(made.folder, publication_of(manifest.canonical_bytes(), made.run_id), made.signed_spec)
 
 
 def test_a_good_folder_verifies_with_and_without_the_run_id(made: SignedCheckpoint) -> None:
@@ -178,14 +178,14 @@ def test_a_spec_that_the_organizer_did_not_sign_is_refused(made: SignedCheckpoin
     payload = made.signed_spec.payload
     forged = PUBLISHER.sign(run_spec.CONTEXT, made.run_id, payload)
     for spec in (forged, Signed(signer=made.signed_spec.signer, payload=payload, signature=forged.signature)):
-        write_signed(made.folder, made.signed_manifest, spec)
+        write_signed(made.folder, made.publication, spec)
         fails(made.folder, made.run_id)
         fails(made.folder, None)
 
 
 def test_a_manifest_signed_by_another_key_is_refused(made: SignedCheckpoint) -> None:
-    signed = ORGANIZER.sign(manifests.CONTEXT, made.run_id, made.manifest.canonical_bytes())
-    write_signed(made.folder, signed, made.signed_spec)
+    payload = made.manifest.canonical_bytes()
+    write_signed(made.folder, publication_of(payload, made.run_id, publisher=ORGANIZER), made.signed_spec)
     assert "another key" in fails(made.folder, made.run_id)
 
 

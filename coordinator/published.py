@@ -1,0 +1,125 @@
+"""What the coordinator remembers of publication: checkpoints, attestations, incidents. Part of `coordinator.store`.
+
+Every method is one transaction; the judgement about what is written is the callers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+
+import sqlalchemy as sa
+
+from coordinator.tables import attestations, checkpoints, incidents, online_metadata
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRow:
+    """A published checkpoint; ``signed_manifest`` and ``signed_witnesses`` are serialised Signed."""
+
+    round: int
+    total_tokens: int
+    size_bytes: int
+    manifest_digest: bytes
+    published_unix_ms: int
+    signed_manifest: bytes
+    signed_witnesses: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttestationRow:
+    """What a replica signed about a round; ``digest``: SHA-256 of the payload, ``signed``: serialised Signed."""
+
+    round: int
+    peer_key: bytes
+    digest: bytes
+    signed: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IncidentRow:
+    """An incident under its name; ``attestations``: a serialised `Incident` with these alone."""
+
+    name: str
+    told_unix_ms: int
+    text: str
+    attestations: bytes = b""
+
+
+class Published:
+    def __init__(self, transaction: Callable[[], AbstractContextManager[sa.Connection]]) -> None:
+        self._transaction = transaction
+
+    def add_checkpoint(self, row: CheckpointRow, online: Mapping[str, bytes]) -> None:
+        """Publish a checkpoint with the metadata that names it; `VerificationError` where its round has one."""
+        with self._transaction() as connection:
+            connection.execute(checkpoints.insert().values(asdict(row)))
+            _set_metadata(connection, online)
+
+    def replace_checkpoints(self, rows: Sequence[CheckpointRow], online: Mapping[str, bytes]) -> None:
+        """All checkpoints and the metadata anew: another key signs them."""
+        with self._transaction() as connection:
+            connection.execute(checkpoints.delete())
+            for row in rows:
+                connection.execute(checkpoints.insert().values(asdict(row)))
+            _set_metadata(connection, online)
+
+    def set_metadata(self, online: Mapping[str, bytes]) -> None:
+        """Replace TUF files, by role."""
+        with self._transaction() as connection:
+            _set_metadata(connection, online)
+
+    def metadata(self) -> dict[str, bytes]:
+        """TUF files by role; none before the first start."""
+        with self._transaction() as connection:
+            return {row.role: row.content for row in connection.execute(sa.select(online_metadata))}
+
+    def checkpoint(self, round_number: int) -> CheckpointRow | None:
+        query = sa.select(checkpoints).where(checkpoints.c.round == round_number)
+        with self._transaction() as connection:
+            row = connection.execute(query).first()
+        return CheckpointRow(**row._mapping) if row else None
+
+    def newest_checkpoints(self, limit: int) -> list[CheckpointRow]:
+        """Newest first."""
+        query = sa.select(checkpoints).order_by(checkpoints.c.round.desc()).limit(limit)
+        with self._transaction() as connection:
+            return [CheckpointRow(**row._mapping) for row in connection.execute(query)]
+
+    def add_attestation(self, row: AttestationRow, most_per_peer: int) -> None:
+        """Write down what a replica signed; what it said before changes nothing, nor does more than it may say."""
+        columns = attestations.c
+        mine = (columns.round == row.round, columns.peer_key == row.peer_key)
+        with self._transaction() as connection:
+            known = connection.execute(sa.select(columns.digest).where(*mine)).scalars().all()
+            if row.digest not in known and len(known) < most_per_peer:
+                connection.execute(attestations.insert().values(asdict(row)))
+
+    def attestations(self, round_number: int, limit: int) -> list[AttestationRow]:
+        columns = attestations.c
+        query = sa.select(attestations).where(columns.round == round_number)
+        with self._transaction() as connection:
+            rows = connection.execute(query.order_by(columns.peer_key, columns.digest).limit(limit))
+            return [AttestationRow(**row._mapping) for row in rows]
+
+    def tell_incident(self, row: IncidentRow, most: int) -> None:
+        """Write down an incident in place of an earlier one of this name, and keep the newest ``most``."""
+        with self._transaction() as connection:
+            connection.execute(incidents.delete().where(incidents.c.name == row.name))
+            connection.execute(incidents.insert().values(asdict(row)))
+            newest_first = sa.select(incidents.c.name).order_by(incidents.c.told_unix_ms.desc(), incidents.c.name)
+            for name in connection.execute(newest_first.offset(most)).scalars().all():
+                connection.execute(incidents.delete().where(incidents.c.name == name))
+
+    def newest_incidents(self, limit: int) -> list[IncidentRow]:
+        """Newest first."""
+        query = sa.select(incidents).order_by(incidents.c.told_unix_ms.desc(), incidents.c.name).limit(limit)
+        with self._transaction() as connection:
+            return [IncidentRow(**row._mapping) for row in connection.execute(query)]
+
+
+def _set_metadata(connection: sa.Connection, online: Mapping[str, bytes]) -> None:
+    connection.execute(online_metadata.delete())
+    for role, content in online.items():
+        connection.execute(online_metadata.insert().values(role=role, content=content))

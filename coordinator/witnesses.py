@@ -1,0 +1,128 @@
+"""Witnesses of checkpoints: which attestations are kept, who lives, and whether enough of those agree.
+
+Decides by the recorded log who may be a witness of a round: seed peers, contributors of the round and the voters that
+it named. Who attested lives; so does, for a while after the round, who was heard lately and is not leaving.
+Attestations that contradict each other are an incident that names who signed what. The functions that take a `Store`
+and write run on the writer's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from coordinator import incidents
+from coordinator.contributions import SHARD
+from coordinator.published import AttestationRow
+from coordinator.run import Run
+from coordinator.store import Store
+from swarm import digest, schedule, witness
+from swarm.errors import NotAdmitted, NotFound, ProtocolError
+from swarm.log import tokens_by_peer
+from swarm.manifest import CheckpointManifest
+from swarm.proto.checkpoint_pb2 import Attestation, Witnesses
+from swarm.proto.common_pb2 import Signed
+from swarm.proto.round_pb2 import Commit, Record
+
+# Peers report every 10 s and at every commit; a call may take 20 s.
+SILENT_AFTER_MS = 40_000
+# A replica that took over a later state (after a crash, say) cannot attest this one any more: nobody waits for ever.
+ATTEST_WITHIN_MS = 300_000
+_MAX_STATEMENTS_PER_PEER = 4
+_MAX_COUNT = 2**63 - 1
+_logger = logging.getLogger(__name__)
+
+
+def attest(run: Run, store: Store, signed: Signed, now_unix_ms: int) -> None:
+    """Keep what an admitted replica says about a recorded checkpoint round; asked again, nothing changes.
+
+    Raises `SignatureError`, `ProtocolError`, `NotAdmitted`, and `NotFound` while the round is not recorded.
+    """
+    attestation = witness.parse_attestation(signed, run.run_id)
+    peer = store.peer(signed.signer)
+    if peer is None or peer.admitted_until_unix_ms <= now_unix_ms:
+        raise NotAdmitted("only admitted peers attest", "ask for admission first, or again")
+    row = store.round(attestation.shard, attestation.round) if attestation.round <= _MAX_COUNT else None
+    if row is None:
+        raise NotFound(f"round {attestation.round} is not recorded yet", "record its commit first")
+    if not schedule.is_checkpoint_round(run.spec, row.round, row.total_tokens):
+        raise ProtocolError(f"round {row.round} has no checkpoint")
+    kept = AttestationRow(
+        round=row.round,
+        peer_key=signed.signer,
+        digest=digest.sha256(signed.payload),
+        signed=signed.SerializeToString(deterministic=True),
+    )
+    store.published.add_attestation(kept, _MAX_STATEMENTS_PER_PEER)
+    _note_disagreement(run, store, row.round, now_unix_ms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hearing:
+    """Since when somebody must have been heard to be waited for, and what the time is."""
+
+    now_unix_ms: int
+    silent_before_unix_ms: int
+
+
+def gather(
+    run: Run, store: Store, checkpoint: CheckpointManifest, manifest_digest: bytes, hearing: Hearing
+) -> Witnesses:
+    """The quorum behind a manifest that the log bears out; `NotFound` while too few have attested its state."""
+    expected = witness.said(witness.attestation_of(checkpoint))
+    known = _replicas(run, store, checkpoint.round)
+    agreeing: list[Signed] = []
+    attested: set[bytes] = set()
+    for signed, attestation in _kept(run, store, checkpoint.round):
+        attested.add(signed.signer)
+        if signed.signer in known and witness.said(attestation) == expected:
+            agreeing.append(signed)
+    live = known & attested | _awaited(store, known, checkpoint.round, hearing)
+    wanted = witness.needed(len(live), run.spec.checkpoints)
+    if len(agreeing) < wanted:
+        raise NotFound(
+            f"round {checkpoint.round} waits for witnesses: {len(agreeing)} of {len(live)} live replicas attested its"
+            f" state, {wanted} are needed",
+            "it is published once they did; look for an incident in: swarm status",
+        )
+    return Witnesses(
+        round=checkpoint.round, manifest_digest=manifest_digest, replicas=sorted(live), attestations=agreeing
+    )
+
+
+def _kept(run: Run, store: Store, round_number: int) -> list[tuple[Signed, Attestation]]:
+    rows = store.published.attestations(round_number, witness.MAX_REPLICAS * _MAX_STATEMENTS_PER_PEER)
+    signed = [Signed.FromString(row.signed) for row in rows]
+    return [(item, witness.parse_attestation(item, run.run_id)) for item in signed]
+
+
+def _note_disagreement(run: Run, store: Store, round_number: int, now_unix_ms: int) -> None:
+    kept = _kept(run, store, round_number)
+    text = witness.disagreement([(signed.signer, attestation) for signed, attestation in kept])
+    if text is not None:
+        _logger.error("incident: %s", text)
+        evidence = [signed for signed, _ in kept][: witness.MAX_REPLICAS]
+        incidents.tell(store, f"witnesses of round {round_number}", text, now_unix_ms, evidence)
+
+
+def _replicas(run: Run, store: Store, round_number: int) -> set[bytes]:
+    """Who held the state after a round, by the log."""
+    raw = store.commit(SHARD, round_number)
+    if raw is None:
+        raise NotFound(f"round {round_number} is not recorded yet", "record its commit first")
+    record = Record.FromString(Commit.FromString(raw).record)
+    return {*run.seed_peers, *record.next_voters, *tokens_by_peer(record)}
+
+
+def _awaited(store: Store, known: Iterable[bytes], round_number: int, hearing: Hearing) -> set[bytes]:
+    """Those of ``known`` who may still attest the round."""
+    row = store.round(SHARD, round_number)
+    if row is None or row.recorded_unix_ms < hearing.now_unix_ms - ATTEST_WITHIN_MS:
+        return set()
+    heard = {key: store.peer(key) for key in known}
+    return {
+        key
+        for key, peer in heard.items()
+        if peer is not None and not peer.leaving and peer.last_seen_unix_ms >= hearing.silent_before_unix_ms
+    }

@@ -1,0 +1,130 @@
+"""Witnesses: what a replica signs about a checkpoint's state, and when enough of them signed the same.
+
+Pure. Decides what an attestation says, how many a checkpoint needs, and whether the witnesses beside a checkpoint are a
+quorum for its manifest. Which replicas live is the coordinator's word, signed by the publication key; what they signed
+is their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from google.protobuf.message import DecodeError
+
+from swarm import digest
+from swarm.errors import ProtocolError, VerificationError
+from swarm.identity import PUBLIC_KEY_BYTES, peer_id_of, verify
+from swarm.manifest import CheckpointManifest
+from swarm.proto.checkpoint_pb2 import Attestation, Witnesses
+from swarm.proto.common_pb2 import Signed
+from swarm.run_spec import Checkpoints
+
+ATTESTATION_CONTEXT = "attestation"
+WITNESSES_CONTEXT = "witnesses"
+MAX_ATTESTATION_BYTES = 512
+MAX_WITNESSES_BYTES = 1 << 20
+MAX_REPLICAS = 256
+
+
+def attestation_of(checkpoint: CheckpointManifest) -> Attestation:
+    """What a replica that holds this checkpoint's state says of it.
+
+    Raises `VerificationError` where the manifest's anchor is not in the state that it names.
+    """
+    anchor, momentum = bytes.fromhex(checkpoint.anchor.digest), bytes.fromhex(checkpoint.anchor.momentum_digest)
+    if digest.join_subtrees(anchor, momentum).hex() != checkpoint.state_digest:
+        raise VerificationError(f"round {checkpoint.round}: the weights are not those of the state that is named")
+    return Attestation(
+        shard=0,
+        round=checkpoint.round,
+        log_digest=bytes.fromhex(checkpoint.log_digest),
+        state_digest=bytes.fromhex(checkpoint.state_digest),
+        anchor_digest=anchor,
+        momentum_digest=momentum,
+        layout_digest=checkpoint.anchor.layout_digest,
+    )
+
+
+def parse_attestation(signed: Signed, run_id: bytes) -> Attestation:
+    """The attestation inside ``signed``, once its signature is right and it does not contradict itself."""
+    if len(signed.payload) > MAX_ATTESTATION_BYTES:
+        raise ProtocolError(f"an attestation of {len(signed.payload)} bytes is too large")
+    payload = verify(signed, ATTESTATION_CONTEXT, run_id)
+    try:
+        attestation = Attestation.FromString(payload)
+    except DecodeError as error:
+        raise ProtocolError("an attestation cannot be read") from error
+    digests = (attestation.log_digest, attestation.layout_digest, attestation.anchor_digest)
+    if any(len(item) != digest.DIGEST_BYTES for item in (*digests, attestation.momentum_digest)):
+        raise ProtocolError("a digest in an attestation has a wrong length")
+    if attestation.state_digest != digest.join_subtrees(attestation.anchor_digest, attestation.momentum_digest):
+        raise ProtocolError("an attestation of a state that is not made of its anchor and momentum")
+    return attestation
+
+
+def said(attestation: Attestation) -> tuple[bytes, ...]:
+    """What an attestation says about its round; two that say the same are of one state."""
+    return (
+        attestation.log_digest,
+        attestation.state_digest,
+        attestation.layout_digest,
+    )
+
+
+def needed(num_live: int, rules: Checkpoints) -> int:
+    """How many of ``num_live`` replicas must have signed the same state."""
+    return max(math.floor(num_live * rules.witness_share) + 1, min(num_live, rules.min_witnesses))
+
+
+def parse_witnesses(signed: Signed, run_id: bytes, publication_key: bytes) -> Witnesses:
+    """The witnesses inside ``signed``, once the publication key signed them."""
+    if len(signed.payload) > MAX_WITNESSES_BYTES:
+        raise ProtocolError(f"witnesses of {len(signed.payload)} bytes are too large")
+    payload = verify(signed, WITNESSES_CONTEXT, run_id, publication_key)
+    try:
+        return Witnesses.FromString(payload)
+    except DecodeError as error:
+        raise ProtocolError("the witnesses cannot be read") from error
+
+
+def check_quorum(witnesses: Witnesses, run_id: bytes, rules: Checkpoints, checkpoint: CheckpointManifest) -> None:
+    """Raise `VerificationError` unless enough of the live replicas attested this checkpoint's very state."""
+    replicas = set(witnesses.replicas)
+    if witnesses.round != checkpoint.round or not 1 <= len(replicas) <= MAX_REPLICAS:
+        raise ProtocolError("the witnesses belong to another round, or no replica is named")
+    if len(replicas) != len(witnesses.replicas) or any(len(key) != PUBLIC_KEY_BYTES for key in replicas):
+        raise ProtocolError("the witnesses name a replica twice, or a key of a wrong length")
+    if len(witnesses.attestations) > len(replicas):
+        raise ProtocolError("more attestations than replicas")
+    expected = attestation_of(checkpoint)
+    signers: set[bytes] = set()
+    for signed in witnesses.attestations:
+        attestation = parse_attestation(signed, run_id)
+        if signed.signer not in replicas:
+            raise VerificationError(f"round {checkpoint.round}: a witness is none of the live replicas")
+        if (attestation.shard, attestation.round) != (expected.shard, expected.round):
+            raise VerificationError(f"round {checkpoint.round}: a witness signed another round")
+        if said(attestation) != said(expected):
+            raise VerificationError(f"round {checkpoint.round}: a witness signed another state than the manifest's")
+        signers.add(signed.signer)
+    wanted = needed(len(replicas), rules)
+    if len(signers) < wanted:
+        raise VerificationError(
+            f"round {checkpoint.round}: {len(signers)} of {len(replicas)} live replicas are witnesses; {wanted} needed"
+        )
+
+
+def disagreement(attestations: Sequence[tuple[bytes, Attestation]]) -> str | None:
+    """Who signed what, in a sentence, where these (signer, attestation) of one round do not all say the same."""
+    by_state: dict[tuple[bytes, ...], list[bytes]] = {}
+    for signer, attestation in attestations:
+        by_state.setdefault(said(attestation), []).append(signer)
+    if len(by_state) < 2:
+        return None
+    parts = []
+    for (log_digest, state_digest, layout_digest), signers in sorted(by_state.items(), key=lambda item: -len(item[1])):
+        names = ", ".join(sorted(peer_id_of(signer) for signer in set(signers)))
+        digests = f"state {state_digest.hex()} (log {log_digest.hex()[:16]}, layout {layout_digest.hex()[:16]})"
+        parts.append(f"{names} signed {digests}")
+    return f"round {attestations[0][1].round}: witnesses disagree: " + "; ".join(parts)
