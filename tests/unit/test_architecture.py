@@ -50,6 +50,8 @@ DOORS = {
     "tomli": ("swarm/run_file.py",),
     "torch": (
         "peer/pipeline/hop_codec.py",
+        "peer/pipeline/messages.py",
+        "peer/pipeline/onward.py",
         "peer/training/device.py",
         "peer/training/dither.py",
         "peer/checkpoints/generate.py",
