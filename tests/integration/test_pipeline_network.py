@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from peer.p2p.network import Network
-from peer.pipeline.gate import Gate
-from peer.pipeline.hop import Hop, HopParts
 from peer.pipeline.messages import Answer, HopRules
-from peer.pipeline.onward import Onward, OnwardParts
-from peer.pipeline.serving import Serving, ServingParts
-from peer.pipeline.slot import Slot
-from peer.pipeline.source import Source, SourceParts
-from peer.pipeline.steps import Stepped, Steps
+from peer.pipeline.place import Place, PlaceParts
+from peer.pipeline.steps import Stepped
 from peer.training import model
 from peer.training.inner_optimizer import build_optimizer
 from peer.training.int8_replica import Int8Replica
@@ -35,65 +27,42 @@ SIZES = (1, 1)
 
 
 class _Peer:
-    """One replica of a span on its own network, computing in a thread of its own."""
+    """One replica of a span on its own network."""
 
-    def __init__(self, network: Network, shard: int, hosts: Any) -> None:
+    def __init__(self, network: Network, shard: int, addresses: dict[bytes, tuple[str, ...]], limit: int) -> None:
         config = small_config("gptj", n_embd=WIDTH, n_inner=32, n_layer=2)
-        rules = HopRules(sequence_length=LENGTH, max_sequences=SEQUENCES, width=WIDTH, vocab_size=VOCAB, codec="fp32")
         span = from_sizes(SIZES)[shard]
         built = model.build_span(config, span)
-        self.replica = Int8Replica(built, model.layout_of(built), Inner(), torch.device("cpu"), seed=shard)
-        self.replica.load(model.initial_anchor(config, 3, span))
-        self.pool = ThreadPoolExecutor(1)
+        replica = Int8Replica(built, model.layout_of(built), Inner(), torch.device("cpu"), seed=shard)
+        replica.load(model.initial_anchor(config, 3, span))
         self.steps: list[Stepped] = []
-        self.network, self.answers, self.shard = network, list[Answer](), shard
-        onward = None
-        if shard == 0:
-            onward = Onward(
-                OnwardParts(
-                    transport=network,
-                    rules=rules,
-                    first_shard=1,
-                    hosts=hosts,
-                    draw=random.Random(0).random,
-                    run=asyncio.to_thread,
-                )
-            )
-        loop = asyncio.get_running_loop()
-        self.hop = Hop(
-            HopParts(
-                steps=Steps(self.replica, lambda: 1e-2, 2),
-                gate=Gate(step_microbatches=2, max_in_flight=2),
-                slot=Slot(lambda function: loop.run_in_executor(self.pool, function)),
-                onward=onward,
+        self.answers: list[Answer] = []
+        self.place = Place(
+            PlaceParts(
+                replica=replica,
+                transport=network,
+                rules=HopRules(
+                    sequence_length=LENGTH, max_sequences=SEQUENCES, width=WIDTH, vocab_size=VOCAB, codec="fp32"
+                ),
+                first_shard=shard,
+                next_shard=1 if shard == 0 else None,
+                step_microbatches=2,
+                max_in_flight=2,
+                learning_rate=lambda: 1e-2,
+                hosts=lambda shard: addresses,
+                is_admitted=lambda key: True,
+                next_batch=(lambda number: TOKENS if number < limit else None) if shard == 0 else None,
                 on_step=self.steps.append,
-            )
-        )
-        self.serving = ServingParts(
-            hop=self.hop, rules=rules, first_shard=shard, is_admitted=lambda key: True, run=asyncio.to_thread
-        )
-
-    async def begin(self, limit: int) -> list[asyncio.Task[None]]:
-        jobs = [asyncio.ensure_future(self.hop.run())]
-        if self.shard:
-            await Serving(self.serving).begin(self.network)
-        else:
-            parts = SourceParts(
-                hop=self.hop,
-                next_batch=lambda number: TOKENS if number < limit else None,
-                new_id=lambda: random.randbytes(16),
-                timeout_s=60.0,
                 on_answer=lambda tokens, answer: self.answers.append(answer),
+                timeout_s=60.0,
             )
-            jobs.append(asyncio.ensure_future(Source(parts).run()))
-        return jobs
+        )
 
 
-async def _answered(peers: list[_Peer], jobs: list[asyncio.Task[None]], number: int) -> None:
+async def _answered(peers: list[_Peer], number: int) -> None:
     while len(peers[0].answers) < number:
-        for job in jobs:
-            if job.done():
-                job.result()
+        for job in [job for peer in peers for job in peer.place.jobs if job.done()]:
+            job.result()
         await asyncio.sleep(0.05)
 
 
@@ -101,22 +70,18 @@ async def _train(limit: int) -> list[_Peer]:
     """Two replicas of the second span; the network of one ends half-way, in the middle of its calls."""
     networks = await open_several(3)
     addresses = {network.public_key: network.addresses for network in networks[1:]}
-    peers = [_Peer(networks[0], 0, lambda: addresses), *(_Peer(network, 1, None) for network in networks[1:])]
-    jobs: list[asyncio.Task[None]] = []
+    peers = [_Peer(network, min(number, 1), addresses, limit) for number, network in enumerate(networks)]
     try:
         for peer in reversed(peers):
-            jobs += await peer.begin(limit)
-        await asyncio.wait_for(_answered(peers, jobs, limit // 2), 120)
+            await peer.place.begin()
+        await asyncio.wait_for(_answered(peers, limit // 2), 120)
         await networks[2].close()
-        await asyncio.wait_for(_answered(peers, jobs, limit), 120)
+        await asyncio.wait_for(_answered(peers, limit), 120)
     finally:
-        for job in jobs:
-            job.cancel()
-        await asyncio.gather(*jobs, return_exceptions=True)
+        for peer in peers:
+            await peer.place.end()
         for network in reversed(networks):
             await network.close()
-        for peer in peers:
-            peer.pool.shutdown()
     return peers
 
 
