@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from peer.pipeline.source import Source, SourceParts
 from peer.pipeline.steps import Stepped, Steps
 from peer.training.microbatches import Tokens
 from peer.training.passes import SpanReplica
+from peer.training.trainer import Limits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,7 @@ class PlaceParts:
     hosts: Callable[[int], Hosts]
     """shard -> whose span begins with it, as the directory says now"""
     is_admitted: Callable[[bytes], bool]
+    limits: Limits
     next_batch: Callable[[int], Tokens | None] | None = None
     """for a span that begins with the first shard"""
     on_step: Callable[[Stepped], None] = lambda stepped: None
@@ -55,7 +58,7 @@ class Place:
 
     def __init__(self, parts: PlaceParts) -> None:
         self._parts = parts
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pipeline")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pipeline", initializer=self._prepare_thread)
         self.slot = Slot(self._compute)
         self.onward = self._build_onward()
         self.hop = Hop(
@@ -94,8 +97,22 @@ class Place:
         await asyncio.gather(*self.jobs, return_exceptions=True)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def _prepare_thread(self) -> None:
+        if self._parts.limits.num_threads is not None:
+            import torch
+
+            torch.set_num_threads(self._parts.limits.num_threads)
+
     def _compute(self, function: Callable[[], Any]) -> Awaitable[Any]:
-        return asyncio.get_running_loop().run_in_executor(self._thread, function)
+        return asyncio.get_running_loop().run_in_executor(self._thread, self._within_limits, function)
+
+    def _within_limits(self, function: Callable[[], Any]) -> Any:
+        """In the computing thread: ``function``, then the rest that the person's share of time asks for."""
+        began_s = time.monotonic()
+        try:
+            return function()
+        finally:
+            time.sleep((time.monotonic() - began_s) * (1 / self._parts.limits.max_duty - 1))
 
     def _build_onward(self) -> Onward | None:
         parts, next_shard = self._parts, self._parts.next_shard

@@ -21,6 +21,7 @@ from peer.pipeline.messages import HopRules
 from peer.pipeline.place import Place, PlaceParts
 from peer.training import model
 from peer.training.int8_replica import Int8Replica
+from peer.training.trainer import Limits
 
 
 def ours(pipe: Connection, seat: Seat, task: Task) -> None:
@@ -71,6 +72,7 @@ class _Side:
                 learning_rate=lambda: 1e-3,
                 hosts=lambda shard: {keys[shard]: (meets[shard],)},
                 is_admitted=lambda key: key in keys,
+                limits=Limits(num_threads=1),
                 next_batch=task.batch if seat.index == 0 else None,
                 on_answer=self._count,
             )

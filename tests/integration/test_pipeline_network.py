@@ -15,6 +15,7 @@ from peer.pipeline.steps import Stepped
 from peer.training import model
 from peer.training.inner_optimizer import build_optimizer
 from peer.training.int8_replica import Int8Replica
+from peer.training.trainer import Limits
 from swarm.run_spec import Inner
 from swarm.sharding import from_sizes
 from tests.integration.test_network import open_several
@@ -51,6 +52,7 @@ class _Peer:
                 learning_rate=lambda: 1e-2,
                 hosts=lambda shard: addresses,
                 is_admitted=lambda key: True,
+                limits=Limits(),
                 next_batch=(lambda number: TOKENS if number < limit else None) if shard == 0 else None,
                 on_step=self.steps.append,
                 on_answer=lambda tokens, answer: self.answers.append(answer),

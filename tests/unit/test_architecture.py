@@ -52,6 +52,7 @@ DOORS = {
         "peer/pipeline/hop_codec.py",
         "peer/pipeline/messages.py",
         "peer/pipeline/onward.py",
+        "peer/pipeline/place.py",
         "peer/training/device.py",
         "peer/training/dither.py",
         "peer/checkpoints/generate.py",
