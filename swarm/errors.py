@@ -10,6 +10,7 @@
     ├── NetworkError               69  somebody cannot be reached; trying again may help
     │   ├── Unreachable                no connection
     │   ├── DeadlineExceeded           no answer in time
+    │   ├── Busy                       it lives, and has no room now
     │   └── NotFound                   reached, but what was asked for is not there
     ├── VerificationError          76  bytes that are not what they claim; never retried
     │   ├── SignatureError             a signature does not verify, or another key signed
@@ -72,6 +73,10 @@ class Unreachable(NetworkError):
 
 
 class DeadlineExceeded(NetworkError):
+    pass
+
+
+class Busy(NetworkError):
     pass
 
 

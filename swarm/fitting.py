@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from swarm.errors import ConfigError, ResourceError
-from swarm.memory_plan import MemoryPlan, ModelNumbers, Working, plan
+from swarm.memory_plan import FP32_BYTES, MemoryPlan, ModelNumbers, Working, activation_bytes, plan
 from swarm.run_spec import Inner
 from swarm.sharding import Span, spans
 
@@ -20,6 +20,8 @@ GIB = 1 << 30
 SHARED_MEMORY = ("cpu", "mps")
 # What the device's driver and libraries take for themselves before the first tensor.
 RUNTIME_BYTES = {"cpu": 0, "cuda": 640 << 20, "mps": 0}
+# More hide no wait that these do not.
+MAX_IN_FLIGHT = 32
 # Left free: allocators round up and leave gaps, and kernels want scratch.
 SPARE_SHARE = 0.07
 
@@ -88,6 +90,22 @@ def choose(
         if size == 1:
             raise _nothing_fits(min(plans, key=lambda planned: planned.device_bytes), room, working.device)
         size //= 2
+
+
+def in_flight(choice: Choice, numbers: ModelNumbers, room: Room) -> int:
+    """How many microbatches may be under way in a span at once, each with its activations; at least one.
+
+    ``numbers`` are those of microbatches as large as ``choice.batch``. Several gather gradients in one inner step.
+    """
+    span, device = choice.plan.span, choice.working.device
+    several = plan(numbers, span, replace(choice.working, microbatches=max(2, choice.working.microbatches)))
+    needed = several.device_bytes + RUNTIME_BYTES[device]
+    needed += several.host_bytes if device in SHARED_MEMORY else 0
+    kept = activation_bytes(numbers, span, checkpointing=choice.working.checkpointing)
+    # What came in and what went on, with its gradient.
+    each = kept + 3 * FP32_BYTES * numbers.activations.tokens * numbers.hidden
+    spare = int(room.device_bytes * (1 - SPARE_SHARE)) - needed
+    return max(1, min(MAX_IN_FLIGHT, 1 + spare // each))
 
 
 def working(inner: Inner, device: str) -> Working:

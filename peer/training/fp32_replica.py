@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,9 @@ from peer.rounds.codec import Float32
 from peer.training.device import computes_in_bf16
 from peer.training.inner_optimizer import build_optimizer
 from peer.training.layout import Layout
-from peer.training.microbatches import Microbatches, StepResult, Tokens, check_batch
+from peer.training.microbatches import Microbatch, Microbatches, StepResult, Tokens, Trained, check_batch
 from peer.training.movement import Movement
+from peer.training.passes import Passed, Passes, StepOutcome
 from peer.training.span import materialise
 from swarm.errors import DataError, ResourceError, SwarmError
 from swarm.run_spec import Inner
@@ -64,8 +65,12 @@ class Replica:
         if [(name, tuple(p.shape)) for name, p in named.items()] != [(e.name, e.shape) for e in layout.entries]:
             raise SwarmError("the layout is not that of the model")
         self._parameters = [named[entry.name] for entry in layout.entries]
-        config: Any = self._model.config
-        self._vocab_size: int = config.vocab_size
+        ends: Any = self._model
+        self._head = ends.get_output_embeddings()
+        compute = torch.bfloat16 if computes_in_bf16(device) else torch.float32
+        has_head = not isinstance(self._head, torch.nn.Identity)
+        self._passes = Passes(self._model, device, compute, self._head_loss if has_head else None)
+        self._learning_rate = 0.0
         self._optimizer = build_optimizer(self._parameters, inner, device)
         self._microbatches = Microbatches(microbatch_sequences, device)
         self._anchor = self.read()
@@ -114,16 +119,56 @@ class Replica:
         Raises `DataError` for tokens of a wrong shape or outside the vocabulary, and `ResourceError` where even one
         sequence at a time does not fit into memory.
         """
-        check_batch(tokens, self._vocab_size)
+        check_batch(tokens, self._passes.vocab_size)
         loss = self._gradients(tokens)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._inner.clip_norm))
+        grad_norm = self._learn(learning_rate, ok=math.isfinite(loss))
         ok = math.isfinite(loss) and math.isfinite(grad_norm)
-        if ok:
+        return StepResult(loss=loss, grad_norm=grad_norm, ok=ok, num_microbatches=self._microbatches.number(tokens))
+
+    def begin_step(self, learning_rate: float, num_microbatches: int | None = None) -> None:
+        """See `peer.training.passes.SpanReplica`."""
+        self.drop_step()
+        self._learning_rate = learning_rate
+
+    def forward(self, given: Microbatch) -> Passed:
+        """See `peer.training.passes.SpanReplica`."""
+        return self._passes.forward(given)
+
+    def backward(self, passed: Passed, gradient_BLH: torch.Tensor | None, *, counts: bool = True) -> Trained:
+        """See `peer.training.passes.SpanReplica`."""
+        if counts:
+            return self._passes.backward(passed, gradient_BLH)
+        gathered = [parameter.grad for parameter in self._parameters]
+        try:
+            self.drop_step()
+            return self._passes.backward(passed, gradient_BLH)
+        finally:
+            for parameter, gradient in zip(self._parameters, gathered, strict=True):
+                parameter.grad = gradient
+
+    def finish_step(self, num_microbatches: int) -> StepOutcome:
+        """See `peer.training.passes.SpanReplica`."""
+        if num_microbatches < 1:
+            raise SwarmError("an inner step that nothing counted towards")
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(num_microbatches)
+        grad_norm = self._learn(self._learning_rate, ok=True)
+        return StepOutcome(grad_norm=grad_norm, ok=math.isfinite(grad_norm))
+
+    def drop_step(self) -> None:
+        """See `peer.training.passes.SpanReplica`."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _learn(self, learning_rate: float, *, ok: bool) -> float:
+        """From the gradients that are there, unless they are not finite; gives their norm before clipping."""
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._inner.clip_norm))
+        if ok and math.isfinite(grad_norm):
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=loss, grad_norm=grad_norm, ok=ok, num_microbatches=self._microbatches.number(tokens))
+        return grad_norm
 
     def evaluate(self, anchor: Float32, batches: Iterable[Tokens]) -> float:
         """Mean loss of ``anchor`` in nats per token; weights and optimizer stay exactly as they are.
@@ -136,7 +181,7 @@ class Replica:
             with self._holding(anchor), torch.no_grad():
                 for tokens in batches:
                     for piece in self._microbatches.of(tokens):
-                        batch = self._batch(piece)
+                        batch = self._passes.batch(piece)
                         total += self._loss(batch).item() * batch[:, 1:].numel()
                         num_tokens += batch[:, 1:].numel()
         except torch.OutOfMemoryError as error:
@@ -174,23 +219,27 @@ class Replica:
         self._optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for piece in self._microbatches.of(tokens):
-            loss = self._loss(self._batch(piece)) * (len(piece) / len(tokens))
+            loss = self._loss(self._passes.batch(piece)) * (len(piece) / len(tokens))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         return total
 
     def _loss(self, batch_BL: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy of the next token, in nats."""
-        with self._precision():
+        with self._passes.precision():
             logits_BLV = self._model(input_ids=batch_BL[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits_BLV.float().flatten(0, 1), batch_BL[:, 1:].flatten())
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=computes_in_bf16(self._device))
-
-    def _batch(self, tokens: Tokens) -> torch.Tensor:
-        check_batch(tokens, self._vocab_size)
-        return torch.from_numpy(np.array(tokens)).to(self._device)
+    def _head_loss(
+        self, hidden_NI: torch.Tensor, targets_N: torch.Tensor, weight: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `peer.training.passes.Loss`."""
+        entered_NI = hidden_NI.requires_grad_()
+        with self._passes.precision():
+            logits_NV = self._head(entered_NI)
+        total = F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+        (total * weight).backward()  # type: ignore[no-untyped-call]
+        return total.detach(), entered_NI.grad
 
     def _views(self, flat: Float32) -> list[torch.Tensor]:
         return views_of(self._layout, flat)

@@ -67,6 +67,8 @@ class Int8Matrix:
         """modules that hold it: as many gradients come from each microbatch"""
         self.held: torch.Tensor | None = None
         """exact weights on the host [rows, columns] that stand in for the codes during an evaluation"""
+        self.is_muted = False
+        """gradients that come are those of no step"""
         # For an operation whose only input with a gradient would be this matrix.
         self.pulse = torch.zeros(0, device=device, requires_grad=True)
         self._step: InnerStep | None = None
@@ -120,7 +122,7 @@ class Int8Matrix:
     @property
     def is_expecting(self) -> bool:
         """Whether the step in progress still wants gradients. Not after an update: a repeated backward is ignored."""
-        return self._gradients_left > 0
+        return self._gradients_left > 0 and not self.is_muted
 
     def buffer(self) -> torch.Tensor:
         """The gradient so far, bf16 [rows, columns]: for those who add to it tile by tile; then `added`."""
@@ -144,6 +146,12 @@ class Int8Matrix:
         if self._gradients_left == 0 and self._gradient is not None:
             gradient, self._gradient = self._gradient, None
             self._update(float(_norm(gradient)), lambda first, last: gradient[first:last].float())
+
+    def finish(self, share: float) -> None:
+        """Update with ``share`` times the gradients that came, though more were expected; not where none did."""
+        if self._gradient is not None:
+            gradient, self._gradient, self._gradients_left = self._gradient, None, 0
+            self._update(share * float(_norm(gradient)), lambda first, last: gradient[first:last].float() * share)
 
     def add_rows(self, row_ids: torch.Tensor, gradient: torch.Tensor) -> None:
         """One gradient that is zero but for the rows ``row_ids`` (ascending, each once)."""

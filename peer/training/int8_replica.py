@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -33,18 +33,22 @@ from peer.training.device import computes_in_bf16
 from peer.training.dither import Dither, random_noise
 from peer.training.fp32_replica import views_of
 from peer.training.inner_optimizer import build_optimizer
+from peer.training.int8_evaluation import holding, mean_loss
 from peer.training.int8_matrix import InnerStep, Int8Matrix
 from peer.training.int8_model import materialise_vectors, replace_matrices
-from peer.training.int8_modules import Int8Embedding, Int8Linear, cross_entropy
+from peer.training.int8_modules import Int8Linear, cross_entropy
 from peer.training.layout import Layout
 from peer.training.microbatches import Microbatch, Microbatches, StepResult, Tokens, Trained, check_batch
 from peer.training.movement import BLOCK_VALUES, Movement, PackedEntry, PackedWeights, ReplicaMovement
+from peer.training.passes import Passed, Passes, StepOutcome
 from peer.training.quantized import num_blocks, quantise_
-from swarm.errors import DataError, ResourceError, SwarmError
+from swarm.errors import ResourceError, SwarmError
 from swarm.run_spec import Inner
 
 # Values that are on their way between anchor and replica at once, in several fp32 vectors.
 LANDING_VALUES = 1 << 17
+# Of an inner step that nobody knows the end of: more than any has.
+MORE_MICROBATCHES = 1 << 30
 
 
 class Int8Replica:
@@ -88,8 +92,8 @@ class Int8Replica:
         ends: Any = self._model
         head = ends.get_output_embeddings()
         self._head: Int8Linear | None = head if isinstance(head, Int8Linear) else None
-        self._has_embedding = isinstance(ends.get_input_embeddings(), Int8Embedding)
-        self._vocab_size: int = ends.config.vocab_size
+        self._passes = Passes(self._model, device, self._compute, self._loss if self._head is not None else None)
+        self._inner_step: InnerStep | None = None
         self._microbatches = Microbatches(microbatch_sequences, device)
         self._optimizer = self._fresh_optimizer()
         self._carried: PackedWeights | None = None
@@ -202,7 +206,7 @@ class Int8Replica:
         nothing changes. Raises `DataError` for tokens of a wrong shape or outside the vocabulary, and `ResourceError`
         where even one sequence at a time does not fit into memory.
         """
-        check_batch(tokens, self._vocab_size)
+        check_batch(tokens, self._passes.vocab_size)
         with self.inner_step(learning_rate, self._microbatches.number(tokens)) as step:
             loss = self._gradients(tokens, step)
         return StepResult(
@@ -218,56 +222,91 @@ class Int8Replica:
 
         Where the loss of a microbatch was not finite, neither happens.
         """
+        step = self.begin_step(learning_rate, num_microbatches)
+        try:
+            yield step
+            if self._loss_is_finite:
+                self._end_step(step)
+        finally:
+            self.drop_step()
+
+    def begin_step(self, learning_rate: float, num_microbatches: int | None = None) -> InnerStep:
+        """See `peer.training.passes.SpanReplica`. Of one microbatch every matrix is updated as it is passed."""
         step = InnerStep(
             learning_rate=learning_rate,
             inner=self._inner,
-            num_microbatches=num_microbatches,
+            num_microbatches=num_microbatches or MORE_MICROBATCHES,
             dither=self._dither,
         )
         for matrix, share in zip(self._matrices, self._usual_shares, strict=False):
             matrix.usual_share, matrix.squared_norm = share, 0.0
             matrix.begin(step)
-        self._loss_is_finite = True
+        self._loss_is_finite, self._inner_step = True, step
+        return step
+
+    def finish_step(self, num_microbatches: int) -> StepOutcome:
+        """See `peer.training.passes.SpanReplica`."""
+        step = self._inner_step
+        if step is None or num_microbatches < 1:
+            raise SwarmError("an inner step that nothing counted towards")
         try:
-            yield step
-            if self._loss_is_finite:
-                squared_norms = [matrix.squared_norm for matrix in self._matrices] + [self._update_vectors(step)]
-                self._usual_shares = next_shares(self._usual_shares, squared_norms)
+            for matrix in reversed(self._matrices):
+                matrix.finish(1 / num_microbatches)
+            for vector in self._vectors:
+                if vector.grad is not None:
+                    vector.grad.div_(num_microbatches)
+            self._end_step(step)
         finally:
-            for matrix in self._matrices:
-                matrix.end()
-            self._optimizer.zero_grad(set_to_none=True)
+            self.drop_step()
+        return StepOutcome(grad_norm=math.sqrt(sum(step.squared_norms)), ok=not step.num_skipped)
+
+    def drop_step(self) -> None:
+        """See `peer.training.passes.SpanReplica`."""
+        for matrix in self._matrices:
+            matrix.end()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._inner_step = None
 
     def train_microbatch(self, given: Microbatch) -> Trained:
         """There and back through this span, and through those after it; within an `inner_step`.
 
         Raises `DataError` for tokens or hidden states of a wrong shape, or tokens outside the vocabulary.
         """
-        batch_BL = self._batch(given.tokens)
-        entered = batch_BL[:, :-1] if self._has_embedding else self._entered(given, batch_BL)
-        hidden_BLH = self._hidden(entered)
-        leaf_BLH, loss = hidden_BLH.detach(), 0.0
-        if self._head is not None:
-            with torch.no_grad():
-                total, gradient = cross_entropy(
-                    self._head, leaf_BLH.flatten(0, 1), batch_BL[:, 1:].flatten(), given.weight
-                )
-            loss = total.item() if math.isfinite(total.item() * given.weight) else math.nan
-        elif given.onward is not None:
-            gradient = given.onward(leaf_BLH)
-        else:
-            raise SwarmError("a span without the head needs the spans after it")
-        if gradient is None or math.isnan(loss):
-            self._loss_is_finite = False
-            return Trained(loss=math.nan, gradient_BLH=None)
-        hidden_BLH.backward(gradient.view(hidden_BLH.shape).to(hidden_BLH.dtype))  # type: ignore[no-untyped-call]
-        return Trained(loss=loss, gradient_BLH=None if self._has_embedding else entered.grad)
+        trained = self._passes.train(given, self.backward)
+        self._loss_is_finite &= not math.isnan(trained.loss)
+        return trained
 
-    def _entered(self, given: Microbatch, batch_BL: torch.Tensor) -> torch.Tensor:
-        hidden, wanted = given.hidden_BLH, (len(batch_BL), batch_BL.shape[1] - 1)
-        if hidden is None or hidden.ndim != 3 or tuple(hidden.shape[:2]) != wanted or not hidden.is_floating_point():
-            raise DataError(f"hidden states of {wanted[0]} sequences of {wanted[1]} tokens are wanted")
-        return hidden.detach().to(self._device).requires_grad_()
+    def forward(self, given: Microbatch) -> Passed:
+        """See `peer.training.passes.SpanReplica`."""
+        return self._passes.forward(given)
+
+    def backward(self, passed: Passed, gradient_BLH: torch.Tensor | None, *, counts: bool = True) -> Trained:
+        """See `peer.training.passes.SpanReplica`."""
+        if counts:
+            return self._passes.backward(passed, gradient_BLH)
+        gathered = [vector.grad for vector in self._vectors]
+        for matrix in self._matrices:
+            matrix.is_muted = True
+        try:
+            self._optimizer.zero_grad(set_to_none=True)
+            return self._passes.backward(passed, gradient_BLH)
+        finally:
+            for matrix in self._matrices:
+                matrix.is_muted = False
+            for vector, gradient in zip(self._vectors, gathered, strict=True):
+                vector.grad = gradient
+
+    def _loss(
+        self, hidden_NI: torch.Tensor, targets_N: torch.Tensor, weight: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self._head is None:
+            raise SwarmError("a span without the head has no loss")
+        with torch.no_grad():
+            return cross_entropy(self._head, hidden_NI, targets_N, weight)
+
+    def _end_step(self, step: InnerStep) -> None:
+        squared_norms = [matrix.squared_norm for matrix in self._matrices] + [self._update_vectors(step)]
+        self._usual_shares = next_shares(self._usual_shares, squared_norms)
 
     def _gradients(self, tokens: Tokens, step: InnerStep) -> float:
         """All gradients of the mean loss; whenever memory runs out, again in halves, and so from then.
@@ -311,14 +350,6 @@ class Int8Replica:
         self._optimizer.step()
         return norm * norm
 
-    def _hidden(self, entered: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, L], or hidden states of the span before, through this span: [B, L, H]."""
-        given = {"input_ids" if self._has_embedding else "inputs_embeds": entered}
-        with self._precision():
-            backbone: Any = self._model.base_model
-            hidden_BLH: torch.Tensor = backbone(**given, use_cache=False).last_hidden_state
-        return hidden_BLH
-
     # ---- evaluation ---------------------------------------------------------------------------------------------
 
     def evaluate(self, anchor: Float32, batches: Iterable[Tokens]) -> float:
@@ -327,42 +358,14 @@ class Int8Replica:
         The anchor stays on the host; its matrices visit the device one at a time. Nobody may change it meanwhile.
         Raises `DataError` where there are no batches, and `ResourceError` where memory runs out.
         """
-        total, num_tokens = 0.0, 0
-        if self._head is None or not self._has_embedding:
+        if self._head is None or not self._passes.has_embedding:
             raise SwarmError("a span that is not the whole model has no loss of its own")
+        pieces = (piece for tokens in batches for piece in self._microbatches.of(tokens))
         try:
-            with self._holding(anchor), torch.no_grad():
-                for tokens in batches:
-                    for piece in self._microbatches.of(tokens):
-                        batch = self._batch(piece)
-                        hidden_NI, targets_N = self._hidden(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()
-                        total += cross_entropy(self._head, hidden_NI, targets_N, None)[0].item()
-                        num_tokens += len(targets_N)
+            with holding(self._model, self._members, views_of(self._layout, anchor)):
+                return mean_loss(self._passes, self._head, pieces)
         except torch.OutOfMemoryError as error:
             raise ResourceError(f"an evaluation does not fit into the memory of {self._device}") from error
-        if num_tokens == 0:
-            raise DataError("there are no validation batches")
-        return total / num_tokens
-
-    @contextmanager
-    def _holding(self, anchor: Float32) -> Iterator[None]:
-        """The model computes with ``anchor``; its own weights are set aside, not copied, and put back afterwards."""
-        views = views_of(self._layout, anchor)
-        own = [vector.data for vector in self._vectors]
-        try:
-            for member, view in zip(self._members, views, strict=True):
-                if isinstance(member, Int8Matrix):
-                    member.held = view.view(member.rows, member.columns)
-                else:
-                    member.data = view.to(self._device)
-            self._model.eval()
-            yield
-        finally:
-            for matrix in self._matrices:
-                matrix.held = None
-            for vector, value in zip(self._vectors, own, strict=True):
-                vector.data = value
-            self._model.train()
 
     # ---- small things -------------------------------------------------------------------------------------------
 
@@ -376,13 +379,6 @@ class Int8Replica:
     def _fresh_optimizer(self) -> torch.optim.Optimizer:
         vectors = self._vectors or [nn.Parameter(torch.zeros(1, device=self._device))]
         return build_optimizer(vectors, self._inner.model_copy(update={"optimizer": "adamw"}), self._device)
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._compute == torch.bfloat16)
-
-    def _batch(self, tokens: Tokens) -> torch.Tensor:
-        check_batch(tokens, self._vocab_size)
-        return torch.from_numpy(np.array(tokens)).to(self._device)
 
 
 def _packed(values: Float32, generator: torch.Generator | None) -> PackedEntry:

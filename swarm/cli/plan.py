@@ -17,6 +17,7 @@ from swarm.errors import ConfigError, ResourceError
 if TYPE_CHECKING:
     from swarm.fitting import Choice, Room
     from swarm.memory_plan import MemoryPlan, ModelNumbers
+    from swarm.pipeline_plan import SpanSpeed
     from swarm.run_file import RunFile
 
 DEFAULT_VOCABULARY = 32_000  # of LLaMA and Mistral; used until the data is prepared
@@ -29,15 +30,19 @@ def plan(
     shards: Annotated[int, typer.Option(min=0, help="Cut the model into so many; 0: as the run file says.")] = 0,
     device: Annotated[str, typer.Option(help="cuda, mps or cpu.")] = "cuda",
     vocabulary: Annotated[int, typer.Option(min=0, help="Words, where the data is not prepared yet.")] = 0,
+    tflops: Annotated[float, typer.Option(help="What a card sustains in training, in 10^12 operations a second.")] = 20,
+    uplink: Annotated[float, typer.Option(metavar="MBIT", help="A home's uplink in Mbit/s.")] = 20,
+    downlink: Annotated[float, typer.Option(metavar="MBIT", help="A home's downlink in Mbit/s.")] = 100,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show how much memory each span of a run takes, by component, and which cards it fits."""
-    from swarm import fitting, memory_plan, sharding
+    """Show how much memory each span of a run takes, which cards it fits, and how busy its peers would be."""
+    from swarm import fitting, memory_plan, pipeline_plan, sharding
     from swarm.cli import output
 
     if device not in fitting.RUNTIME_BYTES:
         raise ConfigError(f"--device {device!r} is unknown", "choose one of: " + ", ".join(fitting.RUNTIME_BYTES))
     wanted = fitting.parse_bytes(memory) if memory else None
+    machine = pipeline_plan.Machine(flops=tflops * 1e12, uplink_bps=uplink * 1e6, downlink_bps=downlink * 1e6)
     rules = _read(run_file)
     working = fitting.working(rules.inner, device)
     words = vocabulary or _prepared_vocabulary(run_file, rules) or DEFAULT_VOCABULARY
@@ -56,7 +61,11 @@ def plan(
         "sequences": numbers.activations.batch,
         "sequence length": numbers.activations.sequence,
         "shards": len(pieces),
-        "spans": [_span_values(planned) for planned in plans],
+        "spans": [
+            _span_values(planned) | _speed_values(pipeline_plan.span_speed(numbers, planned.span, working, machine))
+            for planned in plans
+        ],
+        "machine": {"tflops": tflops, "uplink mbit/s": uplink, "downlink mbit/s": downlink},
         "cards": [_card(name, size, choose) for name, size in _sizes(wanted)],
     }
     if json:
@@ -102,6 +111,14 @@ def _span_values(planned: MemoryPlan) -> dict[str, Any]:
     }
 
 
+def _speed_values(speed: SpanSpeed) -> dict[str, Any]:
+    return {
+        "tokens/s": round(speed.tokens_per_s, 1),
+        "utilisation": round(speed.utilisation, 4),
+        "bound by": speed.bound_by,
+    }
+
+
 def _sizes(wanted: int | None) -> list[tuple[str, int]]:
     from swarm import fitting
 
@@ -141,6 +158,14 @@ def _print(values: dict[str, Any]) -> None:
     parts = [("held", whole["held"]), *whole["phases"].items(), ("host", whole["host"])]
     rows = [[where, name, gib(size)] for where, sizes in parts for name, size in sizes.items() if size]
     output.table(f"{whole['span']}, by component", ["when", "what", "bytes"], rows)
+    rows = [
+        [span["span"], f"{span['tokens/s']:,.0f}", f"{span['utilisation']:.0%}", span["bound by"]]
+        for span in values["spans"]
+    ]
+    machine = values["machine"]
+    link = f"{machine['uplink mbit/s']:g} Mbit/s up, {machine['downlink mbit/s']:g} down"
+    title = f"A peer with {machine['tflops']:g} TFLOP/s and {link}"
+    output.table(title, ["span", "tokens/s", "busy", "bound by"], rows)
     cards = [
         [card["card"], gib(card["memory bytes"]), card["largest span"] or "none", card["sequences at once"]]
         for card in values["cards"]

@@ -1,0 +1,1 @@
+"""The pipeline: microbatches that travel over the spans of several peers, there and back."""

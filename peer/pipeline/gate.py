@@ -1,0 +1,54 @@
+"""The gate of a span: how many microbatches are admitted, and when the inner step is due.
+
+Pure. Decides that at most ``max_in_flight`` microbatches hold activations, that no more are admitted than the inner
+step still wants (those that failed make room for others), and that none is while weights change: who comes then is told
+*busy*. Leaves waiting to `peer.pipeline.hop`, and what has counted (``gathered``) to `peer.pipeline.steps`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swarm.errors import Busy, ConfigError
+
+
+@dataclass(slots=True, kw_only=True)
+class Gate:
+    step_microbatches: int
+    max_in_flight: int
+    in_flight: int = 0
+    is_changing: bool = False
+    """the weights are about to change, or change"""
+    is_paused: bool = False
+
+    def __post_init__(self) -> None:
+        if self.step_microbatches < 1 or self.max_in_flight < 1:
+            raise ConfigError("an inner step, and what is in flight, is at least one microbatch")
+
+    def refusal(self, gathered: int) -> str:
+        """Why nothing is admitted now; empty where the next one is."""
+        if self.is_paused:
+            return "training is paused"
+        if self.is_changing or self.is_full(gathered):
+            return "an inner step is due"
+        if self.in_flight >= self.max_in_flight:
+            return f"{self.in_flight} microbatches are in flight"
+        return ""
+
+    def is_full(self, gathered: int) -> bool:
+        """Nothing more is wanted, if all that is in flight counts."""
+        return gathered + self.in_flight >= self.step_microbatches
+
+    def is_due(self, gathered: int) -> bool:
+        """The inner step may be made."""
+        return gathered >= self.step_microbatches
+
+    def enter(self, gathered: int) -> None:
+        """One more microbatch. Raises `Busy`."""
+        refusal = self.refusal(gathered)
+        if refusal:
+            raise Busy(f"busy: {refusal}")
+        self.in_flight += 1
+
+    def leave(self) -> None:
+        self.in_flight -= 1

@@ -1,0 +1,146 @@
+"""The messages of `train_microbatch`: written, and read as bytes from somebody who may be hostile.
+
+Decides what a request and an answer must look like under the run's rules before anything of them is used. Leaves the
+bytes of hidden states to `peer.pipeline.hop_codec`, and calls to `peer.pipeline.onward` and `peer.pipeline.serving`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from peer.pipeline.hop_codec import HOP_CODECS
+from swarm.errors import ProtocolError
+from swarm.proto.pipeline_pb2 import TrainReply, TrainRequest
+
+if TYPE_CHECKING:
+    import torch
+
+    from peer.training.microbatches import Tokens
+
+TRAIN_METHOD = "train_microbatch"
+ID_BYTES = 16
+TOKEN_BYTES = 4
+# What a message is beside hidden states and tokens.
+OVERHEAD_BYTES = 256
+MAX_TIME_LEFT_S = 900.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HopRules:
+    """What every microbatch of a run has in common."""
+
+    sequence_length: int
+    max_sequences: int
+    width: int
+    """values of a token's hidden state"""
+    vocab_size: int
+    codec: str = "int8"
+    """one of `HOP_CODECS`"""
+
+    def max_answer_bytes(self, num_sequences: int) -> int:
+        num_tokens = num_sequences * self.sequence_length
+        return HOP_CODECS[self.codec].encoded_size(num_tokens, self.width) + OVERHEAD_BYTES
+
+    @property
+    def max_request_bytes(self) -> int:
+        tokens = self.max_sequences * (self.sequence_length + 1) * TOKEN_BYTES
+        return tokens + self.max_answer_bytes(self.max_sequences)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entering:
+    """A microbatch at the beginning of a span."""
+
+    microbatch_id: bytes
+    tokens: Tokens
+    """[B, L+1]"""
+    time_left_s: float
+    """for everything up to the answer"""
+    hidden_BLH: torch.Tensor | None = None
+    """None where it enters the first span"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What came back. Where ``loss`` (nats, mean per token) is NaN there is no gradient, and nothing was learned."""
+
+    loss: float
+    gradient_BLH: torch.Tensor | None
+
+
+def write_request(entering: Entering, first_shard: int, hidden: bytes) -> bytes:
+    """Without the time that is left: put that of each attempt before it, see `with_time`."""
+    return TrainRequest(
+        microbatch_id=entering.microbatch_id,
+        first_shard=first_shard,
+        sequences=len(entering.tokens),
+        tokens=np.ascontiguousarray(entering.tokens, "<u4").tobytes(),
+        hidden=hidden,
+    ).SerializeToString()
+
+
+def with_time(request: bytes, time_left_s: float) -> bytes:
+    """Serialised messages one after the other are one message: the large one is written once."""
+    return TrainRequest(time_left_ms=max(1, int(time_left_s * 1000))).SerializeToString() + request
+
+
+def read_request(data: bytes, first_shard: int, rules: HopRules) -> Entering:
+    """Raises `ProtocolError` for all that is no microbatch of this run for the span that begins with this shard."""
+    if len(data) > rules.max_request_bytes:
+        raise ProtocolError(f"a microbatch of {len(data)} bytes exceeds {rules.max_request_bytes}")
+    try:
+        request = TrainRequest.FromString(data)
+    except DecodeError as error:
+        raise ProtocolError("a microbatch cannot be read") from error
+    if len(request.microbatch_id) != ID_BYTES:
+        raise ProtocolError(f"a microbatch's id of {len(request.microbatch_id)} bytes")
+    if request.first_shard != first_shard:
+        raise ProtocolError(f"a microbatch for shard {request.first_shard}, where this span begins with {first_shard}")
+    if not 1 <= request.sequences <= rules.max_sequences:
+        raise ProtocolError(f"a microbatch of {request.sequences} sequences, where 1 to {rules.max_sequences} may come")
+    if request.time_left_ms < 1:
+        raise ProtocolError("a microbatch without time")
+    shape = (request.sequences, rules.sequence_length, rules.width)
+    return Entering(
+        microbatch_id=request.microbatch_id,
+        tokens=_tokens(request.tokens, request.sequences, rules),
+        time_left_s=min(request.time_left_ms / 1000, MAX_TIME_LEFT_S),
+        hidden_BLH=HOP_CODECS[rules.codec].decode(request.hidden, shape),
+    )
+
+
+def write_reply(answer: Answer, rules: HopRules) -> bytes:
+    """Raises `DataError` where the gradient is not finite."""
+    if answer.gradient_BLH is None:
+        return TrainReply(loss=math.nan).SerializeToString()
+    gradient = HOP_CODECS[rules.codec].encode(answer.gradient_BLH)
+    return TrainReply(loss=answer.loss, gradient=gradient).SerializeToString()
+
+
+def read_reply(data: bytes, num_sequences: int, rules: HopRules) -> Answer:
+    """Raises `ProtocolError` for all that is no answer to a microbatch of ``num_sequences``."""
+    try:
+        reply = TrainReply.FromString(data)
+    except DecodeError as error:
+        raise ProtocolError("an answer to a microbatch cannot be read") from error
+    if math.isnan(reply.loss) and not reply.gradient:
+        return Answer(loss=math.nan, gradient_BLH=None)
+    if not math.isfinite(reply.loss) or reply.loss < 0:
+        raise ProtocolError(f"a loss of {reply.loss}")
+    shape = (num_sequences, rules.sequence_length, rules.width)
+    return Answer(loss=reply.loss, gradient_BLH=HOP_CODECS[rules.codec].decode(reply.gradient, shape))
+
+
+def _tokens(data: bytes, num_sequences: int, rules: HopRules) -> Tokens:
+    columns = rules.sequence_length + 1
+    if len(data) != num_sequences * columns * TOKEN_BYTES:
+        raise ProtocolError(f"{len(data)} bytes of tokens for {num_sequences} sequences of {columns}")
+    tokens = np.frombuffer(data, "<u4").astype(np.int64).reshape(num_sequences, columns)
+    if tokens.max() >= rules.vocab_size:
+        raise ProtocolError(f"a token outside the vocabulary of {rules.vocab_size}")
+    return tokens

@@ -1,0 +1,159 @@
+"""The codecs of hidden states and gradients: exact sizes, stated errors, and refusal of what no encoder writes."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peer.pipeline.hop_codec import HOP_CODECS
+from swarm.errors import DataError, ProtocolError
+
+SHAPES = [(1, 1, 1), (1, 1, 2), (2, 3, 5), (2, 24, 16), (1, 7, 257), (3, 128, 64)]
+SIZES = {
+    "fp32": lambda n, h: 4 * n * h,
+    "bf16": lambda n, h: 2 * n * h,
+    "int8": lambda n, h: n * (4 + h),
+    "int4": lambda n, h: n * (4 + math.ceil(h / 2)),
+}
+LARGEST = {"int8": 127, "int4": 7}
+every_codec = pytest.mark.parametrize("name", HOP_CODECS)
+every_scaled_codec = pytest.mark.parametrize("name", LARGEST)
+
+
+def values_of(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """Tokens of very different sizes: one scale for all would not do."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator)
+    return values * torch.logspace(-20, 20, shape[-2])[:, None]
+
+
+def bound(name: str, values: torch.Tensor) -> torch.Tensor:
+    """The stated error per value, in float64."""
+    exact = values.double()
+    if name == "fp32":
+        return torch.zeros_like(exact)
+    if name == "bf16":
+        return exact.abs() * 2**-8
+    scales = exact.abs().amax(-1, keepdim=True) / LARGEST[name]
+    return (scales * (0.5 + 2**-16)).expand_as(exact)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@every_codec
+def test_what_is_encoded_has_the_stated_size_and_decodes_within_the_stated_error(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    codec, values = HOP_CODECS[name], values_of(shape)
+    data = codec.encode(values)
+    num_tokens = math.prod(shape[:-1])
+    assert len(data) == codec.encoded_size(num_tokens, shape[-1]) == SIZES[name](num_tokens, shape[-1])
+    decoded = codec.decode(data, shape)
+    assert decoded.dtype == torch.float32 and decoded.shape == shape
+    assert bool(((decoded.double() - values.double()).abs() <= bound(name, values)).all())
+
+
+@every_codec
+def test_what_was_decoded_encodes_to_values_within_one_rounding(name: str) -> None:
+    """A microbatch that is passed on twice loses nothing more worth a code."""
+    codec, values = HOP_CODECS[name], values_of((2, 8, 33))
+    once = codec.decode(codec.encode(values), (2, 8, 33))
+    twice = codec.decode(codec.encode(once), (2, 8, 33))
+    assert torch.allclose(twice, once, rtol=1e-6, atol=0)
+
+
+@every_codec
+def test_zeros_and_bf16_tensors_travel(name: str) -> None:
+    codec = HOP_CODECS[name]
+    zeros = torch.zeros((2, 3, 4), dtype=torch.bfloat16)
+    assert bool((codec.decode(codec.encode(zeros), (2, 3, 4)) == 0).all())
+
+
+@every_codec
+def test_values_beside_the_smallest_and_the_largest_number_stay_finite(name: str) -> None:
+    codec = HOP_CODECS[name]
+    values = torch.tensor([[[3.38e38, -3.0e38, 1.0], [1e-38, -1e-40, 0.0], [1e-45, 0.0, 0.0]]])
+    assert bool(torch.isfinite(codec.decode(codec.encode(values), (1, 3, 3))).all())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@every_codec
+def test_a_value_that_is_not_finite_is_not_sent(name: str, bad: float) -> None:
+    values = torch.ones(1, 2, 8)
+    values[0, 1, 3] = bad
+    with pytest.raises(DataError, match="not finite"):
+        HOP_CODECS[name].encode(values)
+
+
+@pytest.mark.parametrize("change", [-1, 1, -8])
+@every_codec
+def test_another_number_of_bytes_is_refused(name: str, change: int) -> None:
+    codec = HOP_CODECS[name]
+    data = codec.encode(torch.ones(1, 2, 8))
+    data = data[:change] if change < 0 else data + bytes(change)
+    with pytest.raises(ProtocolError, match="bytes where"):
+        codec.decode(data, (1, 2, 8))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 8), (0, 8), (8,), (-1, 2, 8)], ids=str)
+@every_codec
+def test_a_shape_that_no_hidden_states_have_is_refused(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ProtocolError, match="shape"):
+        HOP_CODECS[name].decode(b"", shape)
+
+
+BAD_SCALES = [math.nan, math.inf, -1.0, -0.0, 1e-40, 3e38]
+
+
+@pytest.mark.parametrize("scale", BAD_SCALES, ids=str)
+@every_scaled_codec
+def test_a_scale_that_no_encoder_writes_is_refused(name: str, scale: float) -> None:
+    codec = HOP_CODECS[name]
+    data = bytearray(codec.encode(torch.ones(1, 2, 8)))
+    data[4:8] = struct.pack("<f", scale)
+    with pytest.raises(ProtocolError, match="no encoder writes"):
+        codec.decode(bytes(data), (1, 2, 8))
+
+
+# (codec, body of the second of two tokens of 3 values under a scale of 1 or 0)
+BAD_CODES = [
+    ("int8", 1.0, bytes([0, 126, 0])),
+    ("int8", 1.0, bytes([127, 0x80, 0])),
+    ("int8", 0.0, bytes([0, 1, 0])),
+    ("int4", 1.0, bytes([0x06, 0x00])),
+    ("int4", 1.0, bytes([0x87, 0x00])),
+    ("int4", 0.0, bytes([0x10, 0x00])),
+    ("int4", 1.0, bytes([0x07, 0x10])),
+]
+
+
+@pytest.mark.parametrize(("name", "scale", "body"), BAD_CODES)
+def test_codes_that_no_encoder_writes_are_refused(name: str, scale: float, body: bytes) -> None:
+    codec = HOP_CODECS[name]
+    good = codec.encode(torch.ones(1, 2, 3))
+    data = good[:4] + struct.pack("<f", scale) + good[8 : 8 + len(body)] + body
+    with pytest.raises(ProtocolError):
+        codec.decode(data, (1, 2, 3))
+
+
+@settings(max_examples=200)
+@given(name=st.sampled_from(sorted(HOP_CODECS)), data=st.binary(min_size=0, max_size=64), width=st.integers(1, 9))
+def test_hostile_bytes_decode_to_finite_values_or_are_refused(name: str, data: bytes, width: int) -> None:
+    codec = HOP_CODECS[name]
+    size = codec.encoded_size(2, width)
+    try:
+        decoded = codec.decode((data * size)[:size] if data else bytes(size), (1, 2, width))
+    except ProtocolError:
+        return
+    assert bool(torch.isfinite(decoded).all())
+
+
+def test_int8_keeps_each_tokens_own_scale() -> None:
+    """A token a million times smaller than its neighbour arrives as exactly."""
+    values = torch.stack([torch.full((8,), 1e3), torch.linspace(-1e-3, 1e-3, 8)])[None]
+    decoded = HOP_CODECS["int8"].decode(HOP_CODECS["int8"].encode(values), (1, 2, 8))
+    assert (decoded[0, 1] - values[0, 1]).abs().max().item() < 1e-5
