@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from swarm.cli import data, init, plan, researcher, run
+from swarm.cli import audit, data, init, plan, researcher, run
 from swarm.errors import DiskFull, PortInUse, ResourceError, SwarmError
 
 EXIT_USAGE = 64  # sysexits.h EX_USAGE
@@ -66,6 +66,7 @@ _COMMANDS = (
     (researcher.checkpoints, "List the checkpoints that a run published."),
     (researcher.download, "Fetch a checkpoint from a run's peers, verified."),
     (researcher.verify, "Check a checkpoint folder, offline."),
+    (audit.audit, "Recompute a checkpoint from the run's signed log, offline."),
     (researcher.generate, "Continue a text with a checkpoint."),
 )
 for _command, _summary in _COMMANDS:
