@@ -91,6 +91,11 @@ def publisher(state: Path, key: bytes) -> Identity:
     )
 
 
+def new_publisher(state: Path, version: int) -> Identity:
+    """A publication key for root ``version``; asked again, the same: a change may be begun twice."""
+    return keyfiles.load_or_create(state / f"publication-{version}.key")
+
+
 def _read_change(path: Path, spec: RunSpec) -> Change | None:
     if not path.exists():
         return None

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from swarm.cli import audit, data, init, plan, researcher, run
+from swarm.cli import audit, data, init, keys, plan, researcher, run
 from swarm.errors import DiskFull, PortInUse, ResourceError, SwarmError
 
 EXIT_USAGE = 64  # sysexits.h EX_USAGE
@@ -71,6 +71,7 @@ _COMMANDS = (
 )
 for _command, _summary in _COMMANDS:
     app.command(_command.__name__, short_help=_summary)(_command)
+app.add_typer(keys.app, name="keys", short_help="Show and change who governs a run, k of n.")
 app.add_typer(data.app, name="data", short_help="Turn text into what a run trains on.")
 
 
