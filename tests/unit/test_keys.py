@@ -172,6 +172,16 @@ def test_what_is_no_key_no_run_or_no_change_is_refused(people: Organizers, tmp_p
         people.run("anna", "sign", tmp_path / "nonsense.json")
 
 
+def test_a_change_whose_publication_broke_off_is_not_in_force_and_can_be_published_again(people: Organizers) -> None:
+    change = people.folder / "change.json"
+    people.run("anna", "rotate", people.run_file, "--out", change)
+    people.run("carl", "sign", change)
+    people.run("anna", "publish", people.run_file, change)
+    (governing.folder(people.state) / "2.root.json").unlink()  # it is written last
+    assert people.run("anna", "show", people.run_file)["root"] == 1
+    assert people.run("anna", "publish", people.run_file, change)["root"] == 2
+
+
 def test_a_damaged_folder_of_keys_is_told(people: Organizers) -> None:
     root = governing.folder(people.state) / "1.root.json"
     root.write_bytes(root.read_bytes().replace(b'"threshold":2', b'"threshold":1'))
