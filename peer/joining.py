@@ -25,6 +25,7 @@ from peer.p2p.fetch import HolderBook
 from peer.p2p.lasting_transport import LastingTransport
 from peer.p2p.network import Network, NetworkConfig, open_network
 from peer.p2p.spill import Spill
+from peer.rounds.archive import keep_genesis
 from peer.rounds.catch_up import Newcomer, obtain_state
 from peer.rounds.codec import Float32
 from peer.rounds.ledger import Ledger, LedgerOptions
@@ -186,6 +187,7 @@ async def join(
     manifest = data_manifest.parse(run.manifest_bytes)
     if options.data_folder is not None:
         chunks.add_source(token_shard_source(options.data_folder, manifest))
+        keep_genesis(folder, run.signed_genesis)
     head = log.genesis_head(run.genesis, SHARD)
     ledger = Ledger(folder / f"shard-{SHARD}", head, chunks, LedgerOptions(archive=not options.trains))
     return Joined(
@@ -267,7 +269,7 @@ async def find_start(joined: Joined) -> Start:
 
     def look(head: LogHead, shard: Shard) -> None:
         if head.round and schedule.is_checkpoint_round(rules, head.round, head.total_tokens):
-            due.append(StateCopy.of(shard, head, joined.folder))
+            due.append(StateCopy.of(shard, head, joined.folder, archive=not joined.options.trains))
 
     head = await asyncio.to_thread(resume, joined.ledger, head, shard, joined.identity.public_key, look)
     return Start(head=head, shard=shard, due=tuple(due))

@@ -271,7 +271,8 @@ class Peer:
 
     async def _offer_checkpoint(self) -> None:
         shard, head, folder = self.exchange.shard, self.exchange.head, self.joined.folder
-        self.checkpoints.offer(await asyncio.to_thread(StateCopy.of, shard, head, folder))
+        archive = not self.joined.options.trains
+        self.checkpoints.offer(await asyncio.to_thread(StateCopy.of, shard, head, folder, archive))
 
     def _on_checkpoint(self, round_number: int) -> None:
         self.words.checkpoint_round = max(self.words.checkpoint_round, round_number)

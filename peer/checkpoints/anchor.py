@@ -63,6 +63,21 @@ def anchor_problem(folder: Path, manifest: CheckpointManifest, open_file: OpenFi
         return f"the weights cannot be read: {error}"
 
 
+def read_anchor(folder: Path, manifest: CheckpointManifest, open_file: OpenFile, room: memoryview) -> None:
+    """Fill ``room`` with the anchor of a verified checkpoint. Raises `DataError` where it is of another size."""
+    if len(room) != sum(parameter.size_bytes for parameter in manifest.anchor.parameters):
+        raise DataError(f"{folder} holds a model of another size than the run's")
+    places, offset = _places(folder, manifest, open_file), 0
+    for parameter in manifest.anchor.parameters:
+        place = places[parameter.name]
+        with open_file(place.path) as file:
+            file.seek(place.offset)
+            read = file.readinto(room[offset : offset + parameter.size_bytes])  # type: ignore[attr-defined]
+        if read != parameter.size_bytes:
+            raise DataError(f"{place.path.name} ends before its weights do")
+        offset += parameter.size_bytes
+
+
 def _places(folder: Path, manifest: CheckpointManifest, open_file: OpenFile) -> dict[str, _Place]:
     """Where each tensor lies. Raises `DataError` for one that is not what the manifest says, or comes twice."""
     shapes = {parameter.name: list(parameter.shape) for parameter in manifest.anchor.parameters}

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from peer.checkpoints.checkpoint import CheckpointParts, assemble, write_signed
 from peer.p2p.chunk_store import ChunkStore
+from peer.rounds.archive import momentum_path
 from peer.rounds.codec import Float32
 from peer.rounds.shard import Shard
 from peer.training.layout import Layout
@@ -64,8 +65,13 @@ class StateCopy:
     anchor: Float32
 
     @classmethod
-    def of(cls, shard: Shard, head: LogHead, folder: Path) -> StateCopy:
-        """A copy on disk in ``folder`` of what ``shard`` holds after ``head``. Blocks."""
+    def of(cls, shard: Shard, head: LogHead, folder: Path, archive: bool) -> StateCopy:
+        """A copy on disk in ``folder`` of what ``shard`` holds after ``head``. Blocks.
+
+        ``archive``: the momentum stays beside the checkpoint, for auditors to start from.
+        """
+        if archive:
+            write_durably(momentum_path(folder, head.round), shard.momentum.data.data)
         return cls(
             head=head,
             state_digest=shard.state_digest,
@@ -188,6 +194,7 @@ class CheckpointMaker:
             old, source = self._served.pop(0)
             self._chunks.remove_source(source)
             shutil.rmtree(self._template.folder / f"checkpoint-{old}", ignore_errors=True)
+            momentum_path(self._template.folder, old).unlink(missing_ok=True)
 
 
 def _is_signed(folder: Path, run_id: bytes, publication_key: bytes) -> bool:

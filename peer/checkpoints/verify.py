@@ -159,7 +159,7 @@ def verify_folder(
     for file in provenance.manifest.files:
         problems += _file_problems(folder / file.name, file, on_bytes)
     if not problems:
-        problem = anchor_problem(folder, provenance.manifest, _open_regular)
+        problem = anchor_problem(folder, provenance.manifest, open_regular)
         problems += [problem] if problem else []
     unlisted, warnings = _unlisted(folder, provenance.manifest)
     return Report(
@@ -261,7 +261,7 @@ def _mismatches(provenance: Provenance) -> list[str]:
 
 def _file_problems(path: Path, listed: CheckpointFile, on_bytes: OnBytes) -> list[str]:
     try:
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             size_bytes = os.fstat(file.fileno()).st_size
             if size_bytes != listed.size_bytes:
                 return [f"{listed.name} has {size_bytes} bytes instead of {listed.size_bytes}"]
@@ -355,7 +355,7 @@ def _read_signed(path: Path, max_payload_bytes: int) -> Signed:
 
 def _read_bounded(path: Path, max_bytes: int) -> bytes:
     try:
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             raw = file.read(max_bytes + 1)
     except OSError as error:
         raise DataError(
@@ -367,7 +367,7 @@ def _read_bounded(path: Path, max_bytes: int) -> bytes:
     return raw
 
 
-def _open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BinaryIO:
     """Open a regular file; symbolic links, pipes and devices are refused."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     file = os.fdopen(descriptor, "rb")

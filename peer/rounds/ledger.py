@@ -307,7 +307,8 @@ class Ledger:
 
     def _forget_old(self) -> None:
         kept = sorted(self._states)[-KEPT_STATES:]
-        for number in sorted(set(self._states) - {*kept, self._fork}):
+        genesis = {0} if self._options.archive else set[int]()  # auditors start from it
+        for number in sorted(set(self._states) - {*kept, self._fork, *genesis}):
             self._drop_state(number)
         if not self._options.archive and kept:
             self._release_rounds(kept[0] + 1)

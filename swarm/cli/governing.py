@@ -1,8 +1,7 @@
 """Where an organizer's machine keeps what the organizers of a run signed: ``state/keys``, beside the publication keys.
 
-    1.root.json, 2.root.json, ...   the roots
-    targets.json                    the newest targets
-    change.json                     a change that too few have signed yet
+    1.root.json, 1.targets.json, 2.root.json, ...   what is in force: targets are written before their root
+    change.json                                     the first keys, while too few have signed them
 
 Leaves what may be in them to `swarm.governance`.
 """
@@ -20,7 +19,6 @@ from swarm.identity import Identity
 from swarm.run_spec import RunSpec
 
 CHANGE_FILE = "change.json"
-_TARGETS_FILE = "targets.json"
 
 
 def begin(state: Path, spec: RunSpec, organizer: Identity) -> Offline:
@@ -51,12 +49,12 @@ def load(state: Path, spec: RunSpec) -> Offline | None:
     """What an earlier start or change left; None before the first."""
     where = folder(state)
     roots: list[bytes] = []
-    while (path := where / f"{len(roots) + 1}.root.json").exists():
+    while (path := _path(where, len(roots) + 1, "root")).exists():
         roots.append(path.read_bytes())
     if not roots:
         return None
     try:
-        offline = Offline(roots=tuple(roots), targets=(where / _TARGETS_FILE).read_bytes())
+        offline = Offline(roots=tuple(roots), targets=_path(where, len(roots), "targets").read_bytes())
         governance.check(spec.run_id, spec, offline)
     except (OSError, VerificationError) as error:
         raise DigestError(f"{where} is damaged: {error}", "bring it back from a copy of the run's folder") from error
@@ -64,13 +62,14 @@ def load(state: Path, spec: RunSpec) -> Offline | None:
 
 
 def save(state: Path, offline: Offline) -> None:
-    """Targets last: until they are there, an older root has targets that it may have."""
-    where = folder(state)
-    for version, raw in enumerate(offline.roots, start=1):
-        path = where / f"{version}.root.json"
-        if not path.exists():
-            write_durably(path, raw)
-    write_durably(where / _TARGETS_FILE, offline.targets)
+    """The newest root and its targets, in force once the root is there; those before are kept already."""
+    where, version = folder(state), len(offline.roots)
+    write_durably(_path(where, version, "targets"), offline.targets)
+    write_durably(_path(where, version, "root"), offline.roots[-1])
+
+
+def _path(where: Path, version: int, role: str) -> Path:
+    return where / f"{version}.{role}.json"
 
 
 def folder(state: Path) -> Path:
@@ -89,6 +88,11 @@ def publisher(state: Path, key: bytes) -> Identity:
         f"the publication key {key.hex()[:16]} is not in {state}",
         "bring its file (publication*.key) there from where it was made",
     )
+
+
+def new_publisher(state: Path, version: int) -> Identity:
+    """A publication key for root ``version``; asked again, the same: a change may be begun twice."""
+    return keyfiles.load_or_create(state / f"publication-{version}.key")
 
 
 def _read_change(path: Path, spec: RunSpec) -> Change | None:

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from swarm.cli import (
+    audit,
     compare,
     data,
     download,
@@ -24,6 +25,7 @@ from swarm.cli import (
     export,
     generate,
     init,
+    keys,
     leaderboard,
     plan,
     push,
@@ -79,6 +81,7 @@ _COMMANDS = (
     (researcher.checkpoints, "List the checkpoints that a run published."),
     (download.download, "Fetch a checkpoint from a run's peers and mirrors, verified."),
     (download.verify, "Check a checkpoint folder, offline."),
+    (audit.audit, "Recompute a checkpoint from the run's signed log, offline."),
     (generate.generate, "Continue a text with a checkpoint."),
     (export.export, "Write a checkpoint in another format: bf16, GGUF."),
     (leaderboard.leaderboard, "Compare the checkpoints of one or several runs."),
@@ -90,6 +93,7 @@ _COMMANDS = (
 for _command, _summary in _COMMANDS:
     app.command(_command.__name__, short_help=_summary)(_command)
 app.command("eval", short_help="Measure a checkpoint with lm-evaluation-harness.")(evaluate.evaluate)
+app.add_typer(keys.app, name="keys", short_help="Show and change who governs a run, k of n.")
 app.add_typer(data.app, name="data", short_help="Turn text into what a run trains on.")
 
 

@@ -116,6 +116,15 @@ def prepare_run(path: Path, base: Path | None = None) -> PreparedRun:
     return PreparedRun(spec=spec, source=source, data_folder=data_folder, state=state, mirrors=rules.mirrors)
 
 
+def started_spec(state: Path) -> RunSpec:
+    """The rules of the run that an earlier start signed; `ConfigError` where there was none."""
+    path = state / "spec.sig"
+    if not path.exists():
+        raise ConfigError(f"{state} holds no run yet", "start it first: swarm start RUN.toml")
+    signed = _read_signed(path, run_spec.CONTEXT)
+    return run_spec.parse_signed(signed, run_spec.run_id_of(signed.signer, signed.payload))
+
+
 def _read_data(folder: Path) -> tuple[bytes, bytes]:
     try:
         return (folder / MANIFEST_NAME).read_bytes(), (folder / TOKENIZER_NAME).read_bytes()
@@ -136,9 +145,7 @@ def _with_base(spec: RunSpec, manifest: DataManifest, state: Path, base: Path | 
         return spec.model_copy(update={"base": found}), anchor
     if not earlier.exists():
         return spec, None
-    signed = _read_signed(earlier, run_spec.CONTEXT)
-    started = run_spec.parse_signed(signed, run_spec.run_id_of(signed.signer, signed.payload))
-    return spec.model_copy(update={"base": started.base}), None
+    return spec.model_copy(update={"base": started_spec(state).base}), None
 
 
 def _first_anchor(spec: RunSpec, manifest: DataManifest) -> Float32:

@@ -285,6 +285,7 @@ def test_a_run_ends_with_a_published_checkpoint_that_transformers_opens(data: Pa
         assert status["rounds"][-1]["validation loss"] < status["initial validation loss"]
         run.assert_equal_states()
         assert_last_checkpoint_opens(run, status["round"])
+        assert_the_log_makes_the_last_checkpoint(run, status["round"])
         occupied = footprint(run.coordinator.pid)
         assert run.coordinator.leave(signal.SIGINT, 2 * LEAVE_S) == 0, run.coordinator.last_words()
         assert occupied.remains() == []
@@ -300,9 +301,19 @@ def assert_last_checkpoint_opens(run: Swarm, last: int) -> None:
     verified = swarm_json("verify", folder, "--run", run.invite, env=run.env)
     state = next(commit["state digest"] for commit in run.programs[-1].commits if commit["round"] == last)
     assert verified["state_digest"] == state
+    assert verified["live_replicas"] / 2 < len(verified["witnesses"]) >= 2, "the seed peer, and a volunteer at least"
     command = [sys.executable, "-I", "-c", CLEAN_PROCESS, str(folder)]
     clean = {"HOME": str(run.folder), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=run.folder, env=clean, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     opened = json.loads(done.stdout.splitlines()[-1])
     assert opened["finite"] and opened["ours"] == [] and opened["shape"][-1] == 512
+
+
+def assert_the_log_makes_the_last_checkpoint(run: Swarm, last: int) -> None:
+    """From the genesis, and from the checkpoint of round 2 with the momentum that the seed peer kept."""
+    (archive,) = run.folder.glob("run/**/seed/runs/*")
+    folder = run.folder / "got" / f"round-{last:06d}"
+    for start, first in (([], 0), (["--from", archive / "checkpoint-2"], 2)):
+        audited = swarm_json("audit", folder, "--archive", archive, *start, env=run.env)
+        assert (audited["outcome"], audited["from_round"], audited["equal_to"]) == ("equal", first, last)

@@ -165,7 +165,9 @@ def test_checkpoints_of_rounds_on_the_disk_are_due_again(tmp_path: Path, monkeyp
     monkeypatch.setattr(joining, "_starting_state", from_the_beginning)
     spec = SPEC.model_copy(update={"checkpoints": Checkpoints(every_rounds=2), "total_tokens": 1000})
     identity = SimpleNamespace(public_key=ME)
-    joined: Any = SimpleNamespace(run=SimpleNamespace(spec=spec), ledger=ledger, folder=tmp_path, identity=identity)
+    options = SimpleNamespace(trains=False)
+    run = SimpleNamespace(spec=spec)
+    joined: Any = SimpleNamespace(run=run, ledger=ledger, folder=tmp_path, identity=identity, options=options)
     start = asyncio.run(joining.find_start(joined))
     assert start.head == ledger.head and start.shard.state_digest == shard.state_digest
     assert [(copy.head.round, copy.state_digest) for copy in start.due] == [(2, digests[2]), (4, digests[4])]

@@ -1,0 +1,237 @@
+"""An audit finds equality, the first round that differs, or the range that is missing."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from peer.checkpoints.publishing import StateCopy
+from peer.checkpoints.verify import verify_folder
+from peer.p2p.chunk_store import ChunkStore
+from peer.rounds import archive as archives
+from peer.rounds.ledger import Ledger, LedgerOptions
+from peer.rounds.planning import num_slices
+from peer.rounds.shard import Shard
+from peer.training.layout import Layout
+from swarm import digest
+from swarm.cli import audit
+from swarm.errors import DataError, DigestError, NotFound, SwarmError, VerificationError
+from swarm.identity import Identity
+from swarm.log import GENESIS_CONTEXT, VOTE_CONTEXT, genesis_head, next_head
+from swarm.proto.common_pb2 import Genesis, ShardGenesis
+from swarm.proto.round_pb2 import Ballot, Commit, PartResult, Record, Share, Vote
+from tests.checkpoint_samples import ORGANIZER, make_parts, signed_checkpoint
+
+VOTER = Identity(b"v" * 32)
+PARTS = make_parts(num_values=40_000)
+SPEC = PARTS.spec
+LAYOUT = Layout.of((name, tensor.shape) for name, tensor in PARTS.tensors.items())
+ROUNDS, CHECKPOINTS = 6, (2, 4, 6)
+
+app = typer.Typer()
+app.command()(audit.audit)
+
+
+@dataclass
+class Run:
+    """A seed peer's folder after six rounds, and the checkpoints of every second one beside it."""
+
+    folder: Path
+
+    @property
+    def archive(self) -> Path:
+        return self.folder / "archive"
+
+    def checkpoint(self, number: int) -> Path:
+        return self.folder / f"checkpoint-{number}"
+
+    def make(self, lie_at: int = 0) -> Run:
+        """``lie_at``: after this round the voters sign, and publish, another state than the average makes."""
+        shard = Shard(SPEC, 0, np.concatenate([tensor.reshape(-1) for tensor in PARTS.tensors.values()]))
+        genesis = Genesis(
+            run_id=SPEC.run_id,
+            voters=[VOTER.public_key],
+            shards=[ShardGenesis(state_digest=shard.state_digest, num_values=shard.num_values)],
+        )
+        self.archive.mkdir()
+        signed = ORGANIZER.sign(GENESIS_CONTEXT, SPEC.run_id, genesis.SerializeToString())
+        archives.keep_genesis(self.archive, signed)
+        chunks = ChunkStore(self.archive / "chunks", 1 << 28)
+        ledger = Ledger(self.archive / "shard-0", genesis_head(genesis, 0), chunks, LedgerOptions(archive=True))
+        ledger.save_state(0, shard)
+        for number in range(1, ROUNDS + 1):
+            self._commit(ledger, shard, number)
+            if number == lie_at:
+                shard.anchor[7] += 1
+                shard._note_digests()
+            ledger.save_state(number, shard)
+            if number in CHECKPOINTS:
+                self._publish(ledger, shard)
+        return self
+
+    def _commit(self, ledger: Ledger, shard: Shard, number: int) -> None:
+        rng = np.random.default_rng(number)
+        data = shard.codec.encode(rng.standard_normal(shard.num_values).astype(np.float32) * 1e-3)
+        result = PartResult(
+            num_slices=num_slices(shard.num_values),
+            digest=digest.sha256(data),
+            size_bytes=len(data),
+            shares=[Share(peer_key=VOTER.public_key, weight_tokens=5)],
+        )
+        record = Record(
+            round=number,
+            log_digest=ledger.head.log_digest,
+            state_digest=shard.state_digest,
+            parts=[result],
+            next_voters=[VOTER.public_key],
+            total_tokens=ledger.head.total_tokens + 5,
+            codec=shard.codec.name,
+        )
+        raw = record.SerializeToString()
+        ballot = Ballot(number=1, leader=VOTER.public_key)
+        vote = Vote(round=number, ballot=ballot, record_digest=digest.sha256(raw))
+        commit = Commit(record=raw, votes=[VOTER.sign(VOTE_CONTEXT, SPEC.run_id, vote.SerializeToString())])
+        ledger.append(commit, next_head(ledger.head, raw, record), {result.digest: data})
+        shard.apply(record, {result.digest: data})
+
+    def _publish(self, ledger: Ledger, shard: Shard) -> None:
+        copy = StateCopy.of(shard, ledger.head, self.archive, archive=True)
+        parts = replace(
+            PARTS,
+            round=copy.head.round,
+            total_tokens=copy.head.total_tokens,
+            state_digest=copy.state_digest,
+            momentum_digest=copy.momentum_digest,
+            log_digest=copy.head.log_digest,
+            tensors=LAYOUT.views(copy.anchor),
+        )
+        signed_checkpoint(self.checkpoint(copy.head.round), parts)
+
+    def audit(self, later: int, earlier: int | None = None) -> dict[str, object]:
+        """What ``--json`` prints, and the error that ends the command."""
+        start = [] if earlier is None else ["--from", str(self.checkpoint(earlier))]
+        arguments = [str(self.checkpoint(later)), "--archive", str(self.archive), *start, "--json"]
+        result = CliRunner().invoke(app, arguments)
+        if not result.stdout:
+            assert isinstance(result.exception, SwarmError), result.exception
+            raise result.exception
+        return json.loads(result.stdout) | {"error": type(result.exception), "told": str(result.exception)}
+
+    def average_of(self, number: int) -> Path:
+        """The file of a round's average."""
+        reader = archives.Archive(self.archive, SPEC)
+        record = next(record for record, _ in reader.commits() if record.round == number)
+        name = record.parts[0].digest.hex()
+        return self.archive / "chunks" / name[:2] / name
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path).make()
+
+
+@pytest.mark.parametrize(("earlier", "later"), [(None, 2), (None, 6), (2, 4), (2, 6), (4, 6)])
+def test_a_checkpoint_is_equal_to_the_log_re_applied(run: Run, earlier: int | None, later: int) -> None:
+    found = run.audit(later, earlier)
+    assert (found["outcome"], found["from_round"], found["equal_to"]) == ("equal", earlier or 0, later)
+    assert found["error"] is type(None)
+
+
+def test_a_round_whose_result_is_not_what_the_log_makes_is_named(tmp_path: Path) -> None:
+    """All signatures are right: voters and witnesses lied together."""
+    run = Run(tmp_path).make(lie_at=3)
+    assert verify_folder(run.checkpoint(4), SPEC.run_id).ok
+    assert run.audit(2)["outcome"] == "equal"
+    for later, earlier in ((4, None), (6, None), (6, 2)):
+        found = run.audit(later, earlier)
+        assert (found["outcome"], found["differs_at"], found["equal_to"]) == ("differs", 3, 2)
+        assert found["error"] is VerificationError and "round 3 differs" in str(found["told"])
+    assert run.audit(6, 4)["outcome"] == "equal", "what came after the lie is what the log makes of it"
+
+
+def test_a_checkpoint_of_another_state_than_its_rounds_is_named(tmp_path: Path) -> None:
+    run = Run(tmp_path).make(lie_at=6)
+    found = run.audit(6)
+    assert (found["outcome"], found["differs_at"], found["equal_to"]) == ("differs", 6, 5)
+
+
+def test_a_tampered_average_is_not_used_and_its_round_is_missing(run: Run) -> None:
+    path = run.average_of(5)
+    raw = bytearray(path.read_bytes())
+    raw[100] ^= 1
+    path.write_bytes(raw)
+    found = run.audit(6)
+    assert (found["outcome"], found["missing"], found["equal_to"]) == ("missing", [5, 5], 3)
+    assert found["error"] is NotFound and "rounds 5 to 5" in str(found["told"])
+    assert path.read_bytes() == raw, "an audit leaves the archive as it is"
+    assert run.audit(4)["outcome"] == "equal"
+
+
+def test_the_range_of_missing_averages_is_told(run: Run) -> None:
+    for number in (3, 4):
+        run.average_of(number).unlink()
+    found = run.audit(6)
+    assert (found["outcome"], found["missing"]) == ("missing", [3, 4])
+    assert run.audit(6, 4)["outcome"] == "equal"
+
+
+def test_the_range_that_a_log_lacks_at_its_end_is_told(run: Run) -> None:
+    path = run.archive / "shard-0" / "log"
+    raw = path.read_bytes()
+    path.write_bytes(raw[: len(raw) * 4 // 6 + 10])  # in the midst of the fifth commit
+    found = run.audit(6)
+    assert (found["outcome"], found["missing"]) == ("missing", [5, 6])
+
+
+def test_a_lie_before_a_gap_is_told_all_the_same(tmp_path: Path) -> None:
+    run = Run(tmp_path).make(lie_at=2)
+    run.average_of(5).unlink()
+    assert run.audit(6)["differs_at"] == 2
+
+
+def test_a_commit_that_no_voter_signed_ends_the_audit(run: Run) -> None:
+    path = run.archive / "shard-0" / "log"
+    frames = list(archives.Archive(run.archive, SPEC)._frames())
+    forged = Commit.FromString(frames[2])
+    forged.votes[0].signature = b"s" * 64
+    frames[2] = forged.SerializeToString()
+    path.write_bytes(b"".join(struct.pack("<II", len(body), zlib.crc32(body)) + body for body in frames))
+    with pytest.raises(VerificationError, match="signature"):
+        run.audit(6)
+
+
+def test_another_log_than_the_checkpoints_is_refused(run: Run) -> None:
+    parts = replace(PARTS, round=6, log_digest=b"l" * 32)
+    signed_checkpoint(run.folder / "checkpoint-6", parts)
+    with pytest.raises(VerificationError, match="not the one that the checkpoint names"):
+        run.audit(6)
+
+
+@pytest.mark.parametrize("change", ["gone", "cut", "flipped"])
+def test_momentum_that_is_not_the_states_is_no_start(run: Run, change: str) -> None:
+    path = archives.momentum_path(run.archive, 2)
+    raw = bytearray(path.read_bytes())
+    if change == "gone":
+        path.unlink()
+    else:
+        raw[-1] ^= 1
+        path.write_bytes(raw[:-1] if change == "cut" else raw)
+    errors = {"gone": NotFound, "cut": DataError, "flipped": DigestError}
+    with pytest.raises(errors[change], match="momentum"):
+        run.audit(6, 2)
+
+
+def test_a_folder_that_is_no_archive_and_rounds_in_the_wrong_order_are_refused(run: Run) -> None:
+    with pytest.raises(VerificationError, match="not before"):
+        run.audit(4, 6)
+    (run.archive / archives.GENESIS_FILE).unlink()
+    with pytest.raises(DataError, match="no archive"):
+        run.audit(6)
