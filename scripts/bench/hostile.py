@@ -119,7 +119,7 @@ def spec_of(setting: Setting, rule: str, rungs: str = "uniform") -> RunSpec:
         name="hostile",
         total_tokens=setting.rounds * tokens_per_round,
         organizer_key=nothing,
-        publication_key=nothing,
+        publication_key="1" * 64,
         model=Model(family="llama", config=config),
         data=Data(manifest_digest=nothing, tokenizer_digest=nothing, sequence_length=setting.length),
         inner=Inner(optimizer="adamw", weights="fp32", learning_rate=setting.learning_rate, beta2=0.95),

@@ -90,7 +90,7 @@ class Task:
     def spec(self, data: Path) -> RunSpec:
         """The same rules signed by nobody, for the rivals."""
         manifest = data_manifest.load(data)
-        keys = {"organizer_key": bytes(32), "publication_key": bytes(32)}
+        keys = {"organizer_key": bytes(32), "publication_key": b"p" * 32}
         return to_spec(self.run_file("rival"), manifest=manifest, manifest_digest="0" * 64, **keys)
 
 

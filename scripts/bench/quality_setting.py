@@ -109,7 +109,7 @@ def spec_of(setting: Setting, *, in_8_bits: bool, is_synchronous: bool) -> RunSp
         name="quality",
         total_tokens=setting.total_tokens,
         organizer_key=nothing,
-        publication_key=nothing,
+        publication_key="1" * 64,
         model=Model(family="llama", config=config),
         data=Data(manifest_digest=nothing, tokenizer_digest=nothing, sequence_length=setting.length),
         inner=Inner(

@@ -27,7 +27,7 @@ SPEC = RunSpec(
     name="gpu",
     total_tokens=1,
     organizer_key="0" * 64,
-    publication_key="0" * 64,
+    publication_key="1" * 64,
     model={
         "family": "llama",
         "config": {

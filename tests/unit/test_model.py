@@ -39,7 +39,7 @@ def spec(family: str = "llama", sequence_length: int = 16, **changes: Any) -> Ru
         name="test",
         total_tokens=1000,
         organizer_key=HEX,
-        publication_key=HEX,
+        publication_key="1" * 64,
         model=Model(family=family, config={**SMALL[family], **changes}),
         data=Data(manifest_digest=HEX, tokenizer_digest=HEX, sequence_length=sequence_length),
     )

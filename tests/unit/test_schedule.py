@@ -16,7 +16,7 @@ def _spec(total_tokens: int, every_rounds: int) -> RunSpec:
             "name": "x",
             "total_tokens": total_tokens,
             "organizer_key": "aa" * 32,
-            "publication_key": "aa" * 32,
+            "publication_key": "bb" * 32,
             "model": {"family": "llama"},
             "data": {"manifest_digest": "aa" * 32, "tokenizer_digest": "aa" * 32},
             "checkpoints": {"every_rounds": every_rounds},
