@@ -16,6 +16,7 @@
     │   ├── SignatureError             a signature does not verify, or another key signed
     │   ├── DigestError                bytes do not match their digest
     │   ├── DivergedError              our state is not the one that the run's voters signed
+    │   ├── RefusedCheckpoint  65  whoever signed it: code, lying headers, odd names, links, another run
     │   ├── PinError                   the coordinator's key is not the invite's
     │   └── ProtocolError              a message of a wrong shape, size, round or sender
     └── ResourceError              74  the machine lacks something
@@ -99,6 +100,11 @@ class DigestError(VerificationError):
 
 class DivergedError(VerificationError):
     pass
+
+
+class RefusedCheckpoint(VerificationError):
+    exit_code = 65
+    usual_advice = "do not use it; tell whoever gave it to you"
 
 
 class PinError(VerificationError):

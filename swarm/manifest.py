@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from swarm.digest import sha256
-from swarm.errors import SpecError, VerificationError
+from swarm.errors import RefusedCheckpoint, SpecError
 from swarm.identity import verify
 from swarm.proto.common_pb2 import Signed
 from swarm.run_spec import Hex32, Section, parse_section
@@ -122,15 +122,15 @@ def mirror_folder(round_number: int) -> str:
 
 def parse(payload: bytes) -> CheckpointManifest:
     if len(payload) > MAX_MANIFEST_BYTES:
-        raise VerificationError(f"the manifest is larger than {MAX_MANIFEST_BYTES} bytes")
+        raise RefusedCheckpoint(f"the manifest is larger than {MAX_MANIFEST_BYTES} bytes")
     try:
         values = json.loads(payload)
     except (ValueError, RecursionError) as error:
-        raise VerificationError("the manifest is not JSON") from error
+        raise RefusedCheckpoint("the manifest is not JSON") from error
     try:
         manifest: CheckpointManifest = parse_section(CheckpointManifest, values, "manifest")
     except SpecError as error:
-        raise VerificationError(str(error)) from error
+        raise RefusedCheckpoint(str(error)) from error
     return manifest
 
 
@@ -138,5 +138,5 @@ def parse_signed(signed: Signed, run_id: bytes, publication_key: bytes) -> Check
     """The manifest inside ``signed``, once the publication key of this run has signed it."""
     manifest = parse(verify(signed, CONTEXT, run_id, publication_key))
     if manifest.run_id != run_id.hex():
-        raise VerificationError("the manifest belongs to another run")
+        raise RefusedCheckpoint("the manifest belongs to another run")
     return manifest

@@ -26,7 +26,7 @@ from swarm import manifest as manifests
 from swarm import run_spec, witness
 from swarm.data_manifest import TOKENIZER_NAME
 from swarm.digest import sha256
-from swarm.errors import DataError, DigestError, SignatureError, SpecError, VerificationError
+from swarm.errors import DataError, DigestError, RefusedCheckpoint, SignatureError, SpecError, VerificationError
 from swarm.identity import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, peer_id_of
 from swarm.manifest import (
     FILE_CHUNK_BYTES,
@@ -100,15 +100,19 @@ class Report:
     provenance: Provenance
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
+    is_refused: bool = False
+    """a problem is one that no download mends: what was signed, or lies beside it, is not fit to be used"""
 
     @property
     def ok(self) -> bool:
         return not self.problems
 
     def require_ok(self) -> None:
-        """Raise `DigestError` with the first problem."""
+        """Raise `RefusedCheckpoint` or `DigestError` with the first problem."""
         if self.problems:
             more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+            if self.is_refused:
+                raise RefusedCheckpoint(f"{self.folder}: {self.problems[0]}{more}")
             raise DigestError(
                 f"{self.folder}: {self.problems[0]}{more}",
                 "do not use this checkpoint; download it again, only what is damaged will be fetched",
@@ -155,9 +159,16 @@ def verify_folder(
     Raises `DataError` where this is no checkpoint, `VerificationError` where a signature file is wrong.
     """
     provenance = read_provenance(folder, run_id, known_roots)
-    problems = [*_mismatches(provenance)]
+    refused = [*_mismatches(provenance)]
+    damaged: list[str] = []
     for file in provenance.manifest.files:
-        problems += _file_problems(folder / file.name, file, on_bytes)
+        try:
+            problems = _file_problems(folder / file.name, file, on_bytes)
+            damaged += problems
+            refused += [] if problems else _form_problems(folder / file.name, file)
+        except DataError as error:
+            refused.append(f"{file.name} cannot be read: {error}")
+    problems = refused + damaged
     if not problems:
         problem = anchor_problem(folder, provenance.manifest, open_regular)
         problems += [problem] if problem else []
@@ -167,6 +178,7 @@ def verify_folder(
         provenance=provenance,
         problems=tuple((problems + unlisted)[:MAX_PROBLEMS]),
         warnings=tuple(warnings[:MAX_PROBLEMS]),
+        is_refused=bool(refused or unlisted),
     )
 
 
@@ -193,7 +205,7 @@ def check_provenance(
     try:
         spec = run_spec.parse_signed(signed_spec, run_id)
     except SpecError as error:
-        raise VerificationError(str(error), "this checkpoint belongs to another run, or was changed") from error
+        raise RefusedCheckpoint(str(error), "this checkpoint belongs to another run, or was changed") from error
     return Provenance(
         run_id=run_id,
         spec=spec,
@@ -206,9 +218,9 @@ def check_provenance(
 def header_problem(header: bytes, data_bytes: int) -> str | None:
     """What is wrong with a safetensors header in front of ``data_bytes`` of data; None where it is sound."""
     try:
-        entries = json.loads(header)
+        entries = json.loads(header, object_pairs_hook=_distinct)
     except (ValueError, RecursionError):
-        return "its header is not JSON"
+        return "its header is not JSON, or names something twice"
     if not isinstance(entries, dict):
         return "its header is no table"
     spans: list[tuple[int, int]] = []
@@ -225,6 +237,13 @@ def header_problem(header: bytes, data_bytes: int) -> str | None:
             return "its tensors overlap or leave holes"
         position = end
     return None if position == data_bytes else "its tensors do not fill the file"
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name comes twice")
+    return found
 
 
 def _span(entry: object) -> tuple[int, int] | None:
@@ -265,18 +284,23 @@ def _file_problems(path: Path, listed: CheckpointFile, on_bytes: OnBytes) -> lis
             size_bytes = os.fstat(file.fileno()).st_size
             if size_bytes != listed.size_bytes:
                 return [f"{listed.name} has {size_bytes} bytes instead of {listed.size_bytes}"]
-            problems = _content_problems(file, listed, on_bytes)
-            if not problems and listed.name.endswith(".safetensors"):
-                file.seek(0)
-                problems = _safetensors_problems(file, listed)
-            if not problems and listed.name.endswith(".json") and listed.name != TOKENIZER_NAME:
-                file.seek(0)
-                problems = _json_problems(file, listed)
-            return problems
+            return _content_problems(file, listed, on_bytes)
     except FileNotFoundError:
         return [f"{listed.name} is missing"]
-    except (OSError, DataError) as error:
+    except OSError as error:
+        if path.is_symlink():
+            raise DataError(f"{path.name} is a symbolic link") from error
         return [f"{listed.name} cannot be read: {error}"]
+
+
+def _form_problems(path: Path, listed: CheckpointFile) -> list[str]:
+    """What is wrong with a file whose bytes are those that were signed."""
+    with _open_regular(path) as file:
+        if listed.name.endswith(".safetensors"):
+            return _safetensors_problems(file, listed)
+        if listed.name.endswith(".json") and listed.name != TOKENIZER_NAME:
+            return _json_problems(file, listed)
+    return []
 
 
 def _content_problems(file: BinaryIO, listed: CheckpointFile, on_bytes: OnBytes) -> list[str]:

@@ -24,6 +24,7 @@ from swarm.digest import DIGEST_BYTES, sha256
 from swarm.errors import DiskFull, NetworkError, ProtocolError
 from swarm.file_ranges import FileRange, FileRanges
 from swarm.files import TEMPORARY_PREFIX, Kept, disk_errors, fsync_folder, write_durably
+from swarm.manifest import FILE_CHUNK_BYTES
 from swarm.proto.round_pb2 import ChunkReply, ChunkRequest
 
 CHUNK_METHOD = "chunk"
@@ -33,7 +34,7 @@ MAX_REQUEST_BYTES = 64
 MAX_READS_AT_ONCE = 4
 MAX_READS_WAITING = 256
 SYNCS_AT_ONCE = 4
-MAX_RECENT = 4  # blobs held in memory while they are asked for piece by piece
+MAX_RECENT = 4  # blobs, of 4 MiB at most, held in memory while they are asked for piece by piece
 
 Source = Callable[[bytes], bytes | None]
 """digest -> the bytes, or None; what it returns is verified before it is used."""
@@ -189,11 +190,12 @@ class ChunkStore:
             data = self.get(wanted.digest)
         if data is None:
             return None
-        with self._lock:
-            self._recent[wanted.digest] = data
-            self._recent.move_to_end(wanted.digest)
-            while len(self._recent) > MAX_RECENT:
-                self._recent.popitem(last=False)
+        if len(data) <= FILE_CHUNK_BYTES:
+            with self._lock:
+                self._recent[wanted.digest] = data
+                self._recent.move_to_end(wanted.digest)
+                while len(self._recent) > MAX_RECENT:
+                    self._recent.popitem(last=False)
         return data[wanted.offset : wanted.offset + wanted.length if wanted.length else None]
 
     def _path(self, digest: bytes) -> Path:

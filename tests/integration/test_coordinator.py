@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from coordinator.checkpoint_files import CheckpointFiles
 from coordinator.server import ServerConfig, serve
+from coordinator.service import Outlets
 from peer import coordinator_client, coordinator_connection
 from peer.checkpoints import trusted
 from peer.coordinator_client import CoordinatorClient
@@ -32,6 +34,7 @@ from swarm.errors import (
     VerificationError,
 )
 from swarm.proto.common_pb2 import Signed
+from tests.checkpoint_samples import PUBLISHER, small_checkpoint
 from tests.coordinator_server import client_of, coordinator, in_loop, invite_to
 from tests.coordinator_world import ANNA, ORGANIZER, SEED, STRANGER, TOKEN, World, address_of, report_payload
 
@@ -220,3 +223,22 @@ async def test_a_volunteers_wrong_clock_is_corrected(tmp_path: Path) -> None:
         await client.admit()
         await client.report(report_payload())
         await client.close()
+
+
+@in_loop
+async def test_chunks_and_mirrors_come_over_the_same_connection(tmp_path: Path) -> None:
+    world = World()
+    made = small_checkpoint(tmp_path / "home" / "checkpoint-10")
+    files = CheckpointFiles(tmp_path / "home", made.run_id, PUBLISHER.public_key)
+    digest = sha256((made.folder / "model.safetensors").read_bytes())
+    outlets = Outlets(checkpoints=tmp_path / "home", mirrors=("https://host/runs",))
+    async with coordinator(world, tmp_path / "state", outlets=outlets) as server:
+        server._service._files = files  # the sample's run is another than the world's
+        async with client_of(world, server) as client:
+            assert await client.mirrors() == ("https://host/runs",)
+            whole = b"".join([await client.chunk(digest, 0, 100), await client.chunk(digest, 100, 1 << 20)])
+            assert sha256(whole) == digest
+            with pytest.raises(NotFound):
+                await client.chunk(b"u" * 32, 0, 1)
+            with pytest.raises(ProtocolError):
+                await client.chunk(digest, 0, 2 << 20)

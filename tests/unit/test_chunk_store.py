@@ -205,6 +205,33 @@ def test_the_handler_answers_with_the_bytes_or_says_that_it_lacks_them(tmp_path:
     assert asyncio.run(ask(sha256(b"other"))) == ChunkReply(found=False)
 
 
+def test_a_blob_that_is_asked_for_in_pieces_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ChunkStore(tmp_path, 100, read_in_thread=False)
+    digest = store.put(b"hello world")
+    reads: list[bytes] = []
+    real = store.get
+    monkeypatch.setattr(store, "get", lambda wanted: (reads.append(wanted), real(wanted))[1])
+
+    def piece(offset: int, length: int) -> bytes:
+        request = ChunkRequest(digest=digest, offset=offset, length=length).SerializeToString()
+        return ChunkReply.FromString(asyncio.run(store.handle_chunk(b"c", request))).data
+
+    assert [piece(0, 4), piece(4, 4), piece(8, 4), piece(6, 0), piece(50, 4)] == [
+        *(b"hell", b"o wo", b"rld", b"world", b"")
+    ]
+    assert reads == [digest]
+
+
+def test_large_blobs_are_not_held_in_memory_for_those_who_ask_for_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunk_store, "FILE_CHUNK_BYTES", 4)
+    store = ChunkStore(tmp_path, 100, read_in_thread=False)
+    request = ChunkRequest(digest=store.put(b"hello"), length=2).SerializeToString()
+    asyncio.run(store.handle_chunk(b"c", request))
+    assert not store._recent
+
+
 MALFORMED = {
     "empty": b"",
     "short digest": ChunkRequest(digest=b"x" * 31).SerializeToString(),

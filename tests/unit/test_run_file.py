@@ -31,6 +31,28 @@ def test_every_key_of_a_rendered_file_is_explained(name: str) -> None:
     assert max(len(line) for line in lines) <= 140
 
 
+MIRRORS = {
+    "none": ("", ()),
+    "a bucket is told": ('write = ["s3://b/x"]', ("s3://b/x",)),
+    "a folder of the organizer's is not": ('write = ["file:///srv/www", "hf://o/n"]', ("hf://o/n",)),
+    "what researchers read is told instead": ('write = ["file:///w"]\nread = ["https://h/x"]', ("https://h/x",)),
+}
+
+
+@pytest.mark.parametrize(("text", "told"), MIRRORS.values(), ids=MIRRORS.keys())
+def test_mirrors_are_no_rule_of_the_run_and_told_as_researchers_reach_them(text: str, told: tuple[str, ...]) -> None:
+    parsed = run_file.parse(f"{MINIMAL}[mirrors]\n{text}\n")
+    assert parsed.mirrors.told == told
+    assert run_file.parse(run_file.render(parsed)) == parsed
+    assert "mirrors" not in RunSpec.model_fields
+
+
+@pytest.mark.parametrize("url", ["/srv/www", "", "s3:// b", "S3://b", "file:"])
+def test_a_mirror_that_is_no_url_is_named(url: str) -> None:
+    with pytest.raises(SpecError, match=r"mirrors\.write"):
+        run_file.parse(f'{MINIMAL}[mirrors]\nwrite = ["{url}"]\n')
+
+
 def test_awkward_values_survive() -> None:
     """Quotes, control characters, other alphabets, tiny and huge numbers, keys that need quotes."""
     config: dict[str, Any] = {
