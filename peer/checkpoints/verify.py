@@ -295,7 +295,7 @@ def _file_problems(path: Path, listed: CheckpointFile, on_bytes: OnBytes) -> lis
 
 def _form_problems(path: Path, listed: CheckpointFile) -> list[str]:
     """What is wrong with a file whose bytes are those that were signed."""
-    with _open_regular(path) as file:
+    with open_regular(path) as file:
         if listed.name.endswith(".safetensors"):
             return _safetensors_problems(file, listed)
         if listed.name.endswith(".json") and listed.name != TOKENIZER_NAME:
