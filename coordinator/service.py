@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from coordinator import contributions, incidents, membership, publication, vouching, witnesses
+from coordinator import contributions, incidents, membership, publication, records, vouching, witnesses
 from coordinator.contributions import Ledger
 from coordinator.run import Run
 from coordinator.store import Store
@@ -118,6 +118,9 @@ class Service:
     def _has_listened(self, now_unix_ms: int) -> bool:
         return now_unix_ms - self._started_unix_ms >= witnesses.SILENT_AFTER_MS
 
+    async def get_record(self, request: pb.GetRecordRequest) -> pb.GetRecordReply:
+        return pb.GetRecordReply(record=await self._write(lambda: records.get(self._run, self._store, request.round)))
+
     async def get_removals(self, _request: pb.GetRemovalsRequest) -> pb.GetRemovalsReply:
         return await asyncio.to_thread(_removals, self._run, self._removals_path)
 
@@ -148,6 +151,7 @@ METHODS = {
     "Attest": Method(request=pb.AttestRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.attest),
     "Publish": Method(request=pb.PublishRequest, max_request_bytes=MAX_REQUEST_BYTES, answer=Service.publish),
     "ListCheckpoints": Method(request=pb.ListCheckpointsRequest, max_request_bytes=0, answer=Service.list_checkpoints),
+    "GetRecord": Method(request=pb.GetRecordRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.get_record),
     "GetRemovals": Method(request=pb.GetRemovalsRequest, max_request_bytes=0, answer=Service.get_removals),
     "GetCheckpoint": Method(
         request=pb.GetCheckpointRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.get_checkpoint
