@@ -14,6 +14,8 @@ from collections.abc import Collection, Sequence
 from google.protobuf.message import DecodeError
 
 from coordinator import incidents
+from coordinator.published import Introduction
+from coordinator.records import check_display_name
 from coordinator.run import Run
 from coordinator.store import ReportRow, Store
 from swarm import run_spec
@@ -51,12 +53,14 @@ def admit(run: Run, store: Store, request: Signed, now_unix_ms: int) -> Signed:
         raise ProtocolError("a request for admission cannot be read") from error
     check_fresh(payload.sent_unix_ms, now_unix_ms)
     check_name(payload.agent, "agent")
+    check_display_name(payload.name)
     check_seed_addresses(payload.seed_addresses, request.signer, run.seed_peers)
     reason = refusal(run.spec.admission, request.signer, payload.token, run.seed_peers)
     if reason is not None:
         raise NotAdmitted(f"not admitted: {reason}", "ask the organizer of the run for an invite")
     expires_unix_s = now_unix_ms // 1000 + ADMISSION_LIFETIME_S
     store.admit(request.signer, expires_unix_s * 1000, now_unix_ms, MAX_PEERS)
+    store.published.introduce(request.signer, Introduction(name=payload.name, agent=payload.agent))
     if payload.seed_addresses:
         store.set_seed_addresses(request.signer, payload.seed_addresses, now_unix_ms)
     admission = Admission(peer_key=request.signer, expires_unix_s=expires_unix_s)

@@ -7,7 +7,7 @@ files themselves to the seed peer, which assembled them, and to researchers, who
 
 from __future__ import annotations
 
-from coordinator import vouching, witnesses
+from coordinator import records, vouching, witnesses
 from coordinator.contributions import SHARD, number_or_nan
 from coordinator.published import CheckpointRow
 from coordinator.run import Run
@@ -43,6 +43,7 @@ def publish(run: Run, store: Store, request: Signed, hearing: Hearing) -> Public
     manifest_digest = digest.sha256(payload)
     published = store.published.checkpoint(checkpoint.round)
     if published is None:
+        records.check(store, checkpoint)
         quorum = witnesses.gather(run, store, checkpoint, manifest_digest, hearing)
         signed_quorum = run.publish(witness.WITNESSES_CONTEXT, quorum.SerializeToString(deterministic=True))
         published = CheckpointRow(

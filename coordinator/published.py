@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import sqlalchemy as sa
 
-from coordinator.tables import attestations, checkpoints, incidents, online_metadata
+from coordinator.tables import attestations, checkpoints, incidents, introductions, online_metadata, peers, run_records
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,14 @@ class IncidentRow:
     told_unix_ms: int
     text: str
     attestations: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Introduction:
+    """What a peer said of itself when it was admitted; no ``name``: it wants not to be named."""
+
+    name: str
+    agent: str
 
 
 class Published:
@@ -86,6 +94,30 @@ class Published:
         query = sa.select(checkpoints).order_by(checkpoints.c.round.desc()).limit(limit)
         with self._transaction() as connection:
             return [CheckpointRow(**row._mapping) for row in connection.execute(query)]
+
+    def introduce(self, peer_key: bytes, told: Introduction) -> None:
+        """Write down what a peer says of itself now; peers that were forgotten are forgotten here, too."""
+        forgotten = introductions.c.peer_key.not_in(sa.select(peers.c.key))
+        with self._transaction() as connection:
+            connection.execute(introductions.delete().where((introductions.c.peer_key == peer_key) | forgotten))
+            connection.execute(introductions.insert().values(peer_key=peer_key, name=told.name, agent=told.agent))
+
+    def introductions(self) -> dict[bytes, Introduction]:
+        """By the peers' keys."""
+        with self._transaction() as connection:
+            rows = connection.execute(sa.select(introductions))
+            return {row.peer_key: Introduction(name=row.name, agent=row.agent) for row in rows}
+
+    def add_run_record(self, round_number: int, content: bytes) -> None:
+        """Keep the record of a checkpoint; `VerificationError` where its round has one."""
+        with self._transaction() as connection:
+            connection.execute(run_records.insert().values(round=round_number, content=content))
+
+    def run_record(self, round_number: int) -> bytes | None:
+        query = sa.select(run_records.c.content).where(run_records.c.round == round_number)
+        with self._transaction() as connection:
+            found: bytes | None = connection.execute(query).scalar()
+        return found
 
     def add_attestation(self, row: AttestationRow, most_per_peer: int) -> None:
         """Write down what a replica signed; what it said before changes nothing, nor does more than it may say."""

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from coordinator import contributions, incidents, membership, publication, vouching, witnesses
+from coordinator import contributions, incidents, membership, publication, records, vouching, witnesses
 from coordinator.checkpoint_files import CheckpointFiles
 from coordinator.contributions import Ledger
 from coordinator.run import Run
@@ -145,6 +145,9 @@ class Service:
     async def list_mirrors(self, _request: pb.ListMirrorsRequest) -> pb.ListMirrorsReply:
         return pb.ListMirrorsReply(urls=self._mirrors)
 
+    async def get_record(self, request: pb.GetRecordRequest) -> pb.GetRecordReply:
+        return pb.GetRecordReply(record=await self._write(lambda: records.get(self._run, self._store, request.round)))
+
     async def get_removals(self, _request: pb.GetRemovalsRequest) -> pb.GetRemovalsReply:
         return await asyncio.to_thread(_removals, self._run, self._removals_path)
 
@@ -175,6 +178,7 @@ METHODS = {
     "Attest": Method(request=pb.AttestRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.attest),
     "Publish": Method(request=pb.PublishRequest, max_request_bytes=MAX_REQUEST_BYTES, answer=Service.publish),
     "ListCheckpoints": Method(request=pb.ListCheckpointsRequest, max_request_bytes=0, answer=Service.list_checkpoints),
+    "GetRecord": Method(request=pb.GetRecordRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.get_record),
     "GetRemovals": Method(request=pb.GetRemovalsRequest, max_request_bytes=0, answer=Service.get_removals),
     "GetCheckpoint": Method(
         request=pb.GetCheckpointRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.get_checkpoint

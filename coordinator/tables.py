@@ -108,6 +108,21 @@ incidents = Table(
     Column("attestations", LargeBinary, nullable=False),  # serialised Incident that holds nothing else
 )
 
+introductions = Table(
+    "introductions",
+    metadata,
+    Column("peer_key", LargeBinary(32), primary_key=True),
+    Column("name", String(64), nullable=False),  # empty: wants not to be named
+    Column("agent", String(64), nullable=False),
+)
+
+run_records = Table(
+    "run_records",
+    metadata,
+    Column("round", BigInteger, primary_key=True, autoincrement=False),
+    Column("content", LargeBinary, nullable=False),  # run-record.json of the round's checkpoint
+)
+
 online_metadata = Table(
     "online_metadata",
     metadata,

@@ -109,10 +109,11 @@ class CoordinatorClient:
         self._run = _verified_run(reply, self._invite.run_id, offset_s)
         return self._run
 
-    async def admit(self, token: str | None = None, seed_addresses: Sequence[str] = ()) -> Signed:
+    async def admit(self, token: str | None = None, seed_addresses: Sequence[str] = (), name: str = "") -> Signed:
         """Ask to take part; the admission, signed by the publication key and good for days.
 
         ``token``: by default the invite's. ``seed_addresses``: from a seed peer, its own multiaddrs.
+        ``name``: what the volunteer wants to be called on model cards.
         """
         run = await self._known_run()
         payload = pb.AdmitPayload(
@@ -120,6 +121,7 @@ class CoordinatorClient:
             sent_unix_ms=self._server_time_unix_ms(run),
             agent=f"swarmtrain/{__version__}",
             seed_addresses=seed_addresses,
+            name=name,
         )
         reply = await self._call("Admit", pb.AdmitRequest(request=self._sign("admit", payload)), pb.AdmitReply)
         self._check_admission(reply.admission, run)
@@ -198,6 +200,11 @@ class CoordinatorClient:
         """The run's TUF metadata by name, not verified: that is `peer.checkpoints.trusted`'s."""
         reply = await self._call("GetMetadata", pb.GetMetadataRequest(), pb.GetMetadataReply, TRANSFER_TIMEOUT_S)
         return {file.name: file.content for file in reply.files}
+
+    async def run_record(self, round_number: int) -> bytes:
+        """What the coordinator writes on the card of a round's checkpoint. `NotFound` while it lacks the round."""
+        reply = await self._call("GetRecord", pb.GetRecordRequest(round=round_number), pb.GetRecordReply)
+        return reply.record
 
     async def signed_removals(self) -> Signed | None:
         """The organizer's list of documents that are read no more, to be verified; None where there is none."""

@@ -72,6 +72,8 @@ class PeerOptions:
     """bits per second that may be sent; None: what the line gives"""
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
     announce: tuple[str, ...] = ()
+    name: str = ""
+    """under which the volunteer wants to be named on model cards; none: not at all"""
 
     @property
     def trains(self) -> bool:
@@ -181,7 +183,7 @@ async def join(
 
     transport = await _open_transport(options, identity, run, clock)
     stack.push_async_callback(transport.close)
-    admission = await client.admit(None, own_addresses(options, transport))
+    admission = await client.admit(None, own_addresses(options, transport), options.name)
     folder = options.home.run_folder(options.invite.run_id)
     chunks = ChunkStore(folder / "chunks", options.disk_bytes)
     manifest = data_manifest.parse(run.manifest_bytes)

@@ -340,7 +340,7 @@ class Peer:
 
     async def _renew_admission(self) -> None:
         addresses = own_addresses(self.joined.options, self.transport)
-        self.words.admission = await self.joined.client.admit(None, addresses)
+        self.words.admission = await self.joined.client.admit(None, addresses, self.joined.options.name)
 
     def _report(self) -> ReportPayload:
         stats = self.training.stats if self.training is not None else Stats()

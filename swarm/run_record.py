@@ -21,7 +21,8 @@ MAX_CONTRIBUTORS = 1000
 MAX_NAME_CHARACTERS = 64
 
 # Printable, and nothing that ends a table's cell or starts markup: what `swarm join --name` accepts.
-DisplayName = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x20\x7f|`<>\[\]][^\x00-\x1f\x7f|`<>\[\]]{0,63}$")]
+NAME_PATTERN = r"^[^\x00-\x20\x7f|`<>\[\]][^\x00-\x1f\x7f|`<>\[\]]{0,63}$"
+DisplayName = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 ShortText = Annotated[str, StringConstraints(max_length=64)]
 
 

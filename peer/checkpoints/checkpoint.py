@@ -131,7 +131,7 @@ def _write_files(folder: Path, parts: CheckpointParts) -> CheckpointManifest:
     write_durably(folder / TOKENIZER_NAME, parts.tokenizer_json)
     _write_weights(folder, parts.tensors, parts.max_file_bytes)
     write_durably(folder / manifests.DATA_FILE, parts.data_json)
-    write_durably(folder / CARD_NAME, model_card(_facts(parts)).encode())
+    write_durably(folder / CARD_NAME, model_card(card_facts(parts)).encode())
     return CheckpointManifest(
         run_id=parts.run_id.hex(),
         run_name=parts.spec.name,
@@ -215,7 +215,7 @@ def _tokenizer_config(end_of_text: str, config_json: str) -> dict[str, object]:
     }
 
 
-def _facts(parts: CheckpointParts) -> CardFacts:
+def card_facts(parts: CheckpointParts) -> CardFacts:
     """What every replica knows alike; what only the coordinator knows is no part of it."""
     return CardFacts(
         run_id=parts.run_id,

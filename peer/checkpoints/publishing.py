@@ -18,6 +18,7 @@ from typing import Protocol
 from google.protobuf.message import DecodeError
 
 from peer.checkpoints.checkpoint import CheckpointParts, assemble, write_signed
+from peer.checkpoints.recording import add_record
 from peer.p2p.chunk_store import ChunkStore
 from peer.rounds.archive import momentum_path
 from peer.rounds.codec import Float32
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 class Coordinator(Protocol):
     async def attest(self, attestation: Attestation) -> None: ...
     async def publish(self, manifest_bytes: bytes) -> Publication: ...
+    async def run_record(self, round_number: int) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,7 @@ class _Untold:
     folder: Path
     payload: bytes
     attested: bool = False
+    completed: bool = False
 
 
 class CheckpointMaker:
@@ -183,9 +186,26 @@ class CheckpointMaker:
             await template.coordinator.attest(attestation_of(manifests.parse(item.payload)))
             item.attested = True
         if template.publishes:
+            if not item.completed:
+                await self._complete_card(item)
+                item.completed = True
             publication = await template.coordinator.publish(item.payload)
             await asyncio.to_thread(write_signed, item.folder, publication, template.signed_spec)
             self._on_ready(item.round)
+
+    async def _complete_card(self, item: _Untold) -> None:
+        """Let the card tell what the coordinator knows, and serve the files that this changes."""
+        raw = await self._template.coordinator.run_record(item.round)
+        manifest = manifests.parse(item.payload)
+        completed = await asyncio.to_thread(add_record, item.folder, self._template.parts, manifest, raw)
+        if completed == manifest:
+            return
+        item.payload = completed.canonical_bytes()
+        for place, (number, source) in enumerate(self._served):
+            if number == item.round:
+                self._chunks.remove_source(source)
+                self._served[place] = (number, FileChunks(item.folder, completed))
+                self._chunks.add_source(self._served[place][1])
 
     def _serve(self, round_number: int, chunks: FileChunks) -> None:
         self._chunks.add_source(chunks)

@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -45,6 +46,7 @@ def join(
     upload: Annotated[
         float | None, typer.Option(min=0.1, help="Upload limit, Mbit/s; else what the line gives.")
     ] = None,
+    name: Annotated[str, typer.Option(help="What model cards call you; else you are not named.")] = "",
     listen: Listen = "127.0.0.1:0",
     announce: Announce = "",
     json_lines: Annotated[bool, typer.Option("--json", help="Print news as JSON, one object a line.")] = False,
@@ -67,6 +69,7 @@ def join(
         upload_limit_bps=int(upload * 1e6) if upload is not None else None,
         listen=(_maddr(listen),),
         announce=(_maddr(announce),) if announce else (),
+        name=_display_name(name),
     )
     with _Voice(json_lines) as voice:
         _run(lambda stop: run_peer(options, stop, voice.hear))
@@ -297,6 +300,16 @@ def _parse(invite: str) -> Invite:
     from swarm.invite import parse
 
     return parse(invite)
+
+
+def _display_name(text: str) -> str:
+    """A name that fits on a card. Raises `ConfigError`."""
+    from swarm.errors import ConfigError
+    from swarm.run_record import NAME_PATTERN
+
+    if text and (re.fullmatch(NAME_PATTERN, text) is None or not text.isprintable()):
+        raise ConfigError("--name: printable text of at most 64 characters, without markup", "choose a plain name")
+    return text
 
 
 def _maddr(address: str) -> str:

@@ -35,16 +35,18 @@ class AdmitRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
 
 class AdmitPayload(_message.Message):
-    __slots__ = ("token", "sent_unix_ms", "agent", "seed_addresses")
+    __slots__ = ("token", "sent_unix_ms", "agent", "seed_addresses", "name")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     SENT_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     AGENT_FIELD_NUMBER: _ClassVar[int]
     SEED_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
     token: str
     sent_unix_ms: int
     agent: str
     seed_addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, token: _Optional[str] = ..., sent_unix_ms: _Optional[int] = ..., agent: _Optional[str] = ..., seed_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+    name: str
+    def __init__(self, token: _Optional[str] = ..., sent_unix_ms: _Optional[int] = ..., agent: _Optional[str] = ..., seed_addresses: _Optional[_Iterable[str]] = ..., name: _Optional[str] = ...) -> None: ...
 
 class AdmitReply(_message.Message):
     __slots__ = ("admission",)
@@ -307,3 +309,15 @@ class ListMirrorsReply(_message.Message):
     URLS_FIELD_NUMBER: _ClassVar[int]
     urls: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, urls: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class GetRecordRequest(_message.Message):
+    __slots__ = ("round",)
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    def __init__(self, round: _Optional[int] = ...) -> None: ...
+
+class GetRecordReply(_message.Message):
+    __slots__ = ("record",)
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    record: bytes
+    def __init__(self, record: _Optional[bytes] = ...) -> None: ...

@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 
 from peer.checkpoints import publishing
+from peer.checkpoints.facts import read_facts
 from peer.checkpoints.publishing import CheckpointMaker, StateCopy, Template
 from peer.checkpoints.verify import verify_folder
 from peer.p2p.chunk_store import ChunkStore
 from peer.training.layout import Layout
 from swarm import manifest as manifests
 from swarm import run_spec
+from swarm.energy import estimate
 from swarm.errors import NotFound, Unreachable
 from swarm.log import LogHead
 from swarm.proto.checkpoint_pb2 import Attestation
 from swarm.publication import Publication
+from swarm.run_record import Contributor, RunRecord
 from tests.checkpoint_samples import (
     MOMENTUM_DIGEST,
     ORGANIZER,
@@ -46,6 +49,14 @@ class FakeCoordinator:
             self.failures -= 1
             raise Unreachable("away")
         self.attested.append(attestation)
+
+    async def run_record(self, round_number: int) -> bytes:
+        return RunRecord(
+            round=round_number,
+            num_peers=2,
+            contributors=(Contributor(name="Ada", tokens=7),),
+            energy=estimate(()),
+        ).canonical_bytes()
 
     async def publish(self, manifest_bytes: bytes) -> Publication:
         number = manifests.parse(manifest_bytes).round
@@ -113,6 +124,38 @@ def test_a_seed_peer_publishes_every_checkpoint_and_it_verifies(tmp_path: Path) 
     asyncio.run(main())
     assert coordinator.published == [10, 20]
     assert verify_folder(tmp_path / "checkpoint-20", PARTS.run_id).ok
+
+
+def test_a_published_card_tells_what_the_coordinator_knows_and_its_chunks_are_served(tmp_path: Path) -> None:
+    ready = list[int]()
+
+    async def main() -> bytes:
+        maker = make(tmp_path, FakeCoordinator(), ready)
+        maker.offer(state(10))
+        await until(maker, lambda: ready == [10])
+        facts = read_facts(tmp_path / "checkpoint-10", PARTS.run_id)
+        assert facts.card.record is not None
+        assert [item.name for item in facts.card.record.contributors] == ["Ada"]
+        listed = next(file for file in facts.provenance.manifest.files if file.name == "README.md")
+        served = maker._chunks.get(bytes.fromhex(listed.chunks[0]))
+        assert served is not None
+        return bytes(served)
+
+    card = asyncio.run(main())
+    assert card == (tmp_path / "checkpoint-10" / "README.md").read_bytes()
+    assert "| Ada | 7 |" in card.decode() and "round 10" in card.decode()
+
+
+def test_a_volunteer_leaves_the_card_as_every_replica_assembles_it(tmp_path: Path) -> None:
+    ready = list[int]()
+
+    async def main() -> None:
+        maker = make(tmp_path, FakeCoordinator(), ready, publishes=False)
+        maker.offer(state(10))
+        await until(maker, lambda: ready == [10])
+
+    asyncio.run(main())
+    assert not (tmp_path / "checkpoint-10" / "run-record.json").exists()
 
 
 def test_a_coordinator_that_is_away_is_asked_again(tmp_path: Path) -> None:

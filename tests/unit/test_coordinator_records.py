@@ -1,0 +1,88 @@
+"""The record on a card: what the coordinator knows of who made a checkpoint, once and for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from coordinator import membership, publication, records
+from coordinator.contributions import Ledger
+from coordinator.store import Store
+from coordinator.witnesses import Hearing
+from swarm import run_record
+from swarm.digest import sha256
+from swarm.errors import NotFound, ProtocolError, VerificationError
+from swarm.run_record import RECORD_FILE, Contributor
+from tests.coordinator_world import ANNA, BORIS, NOW_UNIX_MS, SEED, World
+
+NOW = NOW_UNIX_MS
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = Store(f"sqlite:///{tmp_path / 'db.sqlite'}")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def world(store: Store) -> World:
+    """Two recorded rounds; Anna wants to be named, Boris does not."""
+    made = World()
+    membership.admit(made.run, store, made.admit_request(ANNA, name="Anna", agent="swarmtrain/1"), NOW)
+    membership.admit(made.run, store, made.admit_request(BORIS, agent="swarmtrain/2"), NOW)
+    membership.report(made.run, store, made.report_request(ANNA, device="CPU, 2 threads", tokens_per_s=10.0), NOW)
+    Ledger(made.run, store).record(made.commits(2), NOW)
+    return made
+
+
+def test_a_record_names_who_asked_for_it_and_estimates_what_can_be(world: World, store: Store) -> None:
+    found = run_record.parse(records.get(world.run, store, 2))
+    assert (found.round, found.num_peers) == (2, 2)
+    assert found.contributors == (Contributor(name="Anna", tokens=200),)
+    assert found.software == ("swarmtrain/1", "swarmtrain/2")
+    (use,) = found.energy.devices
+    assert (use.device, use.training_s, use.watts) == ("CPU, 2 threads", 20.0, 8.0)
+    assert found.energy.unknown_tokens == 400  # Boris reported nothing
+
+
+def test_a_record_is_made_once_also_over_a_restart(world: World, store: Store, tmp_path: Path) -> None:
+    first = records.get(world.run, store, 2)
+    membership.admit(world.run, store, world.admit_request(BORIS, name="Boris"), NOW)
+    again = Store(f"sqlite:///{tmp_path / 'db.sqlite'}")
+    assert records.get(world.run, again, 2) == first
+    again.close()
+
+
+def test_who_asks_to_be_named_no_more_is_not(world: World, store: Store) -> None:
+    membership.admit(world.run, store, world.admit_request(ANNA, name=""), NOW)
+    assert records.make(store, 2).contributors == ()
+
+
+def test_there_is_no_record_of_a_round_that_is_not_recorded(world: World, store: Store) -> None:
+    for number in (3, 2**63):
+        with pytest.raises(NotFound):
+            records.get(world.run, store, number)
+
+
+@pytest.mark.parametrize("name", ["a|b", "<b>", " a", "x" * 65, "a\nb", "[a](b)", "\u202ea"])
+def test_a_name_that_would_break_a_card_is_refused(world: World, store: Store, name: str) -> None:
+    with pytest.raises(ProtocolError):
+        membership.admit(world.run, store, world.admit_request(ANNA, name=name), NOW)
+
+
+def test_a_manifest_with_another_record_is_not_published(world: World, store: Store) -> None:
+    right = sha256(records.get(world.run, store, 2)).hex()
+
+    def listing(digest: str) -> bytes:
+        files = [{"name": RECORD_FILE, "size_bytes": 2, "sha256": digest, "chunks": ["0" * 64]}]
+        return world.manifest(2, files=files)
+
+    hearing = Hearing(now_unix_ms=NOW, silent_before_unix_ms=NOW - 1000)
+    forged = SEED.sign("publish", world.run_id, listing("a" * 64))
+    with pytest.raises(VerificationError, match="not the coordinator's"):
+        publication.publish(world.run, store, forged, hearing)
+    with pytest.raises(NotFound):  # only witnesses lack
+        publication.publish(world.run, store, SEED.sign("publish", world.run_id, listing(right)), hearing)
