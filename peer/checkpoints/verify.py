@@ -61,7 +61,6 @@ _ITEM_BYTES = {
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
 
-
 OnBytes = Callable[[int], object]
 KnownRoots = Callable[[bytes, RunSpec], tuple[bytes, ...]]
 """(run id, spec) -> the run's roots that this machine trusts, as `peer.checkpoints.trusted` keeps them"""
