@@ -49,8 +49,8 @@ from swarm import manifest as manifests
 from swarm import run_spec
 from swarm.log import LogHead
 from swarm.proto.checkpoint_pb2 import Attestation
+from swarm.publication import Publication
 from swarm.run_spec import Inner
-from swarm.witness import Publication
 from tests.checkpoint_samples import MOMENTUM_DIGEST, ORGANIZER, make_parts, publication_of, state_digest_of
 
 TRAINED = Shape(hidden=128, inner=320, layers=2, heads=4, vocab=1024)

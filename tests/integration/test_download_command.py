@@ -27,8 +27,8 @@ from swarm.errors import ConfigError, DigestError, NotFound, SwarmError, Unreach
 from swarm.invite import Invite
 from swarm.manifest import MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE
 from swarm.proto.common_pb2 import Genesis
+from swarm.publication import Publication
 from swarm.storage import Storage
-from swarm.witness import Publication
 from tests.checkpoint_samples import PUBLISHER, SignedCheckpoint, make_parts, signed_checkpoint
 from tests.mirror_servers import WebMirror, web_mirror
 
