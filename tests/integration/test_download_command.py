@@ -23,13 +23,14 @@ from coordinator.mirroring import write_mirror
 from peer.checkpoints.verify import verify_folder
 from peer.coordinator_client import CoordinatorClient, RunInfo
 from swarm.cli import download as commands
-from swarm.errors import ConfigError, DigestError, NotFound, SwarmError, Unreachable
+from swarm.errors import ConfigError, NotFound, RefusedCheckpoint, SwarmError, Unreachable
 from swarm.invite import Invite
 from swarm.manifest import MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE
 from swarm.proto.common_pb2 import Genesis
 from swarm.publication import Publication
 from swarm.storage import Storage
-from tests.checkpoint_samples import PUBLISHER, SignedCheckpoint, make_parts, signed_checkpoint
+from tests.checkpoint_samples import ORGANIZER, PUBLISHER, SignedCheckpoint, make_parts, signed_checkpoint
+from tests.metadata_samples import Repository
 from tests.mirror_servers import WebMirror, web_mirror
 
 PEER = b"a" * 32
@@ -70,6 +71,11 @@ class Coordinator:
             tokenizer_bytes=b"",
             clock_offset_s=0.0,
         )
+
+    async def metadata(self) -> dict[str, bytes]:
+        repository = Repository((await self.get_run()).spec, (ORGANIZER,), PUBLISHER)
+        repository.publish(self.made.publication, self.made.manifest.round)
+        return repository.files
 
     async def checkpoint(self, round_number: int) -> Publication:
         if round_number not in (0, self.made.manifest.round):
@@ -119,6 +125,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
         raise Unreachable("no seed peer answers")
         yield
 
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setattr(CoordinatorClient, "connect", connect)
     monkeypatch.setattr(commands, "_network", no_network)
     with web_mirror(tmp_path / "www") as mirror:
@@ -243,5 +250,5 @@ def test_a_strangers_file_stays_and_is_still_told_after_repair(place: Place) -> 
     folder = downloaded(place)
     (folder / "extra.safetensors").write_bytes(b"x")
     result = run("verify", folder, "--repair", "--mirror", place.mirror.url)
-    assert isinstance(result.exception, DigestError)
+    assert isinstance(result.exception, RefusedCheckpoint)
     assert (folder / "extra.safetensors").exists()
