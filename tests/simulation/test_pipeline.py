@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from swarm.errors import NetworkError
+from peer.pipeline.messages import TRAIN_METHOD
+from swarm.errors import NetworkError, NotAdmitted, ProtocolError
+from swarm.identity import Identity
 from tests.simulation.pipeline_in_memory import PeerOptions, SimulatedPeer, SimulatedPipeline
 from tests.simulation.virtual_time import run
 
@@ -191,16 +193,14 @@ def test_upstream_peers_mix_over_all_replicas() -> None:
 
 
 def test_what_changes_weights_waits_for_what_is_in_flight_and_drops_it_past_the_deadline() -> None:
-    """A microbatch that hangs downstream is given up, asked for again, and counted under the new weights only."""
+    """Answers that come later belong to other weights: they are refused, and the microbatches asked for again."""
 
     async def main() -> None:
         pipeline = SimulatedPipeline(2)
-        first = await pipeline.add(0, PeerOptions(drain_s=2.0, timeout_s=30.0, step_microbatches=1000))
-        second = await pipeline.add(1)
-        pipeline.limit = 50
-        await pipeline.until(10)
-        pipeline.network.stalled.add(second.key)
-        await asyncio.sleep(1.0)
+        first = await pipeline.add(0, PeerOptions(drain_s=2.0, timeout_s=60.0, step_microbatches=1000))
+        second = await pipeline.add(1, PeerOptions(cost_s=5.0, max_in_flight=1))
+        pipeline.limit = 6
+        await pipeline.until(2)
         began_s = asyncio.get_running_loop().time()
 
         def land() -> str:
@@ -210,10 +210,12 @@ def test_what_changes_weights_waits_for_what_is_in_flight_and_drops_it_past_the_
         assert await first.hop.between_steps(land) == "landed"
         assert 1.5 < asyncio.get_running_loop().time() - began_s < 3.0
         assert len(first.steps) == 1  # what had counted became a step of its own
-        pipeline.network.stalled.clear()
-        await pipeline.until(50)
+        assert first.source is not None
+        await pipeline.until(6)
+        assert first.source.num_repeated > 0
         await pipeline.finish_steps()
         assert_accounts_add_up(pipeline)
+        assert learned_by([first]) == learned_by([second])
 
     live(main())
 
@@ -268,6 +270,25 @@ def test_accounts_add_up_under_random_faults(seed: int) -> None:
         await pipeline.finish_steps()
         assert_accounts_add_up(pipeline)
         assert len(learned_by(pipeline.replicas_of(0))) == 300
+
+    live(main())
+
+
+def test_who_is_no_peer_of_the_run_or_sends_no_microbatch_is_refused_and_takes_no_place() -> None:
+    async def main() -> None:
+        pipeline = SimulatedPipeline(2)
+        first, last = await pipeline.add(0), await pipeline.add(1)
+        stranger = pipeline.network.join(Identity.generate())
+        for _ in range(20):
+            with pytest.raises(NotAdmitted, match="only peers of the run"):
+                await stranger.call(last.key, TRAIN_METHOD, b"", timeout_s=5)
+            with pytest.raises(ProtocolError):
+                await first.transport.call(last.key, TRAIN_METHOD, b"\xff" * 50, timeout_s=5)
+        assert last.hop.parts.gate.in_flight == 0
+        pipeline.limit = 16
+        await pipeline.until(16)
+        await pipeline.finish_steps()
+        assert_accounts_add_up(pipeline)
 
     live(main())
 
