@@ -15,13 +15,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-from swarm.data_manifest import MANIFEST_NAME, TOKENIZER_NAME, DataManifest
+from swarm.data_manifest import INDEX_NAME, MANIFEST_NAME, TOKENIZER_NAME, DataManifest
 from swarm.errors import AlreadyRunning, ConfigError, DigestError, DiskFull
 
 # No space, quota used up, the process's file size limit reached.
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_OUR_FILES = re.compile(r"^(train|validation)-[0-9]{5,9}\.bin$|^tokenizer\.json$|^manifest\.json$")
+_OUR_FILES = re.compile(r"^(train|validation)-[0-9]{5,9}\.bin$|^tokenizer\.json$|^manifest\.json$|^documents\.idx$")
 
 
 def resolved(out: Path) -> Path:
@@ -87,6 +88,15 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+@contextmanager
+def opened_durably(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write piece by piece, forced to the disk at the end. Raises as `write_durably`."""
+    with _named_errors(path), path.open("xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def verify(folder: Path, manifest: DataManifest, progress: Callable[[str], None]) -> None:
     """Recompute the digests of a prepared folder's files; ``progress`` is told each file that is right.
 
@@ -94,6 +104,8 @@ def verify(folder: Path, manifest: DataManifest, progress: Callable[[str], None]
     """
     _verify_file(folder / TOKENIZER_NAME, manifest.tokenizer_digest)
     progress(TOKENIZER_NAME)
+    if manifest.documents_digest is not None:
+        _verify_file(folder / INDEX_NAME, manifest.documents_digest)
     for shard in (*manifest.train, *manifest.validation):
         _verify_file(folder / shard.file, shard.digest)
         progress(shard.file)

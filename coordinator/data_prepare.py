@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from coordinator import data_sources, tokenizer
-from coordinator.data_folder import check_replaceable, resolved, staged, staging_folder, write_durably
+from coordinator.data_folder import check_replaceable, opened_durably, resolved, staged, staging_folder, write_durably
 from coordinator.data_sources import Selection, Tally
+from coordinator.document_index import IndexWriter
 from coordinator.token_shards import TokenShardWriter
 from swarm.data_manifest import (
+    INDEX_NAME,
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     MAX_TOKEN_SHARD_BYTES,
@@ -28,6 +30,7 @@ from swarm.data_manifest import (
 )
 from swarm.digest import sha256
 from swarm.errors import ConfigError, DataError
+from swarm.files import file_sha256
 
 MAX_TRAINING_BYTES = 100_000_000  # of text that a new tokenizer learns from
 _BATCH_CHARACTERS = 1 << 20
@@ -97,9 +100,10 @@ def prepare(options: PrepareOptions, progress: Callable[[Progress], None]) -> Da
             chosen = tokenizer.train(_training_texts(options, bytes_total, progress), options.vocab_size)
         else:
             chosen = tokenizer.load(options.tokenizer)
-        writing = _Writing(options, chosen, folder)
-        writing.run(bytes_total, progress)
-        manifest = writing.manifest()
+        with opened_durably(folder / INDEX_NAME) as index:
+            writing = _Writing(options, chosen, folder, IndexWriter(index))
+            writing.run(bytes_total, progress)
+        manifest = writing.manifest(file_sha256(folder / INDEX_NAME))
         raw = manifest.canonical_bytes()
         if len(raw) > MAX_MANIFEST_BYTES:
             raise DataError("the manifest would be too large", "use a larger --token-shard-tokens")
@@ -140,11 +144,11 @@ class _Piece:
 class _Writing:
     """The pass over all documents that writes token shards."""
 
-    def __init__(self, options: PrepareOptions, chosen: tokenizer.Tokenizer, folder: Path) -> None:
+    def __init__(self, options: PrepareOptions, chosen: tokenizer.Tokenizer, folder: Path, index: IndexWriter) -> None:
         self._options, self._tokenizer = options, chosen
         self._dtype = "uint16" if chosen.vocab_size <= 65536 else "uint32"
         self._writers = {
-            split: TokenShardWriter(folder, split, self._dtype, options.token_shard_tokens)
+            split: TokenShardWriter(folder, split, self._dtype, options.token_shard_tokens, index.add)
             for split in ("train", "validation")
         }
         self._records: list[_SourceRecord] = []
@@ -168,7 +172,7 @@ class _Writing:
         self._check_splits()
         progress(self._progress(bytes_total))
 
-    def manifest(self) -> DataManifest:
+    def manifest(self, documents_digest: str) -> DataManifest:
         limit = data_sources.MAX_PIECE_CHARACTERS
         return DataManifest(
             tokenizer_digest=sha256(self._tokenizer.raw).hex(),
@@ -178,6 +182,7 @@ class _Writing:
             train=tuple(self._writers["train"].shards),
             validation=tuple(self._writers["validation"].shards),
             sources=tuple(self._source(record) for record in self._records),
+            documents_digest=documents_digest,
             filters=(
                 f"of folders: files named {', '.join(self._options.include)}; no hidden files, no symlinks"[:4096],
                 "left out: malformed documents, documents of white space only",

@@ -7,7 +7,7 @@ files themselves to the seed peer, which assembled them, and to researchers, who
 
 from __future__ import annotations
 
-from coordinator import witnesses
+from coordinator import vouching, witnesses
 from coordinator.contributions import SHARD, number_or_nan
 from coordinator.published import CheckpointRow
 from coordinator.run import Run
@@ -19,7 +19,7 @@ from swarm.identity import verify
 from swarm.manifest import CheckpointManifest
 from swarm.proto import coordinator_pb2 as pb
 from swarm.proto.common_pb2 import Signed
-from swarm.witness import Publication
+from swarm.publication import Publication
 
 PUBLISH_CONTEXT = "publish"
 MAX_CHECKPOINTS_SHOWN = 1000
@@ -44,20 +44,20 @@ def publish(run: Run, store: Store, request: Signed, hearing: Hearing) -> Public
     published = store.published.checkpoint(checkpoint.round)
     if published is None:
         quorum = witnesses.gather(run, store, checkpoint, manifest_digest, hearing)
-        signed_quorum = run.sign(witness.WITNESSES_CONTEXT, quorum.SerializeToString(deterministic=True))
+        signed_quorum = run.publish(witness.WITNESSES_CONTEXT, quorum.SerializeToString(deterministic=True))
         published = CheckpointRow(
             round=checkpoint.round,
             total_tokens=checkpoint.total_tokens,
             size_bytes=checkpoint.size_bytes,
             manifest_digest=manifest_digest,
             published_unix_ms=hearing.now_unix_ms,
-            signed_manifest=run.sign(manifest.CONTEXT, payload).SerializeToString(),
+            signed_manifest=run.publish(manifest.CONTEXT, payload).SerializeToString(),
             signed_witnesses=signed_quorum.SerializeToString(),
         )
-        store.published.add_checkpoint(published)
+        vouching.add(run, store, published)
     elif published.manifest_digest != manifest_digest:
         raise VerificationError(f"round {checkpoint.round} is published with another manifest")
-    return _publication(published)
+    return vouching.publication_of(run, published)
 
 
 def check(run: Run, checkpoint: CheckpointManifest, row: RoundRow | None, next_state_digest: bytes | None) -> None:
@@ -86,20 +86,14 @@ def list_checkpoints(store: Store) -> pb.ListCheckpointsReply:
     return pb.ListCheckpointsReply(checkpoints=[_info(row, store) for row in rows])
 
 
-def get_checkpoint(store: Store, round_number: int) -> Publication:
+def get_checkpoint(run: Run, store: Store, round_number: int) -> Publication:
     """The publication of a round, 0 meaning the newest; `NotFound` where there is none."""
     newest = store.published.newest_checkpoints(1)
     row = (newest[0] if newest else None) if round_number == 0 else _of_round(store, round_number)
     if row is None:
         what = f"no checkpoint of round {round_number}" if round_number else "no checkpoint yet"
         raise NotFound(f"{what} is published", "list the checkpoints, or try again later")
-    return _publication(row)
-
-
-def _publication(row: CheckpointRow) -> Publication:
-    return Publication(
-        manifest=Signed.FromString(row.signed_manifest), witnesses=Signed.FromString(row.signed_witnesses)
-    )
+    return vouching.publication_of(run, row)
 
 
 def _of_round(store: Store, round_number: int) -> CheckpointRow | None:

@@ -5,13 +5,13 @@ Every method is one transaction; the judgement about what is written is the call
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 
 import sqlalchemy as sa
 
-from coordinator.tables import attestations, checkpoints, incidents
+from coordinator.tables import attestations, checkpoints, incidents, online_metadata
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +51,29 @@ class Published:
     def __init__(self, transaction: Callable[[], AbstractContextManager[sa.Connection]]) -> None:
         self._transaction = transaction
 
-    def add_checkpoint(self, row: CheckpointRow) -> None:
-        """Publish a checkpoint; `VerificationError` where its round has one."""
+    def add_checkpoint(self, row: CheckpointRow, online: Mapping[str, bytes]) -> None:
+        """Publish a checkpoint with the metadata that names it; `VerificationError` where its round has one."""
         with self._transaction() as connection:
             connection.execute(checkpoints.insert().values(asdict(row)))
+            _set_metadata(connection, online)
+
+    def replace_checkpoints(self, rows: Sequence[CheckpointRow], online: Mapping[str, bytes]) -> None:
+        """All checkpoints and the metadata anew: another key signs them."""
+        with self._transaction() as connection:
+            connection.execute(checkpoints.delete())
+            for row in rows:
+                connection.execute(checkpoints.insert().values(asdict(row)))
+            _set_metadata(connection, online)
+
+    def set_metadata(self, online: Mapping[str, bytes]) -> None:
+        """Replace TUF files, by role."""
+        with self._transaction() as connection:
+            _set_metadata(connection, online)
+
+    def metadata(self) -> dict[str, bytes]:
+        """TUF files by role; none before the first start."""
+        with self._transaction() as connection:
+            return {row.role: row.content for row in connection.execute(sa.select(online_metadata))}
 
     def checkpoint(self, round_number: int) -> CheckpointRow | None:
         query = sa.select(checkpoints).where(checkpoints.c.round == round_number)
@@ -98,3 +117,9 @@ class Published:
         query = sa.select(incidents).order_by(incidents.c.told_unix_ms.desc(), incidents.c.name).limit(limit)
         with self._transaction() as connection:
             return [IncidentRow(**row._mapping) for row in connection.execute(query)]
+
+
+def _set_metadata(connection: sa.Connection, online: Mapping[str, bytes]) -> None:
+    connection.execute(online_metadata.delete())
+    for role, content in online.items():
+        connection.execute(online_metadata.insert().values(role=role, content=content))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from swarm import data_manifest, digest, log, run_spec
+from swarm import data_manifest, digest, governance, log, run_spec
 from swarm.errors import ConfigError
+from swarm.governance import Offline
 from swarm.identity import Identity
 from swarm.proto.common_pb2 import Genesis, Signed
 from swarm.run_spec import RunSpec
@@ -16,13 +17,19 @@ from swarm.run_spec import RunSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSource:
-    """What the organizer starts a coordinator with. ``publication``: the online key that the spec names."""
+    """What the organizer starts a coordinator with.
+
+    ``publication``: the online key that the spec names, which admits. ``offline``: what the organizers signed about
+    keys. ``publisher``: the online key that this names, which publishes; the same until the organizers change it.
+    """
 
     spec: Signed
     genesis: Signed
     data_manifest: bytes
     tokenizer: bytes
     publication: Identity
+    offline: Offline
+    publisher: Identity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +47,12 @@ class Run:
         return tuple(self.genesis.voters)
 
     def sign(self, context: str, payload: bytes) -> Signed:
-        """Sign with the publication key."""
+        """Sign an admission, with the key that the spec names."""
         return self.source.publication.sign(context, self.run_id, payload)
+
+    def publish(self, context: str, payload: bytes) -> Signed:
+        """Sign something about a checkpoint, with the publication key that the organizers' newest root names."""
+        return self.source.publisher.sign(context, self.run_id, payload)
 
 
 def open_run(source: RunSource) -> Run:
@@ -59,5 +70,10 @@ def open_run(source: RunSource) -> Run:
         raise ConfigError(
             "the publication key is not the one that the run spec names",
             "start with the publication key that the run was made with",
+        )
+    if governance.check(run_id, spec, source.offline) != source.publisher.public_key:
+        raise ConfigError(
+            "this machine does not have the publication key that the organizers' newest root names",
+            "bring that key's file into the run's state folder; see: swarm keys show",
         )
     return Run(source=source, run_id=run_id, spec=spec, genesis=genesis)

@@ -22,6 +22,7 @@ from coordinator.run import Run, RunSource, open_run
 from coordinator.service import MAX_REQUEST_BYTES, Outlets, Service, handlers
 from coordinator.store import Store
 from coordinator.tls import TlsKey
+from swarm import removals
 from swarm.errors import AlreadyRunning, ConfigError, PortInUse, ResourceError
 
 DATABASE_FILE = "coordinator.sqlite"
@@ -99,7 +100,7 @@ def _open_service(config: ServerConfig, run: Run) -> Service:
     try:
         source = config.source
         store.bind_run(run.run_id, source.spec.SerializeToString(), source.genesis.SerializeToString())
-        return Service(run, store, config.clock, config.outlets)
+        return Service(run, store, config.clock, config.outlets, config.state_dir / removals.FILE_NAME)
     except BaseException:
         store.close()
         raise

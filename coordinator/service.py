@@ -18,14 +18,15 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from coordinator import contributions, incidents, membership, publication, witnesses
+from coordinator import contributions, incidents, membership, publication, vouching, witnesses
 from coordinator.checkpoint_files import CheckpointFiles
 from coordinator.contributions import Ledger
 from coordinator.run import Run
 from coordinator.store import Store
-from swarm import errors
-from swarm.errors import ProtocolError, SwarmError
+from swarm import errors, removals
+from swarm.errors import DataError, ProtocolError, SwarmError
 from swarm.proto import coordinator_pb2 as pb
+from swarm.proto.common_pb2 import Signed
 
 SERVICE_NAME = "swarm.v1.Coordinator"
 MAX_REQUEST_BYTES = 16 << 20
@@ -46,8 +47,18 @@ class Outlets:
 class Service:
     """The calls of protos/coordinator.proto, each from request message to reply message."""
 
-    def __init__(self, run: Run, store: Store, clock: Callable[[], float], outlets: Outlets | None = None) -> None:
-        """``clock`` tells Unix time in seconds. Blocks while the log head is rebuilt from ``store``."""
+    def __init__(
+        self,
+        run: Run,
+        store: Store,
+        clock: Callable[[], float],
+        outlets: Outlets | None = None,
+        removals_path: Path | None = None,
+    ) -> None:
+        """``clock`` tells Unix time in seconds; ``removals_path``: the organizer's removal list.
+
+        Blocks while the log head is rebuilt from ``store``.
+        """
         outlets = outlets or Outlets()
         key = bytes.fromhex(run.spec.publication_key)
         self._files = CheckpointFiles(outlets.checkpoints, run.run_id, key)
@@ -55,8 +66,10 @@ class Service:
         self._run = run
         self._store = store
         self._clock = clock
+        self._removals_path = removals_path
         self._started_unix_ms = self._now_unix_ms()
         self._ledger = Ledger(run, store)
+        vouching.open_metadata(run, store, self._started_unix_ms)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinator-writer")
 
     def close(self) -> None:
@@ -108,14 +121,19 @@ class Service:
         silent_before = now - witnesses.SILENT_AFTER_MS if self._has_listened(now) else 0
         hearing = witnesses.Hearing(now_unix_ms=now, silent_before_unix_ms=silent_before)
         published = await self._write(lambda: publication.publish(self._run, self._store, request.request, hearing))
-        return pb.PublishReply(manifest=published.manifest, witnesses=published.witnesses)
+        return pb.PublishReply(manifest=published.manifest, witnesses=published.witnesses, roots=published.roots)
 
     async def list_checkpoints(self, _request: pb.ListCheckpointsRequest) -> pb.ListCheckpointsReply:
         return await asyncio.to_thread(publication.list_checkpoints, self._store)
 
     async def get_checkpoint(self, request: pb.GetCheckpointRequest) -> pb.GetCheckpointReply:
-        found = await asyncio.to_thread(publication.get_checkpoint, self._store, request.round)
-        return pb.GetCheckpointReply(manifest=found.manifest, witnesses=found.witnesses)
+        found = await asyncio.to_thread(publication.get_checkpoint, self._run, self._store, request.round)
+        return pb.GetCheckpointReply(manifest=found.manifest, witnesses=found.witnesses, roots=found.roots)
+
+    async def get_metadata(self, _request: pb.GetMetadataRequest) -> pb.GetMetadataReply:
+        now = self._now_unix_ms()
+        files = await self._write(lambda: vouching.current_files(self._run, self._store, now))
+        return pb.GetMetadataReply(files=[pb.MetadataFile(name=name, content=raw) for name, raw in files.items()])
 
     def _has_listened(self, now_unix_ms: int) -> bool:
         return now_unix_ms - self._started_unix_ms >= witnesses.SILENT_AFTER_MS
@@ -126,6 +144,9 @@ class Service:
 
     async def list_mirrors(self, _request: pb.ListMirrorsRequest) -> pb.ListMirrorsReply:
         return pb.ListMirrorsReply(urls=self._mirrors)
+
+    async def get_removals(self, _request: pb.GetRemovalsRequest) -> pb.GetRemovalsReply:
+        return await asyncio.to_thread(_removals, self._run, self._removals_path)
 
     async def _write(self, job: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, job)
@@ -154,12 +175,28 @@ METHODS = {
     "Attest": Method(request=pb.AttestRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.attest),
     "Publish": Method(request=pb.PublishRequest, max_request_bytes=MAX_REQUEST_BYTES, answer=Service.publish),
     "ListCheckpoints": Method(request=pb.ListCheckpointsRequest, max_request_bytes=0, answer=Service.list_checkpoints),
+    "GetRemovals": Method(request=pb.GetRemovalsRequest, max_request_bytes=0, answer=Service.get_removals),
     "GetCheckpoint": Method(
         request=pb.GetCheckpointRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.get_checkpoint
     ),
     "GetChunk": Method(request=pb.GetChunkRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.get_chunk),
     "ListMirrors": Method(request=pb.ListMirrorsRequest, max_request_bytes=0, answer=Service.list_mirrors),
+    "GetMetadata": Method(request=pb.GetMetadataRequest, max_request_bytes=0, answer=Service.get_metadata),
 }
+
+
+def _removals(run: Run, path: Path | None) -> pb.GetRemovalsReply:
+    """The organizer's newest list, as its file holds it; a file that does not verify is not passed on."""
+    try:
+        signed = Signed.FromString(path.read_bytes()) if path is not None else None
+    except FileNotFoundError:
+        signed = None
+    except (OSError, DecodeError) as error:
+        raise DataError("the removal list cannot be read") from error
+    if signed is not None:
+        removals.parse_signed(signed, run.run_id, bytes.fromhex(run.spec.organizer_key))
+    return pb.GetRemovalsReply(removals=signed)
+
 
 # The first class that fits decides; the client raises the named class whatever the status.
 _STATUS: tuple[tuple[type[SwarmError], grpc.StatusCode], ...] = (

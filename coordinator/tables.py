@@ -107,3 +107,10 @@ incidents = Table(
     Column("text", Text, nullable=False),
     Column("attestations", LargeBinary, nullable=False),  # serialised Incident that holds nothing else
 )
+
+online_metadata = Table(
+    "online_metadata",
+    metadata,
+    Column("role", String(64), primary_key=True),
+    Column("content", LargeBinary, nullable=False),  # a TUF file that the publication key signed
+)

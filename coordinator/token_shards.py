@@ -7,7 +7,7 @@ their hashes. Memory is bounded by one window and one token shard. Leaves tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,24 @@ WINDOW_TOKENS = 1 << 24
 _DOCUMENT_OVERHEAD_TOKENS = 64
 
 
+OnDocument = Callable[[str, bytes, int, int], object]
+"""(split, hash of the document, its first token in the split's stream, its tokens)"""
+
+
 class TokenShardWriter:
     """Writes one split into files of ``tokens_per_shard`` little-endian tokens each (the last may be shorter)."""
 
-    def __init__(self, folder: Path, split: str, dtype: str, tokens_per_shard: int) -> None:
-        self._folder, self._split = folder, split
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        dtype: str,
+        tokens_per_shard: int,
+        on_document: OnDocument = lambda split, order, start, num_tokens: None,
+    ) -> None:
+        """``on_document`` is told of every document, in the order of the stream."""
+        self._folder, self._split, self._on_document = folder, split, on_document
+        self._written = 0
         self._buffer = np.empty(tokens_per_shard, np.dtype(dtype).newbyteorder("<"))
         self._held = 0
         self._document: list[npt.NDArray[Any]] = []
@@ -56,7 +69,9 @@ class TokenShardWriter:
             self._write()
 
     def _empty_window(self) -> None:
-        for _, tokens in sorted(self._window, key=itemgetter(0)):
+        for order, tokens in sorted(self._window, key=itemgetter(0)):
+            self._on_document(self._split, order, self._written, len(tokens))
+            self._written += len(tokens)
             self._fill(tokens)
         self._window, self._window_tokens = [], 0
 

@@ -36,8 +36,8 @@ from swarm.proto import coordinator_pb2 as pb
 from swarm.proto.checkpoint_pb2 import Attestation
 from swarm.proto.common_pb2 import Admission, Genesis, Signed
 from swarm.proto.round_pb2 import Commit
+from swarm.publication import Publication
 from swarm.run_spec import RunSpec
-from swarm.witness import Publication
 
 CALL_TIMEOUT_S = 20.0
 CHUNK_TIMEOUT_S = 60.0  # for half a megabyte
@@ -162,7 +162,7 @@ class CoordinatorClient:
         run = await self._known_run()
         request = pb.PublishRequest(request=self._sign("publish", manifest_bytes))
         reply = await self._call("Publish", request, pb.PublishReply, TRANSFER_TIMEOUT_S)
-        publication = Publication(manifest=reply.manifest, witnesses=reply.witnesses)
+        publication = _publication(reply)
         publication.verified(self._invite.run_id, run.spec)
         if reply.manifest.payload != manifest_bytes:
             raise ProtocolError("the coordinator signed another manifest than the one sent")
@@ -178,7 +178,7 @@ class CoordinatorClient:
         run = await self._known_run()
         request = pb.GetCheckpointRequest(round=round_number)
         reply = await self._call("GetCheckpoint", request, pb.GetCheckpointReply, TRANSFER_TIMEOUT_S)
-        publication = Publication(manifest=reply.manifest, witnesses=reply.witnesses)
+        publication = _publication(reply)
         found = publication.verified(self._invite.run_id, run.spec)
         if round_number not in (0, found.round):
             raise ProtocolError(f"asked for the checkpoint of round {round_number}, got that of {found.round}")
@@ -193,6 +193,16 @@ class CoordinatorClient:
     async def mirrors(self) -> tuple[str, ...]:
         """Where published checkpoints lie too, as the coordinator says: hints."""
         return tuple((await self._call("ListMirrors", pb.ListMirrorsRequest(), pb.ListMirrorsReply)).urls)
+
+    async def metadata(self) -> dict[str, bytes]:
+        """The run's TUF metadata by name, not verified: that is `peer.checkpoints.trusted`'s."""
+        reply = await self._call("GetMetadata", pb.GetMetadataRequest(), pb.GetMetadataReply, TRANSFER_TIMEOUT_S)
+        return {file.name: file.content for file in reply.files}
+
+    async def signed_removals(self) -> Signed | None:
+        """The organizer's list of documents that are read no more, to be verified; None where there is none."""
+        reply = await self._call("GetRemovals", pb.GetRemovalsRequest(), pb.GetRemovalsReply)
+        return reply.removals if reply.HasField("removals") else None
 
     async def _known_run(self) -> RunInfo:
         return self._run or await self.get_run()
@@ -273,6 +283,11 @@ def _verified_run(reply: pb.GetRunReply, run_id: bytes, clock_offset_s: float) -
         tokenizer_bytes=reply.tokenizer,
         clock_offset_s=clock_offset_s,
     )
+
+
+def _publication(reply: pb.PublishReply | pb.GetCheckpointReply) -> Publication:
+    roots = reply.roots if reply.HasField("roots") else None
+    return Publication(manifest=reply.manifest, witnesses=reply.witnesses, roots=roots)
 
 
 def _batches(commits: Sequence[Commit]) -> Iterator[list[Commit]]:

@@ -127,6 +127,7 @@ def checkpoint_template(joined: Joined, anchor: Float32) -> Template:
             run_id=run.spec.run_id,
             spec=run.spec,
             data=joined.manifest,
+            data_json=run.manifest_bytes,
             round=1,
             total_tokens=0,
             state_digest=bytes(32),

@@ -6,13 +6,13 @@ Decides when to tell; a coordinator that is away is told later, from the log on 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from peer.rounds.ledger import Ledger
+from peer.waiting import wait_for_news
 from swarm.errors import NotAdmitted, SwarmError, VerificationError
 from swarm.proto.coordinator_pb2 import ReportPayload
 from swarm.proto.round_pb2 import Commit
@@ -67,8 +67,7 @@ class Reporter:
     async def run(self) -> None:
         """Report at every news and interval, until cancelled."""
         while True:
-            with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
-                await asyncio.wait_for(self._news.wait(), INTERVAL_S)
+            await wait_for_news(self._news, INTERVAL_S)
             self._news.clear()
             try:
                 await self._renew_when_due()

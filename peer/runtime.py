@@ -30,6 +30,7 @@ from peer.joining import (
     own_addresses,
 )
 from peer.p2p.fetch import fetch_chunk
+from peer.removing import RemovalWatch
 from peer.reporting import Reporter
 from peer.rounds.codec import Float32
 from peer.rounds.exchange import Exchange
@@ -117,6 +118,8 @@ class Peer:
         threads = joined.options.limits.num_threads
         self.device = device.describe(hosting.device, threads) if hosting is not None else "none"
         self.training = self._build_training() if joined.options.trains else None
+        organizer_key = bytes.fromhex(self.spec.organizer_key)
+        self.removals = RemovalWatch(joined.client, self.training, self.spec.run_id, organizer_key)
         self.words = Words(
             trains=joined.options.trains, upload_bps=joined.options.first_upload_bps, admission=joined.admission
         )
@@ -178,6 +181,7 @@ class Peer:
                 self.checkpoints.run(),
                 self.transport.watch(),
                 self._tell_progress(),
+                self.removals.run(),
                 self._watch_trainer(),
             )
         ]
@@ -192,6 +196,7 @@ class Peer:
     async def _start_training(self) -> None:
         if self.training is None or self.hosting is None:
             return
+        await self.removals.look()
         replica = await asyncio.to_thread(build_replica, self.hosting, self.spec, self.joined.identity.public_key)
         await self.training.start(replica, self.exchange.shard.anchor, self.exchange.head, self._on_bad_steps)
         if self.exchange.head.round == 0:

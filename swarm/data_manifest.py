@@ -2,7 +2,7 @@
 
 Decides the manifest's form and its limits; leaves writing token shards to `coordinator.data_prepare` and reading them
 to `peer.training.data`. A token shard is a file of little-endian token ids (``dtype``), no header. A prepared folder
-holds the token shards, ``tokenizer.json`` and ``manifest.json``.
+holds the token shards, ``tokenizer.json``, ``documents.idx`` and ``manifest.json``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from swarm.run_spec import Hex32, Section, parse_section
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
+INDEX_NAME = "documents.idx"
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_TOKEN_SHARD_BYTES = 64 << 20
 
@@ -54,6 +55,8 @@ class DataManifest(Section):
     validation: tuple[TokenShard, ...] = Field(min_length=1, max_length=1_000_000)
     sources: tuple[Source, ...] = Field(max_length=1_000_000)
     filters: tuple[Text, ...] = ()
+    documents_digest: Hex32 | None = None
+    """SHA-256 of ``documents.idx``, which says where each document lies; None in data of older versions"""
 
     @model_validator(mode="after")
     def _holds_together(self) -> DataManifest:

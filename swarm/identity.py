@@ -62,6 +62,12 @@ class Identity:
             signature=self._key.sign(_signed_bytes(context, run_id, payload)),
         )
 
+    def sign_metadata(self, canonical: bytes) -> bytes:
+        """The bare signature that TUF's metadata carries; its bytes begin with a brace, so they are nothing of ours."""
+        if not canonical.startswith(b"{"):
+            raise DataError("metadata is signed as canonical JSON")
+        return self._key.sign(canonical)
+
 
 def peer_id_of(public_key: bytes) -> str:
     if len(public_key) != PUBLIC_KEY_BYTES:

@@ -24,8 +24,10 @@ FILE_CHUNK_BYTES = 4 << 20
 MANIFEST_FILE = "swarm-manifest.json"
 SIGNATURE_FILE = "swarm-manifest.sig"
 SPEC_FILE = "swarm-run-spec.sig"
+DATA_FILE = "data-manifest.json"
 WITNESSES_FILE = "swarm-witnesses.sig"
-SIGNED_FILES = frozenset({MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE, WITNESSES_FILE})
+ROOTS_FILE = "swarm-roots.sig"  # only where the organizers changed the run's keys
+SIGNED_FILES = frozenset({MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE, WITNESSES_FILE, ROOTS_FILE})
 """what lies beside the files of the manifest, checked by signatures"""
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_FILES = 10_000

@@ -194,6 +194,11 @@ class Robust(Section):
 
 class Checkpoints(Section):
     every_rounds: int = Field(10, ge=1, description="rounds between published checkpoints; the last round has one too")
+    licence: str = Field(
+        "unknown",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="licence of the published weights, as the Hugging Face Hub calls it: apache-2.0, mit, ...",
+    )
     witness_share: float = Field(
         0.5, ge=0, lt=1, description="published once more than this share of live replicas signed the same state"
     )
@@ -216,6 +221,23 @@ class Admission(Section):
         return self
 
 
+class Governance(Section):
+    """Who may change the run's keys: so many of the organizer who starts it and these others (docs/decisions/0014)."""
+
+    organizers: tuple[Hex32, ...] = Field(
+        (), max_length=31, description="public keys of further organizers, in hex, as `swarm keys id` prints them"
+    )
+    threshold: int = Field(1, ge=1, le=32, description="how many organizers must sign a change of keys")
+
+    @model_validator(mode="after")
+    def _enough(self) -> Governance:
+        if len(set(self.organizers)) != len(self.organizers):
+            raise ValueError("organizers must be different keys")
+        if self.threshold > 1 + len(self.organizers):
+            raise ValueError("threshold must not exceed the number of organizers, with the one who starts the run")
+        return self
+
+
 class Rules(Section):
     """What the organizer decides; `RunSpec` adds keys and digests, `swarm.run_file.RunFile` a data folder."""
 
@@ -232,6 +254,7 @@ class Rules(Section):
     robust: Robust = Robust()
     checkpoints: Checkpoints = Checkpoints()
     admission: Admission = Admission()
+    governance: Governance = Governance()
 
     @model_validator(mode="after")
     def _momentum(self) -> Rules:
@@ -266,6 +289,21 @@ class RunSpec(Rules):
     data: Data
     base: Base | None = None
     """None: random weights, from `seed`"""
+
+    @model_validator(mode="after")
+    def _different_keys(self) -> RunSpec:
+        if self.organizer_key in self.governance.organizers:
+            raise ValueError(
+                "governance.organizers must not name the organizer who starts the run: that one is in already"
+            )
+        if self.publication_key in self.organizers:
+            raise ValueError("the publication key must not be an organizer's: it lies on a machine that is online")
+        return self
+
+    @property
+    def organizers(self) -> tuple[str, ...]:
+        """Public keys of all who govern the run, in hex."""
+        return (self.organizer_key, *self.governance.organizers)
 
     def canonical_bytes(self) -> bytes:
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -9,41 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from swarm import digest, manifest
+from swarm import digest
 from swarm.errors import ProtocolError, VerificationError
 from swarm.identity import PUBLIC_KEY_BYTES, peer_id_of, verify
 from swarm.manifest import CheckpointManifest
 from swarm.proto.checkpoint_pb2 import Attestation, Witnesses
 from swarm.proto.common_pb2 import Signed
-from swarm.run_spec import Checkpoints, RunSpec
+from swarm.run_spec import Checkpoints
 
 ATTESTATION_CONTEXT = "attestation"
 WITNESSES_CONTEXT = "witnesses"
 MAX_ATTESTATION_BYTES = 512
 MAX_WITNESSES_BYTES = 1 << 20
 MAX_REPLICAS = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Publication:
-    """A checkpoint as it is published: its manifest and its witnesses, each signed by the publication key."""
-
-    manifest: Signed
-    witnesses: Signed
-
-    def verified(self, run_id: bytes, spec: RunSpec) -> CheckpointManifest:
-        """The manifest, once the publication key signed it and a quorum of replicas witnessed its state."""
-        key = bytes.fromhex(spec.publication_key)
-        checkpoint = manifest.parse_signed(self.manifest, run_id, key)
-        witnesses = parse_witnesses(self.witnesses, run_id, key)
-        if witnesses.manifest_digest != digest.sha256(self.manifest.payload):
-            raise VerificationError("the witnesses are those of another manifest")
-        check_quorum(witnesses, run_id, spec.checkpoints, checkpoint)
-        return checkpoint
 
 
 def attestation_of(checkpoint: CheckpointManifest) -> Attestation:

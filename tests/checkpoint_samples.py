@@ -21,8 +21,8 @@ from swarm.errors import DeadlineExceeded, ProtocolError, Unreachable
 from swarm.identity import Identity
 from swarm.proto.checkpoint_pb2 import Witnesses
 from swarm.proto.common_pb2 import Signed
+from swarm.publication import Publication
 from swarm.run_spec import RunSpec
-from swarm.witness import Publication
 
 ORGANIZER = Identity(b"o" * 32)
 PUBLISHER = Identity(b"p" * 32)
@@ -68,6 +68,7 @@ def make_parts(round_number: int = 10, name: str = "sample", num_values: int = 3
         run_id=spec.run_id,
         spec=spec,
         data=data,
+        data_json=data.canonical_bytes(),
         round=round_number,
         total_tokens=500,
         state_digest=state_digest_of(tensors),

@@ -175,13 +175,14 @@ class StoreContract:
         assert [peer.key[0] for peer in store.newest_peers(3)] == [4, 3, 2]
 
     def test_checkpoints_are_one_per_round_and_newest_first(self, store: Store) -> None:
-        store.published.add_checkpoint(checkpoint(2))
-        store.published.add_checkpoint(checkpoint(10))
+        store.published.add_checkpoint(checkpoint(2), {"timestamp": b"1"})
+        store.published.add_checkpoint(checkpoint(10), {"timestamp": b"2"})
         with pytest.raises(VerificationError):
-            store.published.add_checkpoint(replace(checkpoint(10), signed_manifest=b"another"))
+            store.published.add_checkpoint(replace(checkpoint(10), signed_manifest=b"another"), {"timestamp": b"3"})
         assert [row.round for row in store.published.newest_checkpoints(5)] == [10, 2]
         assert store.published.checkpoint(10) == checkpoint(10)
         assert store.published.checkpoint(3) is None
+        assert store.published.metadata() == {"timestamp": b"2"}
 
     def test_what_a_replica_attests_is_kept_once_and_within_bounds(self, store: Store) -> None:
         rows = [AttestationRow(round=2, peer_key=b"a" * 32, digest=bytes([n]) * 32, signed=b"s") for n in range(3)]

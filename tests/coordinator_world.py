@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 from coordinator.run import Run, RunSource, open_run
@@ -19,6 +20,7 @@ from swarm.proto.checkpoint_pb2 import Attestation
 from swarm.proto.common_pb2 import Genesis, ShardGenesis, Signed
 from swarm.proto.round_pb2 import Ballot, Commit, PartResult, Record, Share, Vote
 from swarm.run_spec import RunSpec
+from tests.metadata_samples import first_offline
 
 NOW_UNIX_S = 1_800_000_000.0
 NOW_UNIX_MS = int(NOW_UNIX_S * 1000)
@@ -65,6 +67,8 @@ class World:
             data_manifest=self.data_manifest,
             tokenizer=TOKENIZER,
             publication=PUBLICATION,
+            offline=first_offline(self.spec, [ORGANIZER], datetime.now(timezone.utc)),
+            publisher=PUBLICATION,
         )
 
     @property

@@ -2,7 +2,8 @@
 
 Decides the layout, the files' exact bytes (the same parts make the same bytes on every machine) and the manifest over
 them. This is the door to the ``safetensors`` library. Leaves building the config and collecting the anchor to
-`peer.training.model` and the state, signing to the coordinator, and checking to `peer.checkpoints.verify`.
+`peer.training.model` and the state, the card to `peer.checkpoints.card`, signing to the coordinator, and checking to
+`peer.checkpoints.verify`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from peer.checkpoints.anchor import describe_anchor
+from peer.checkpoints.card import CardFacts, model_card
 from swarm import manifest as manifests
 from swarm.data_manifest import TOKENIZER_NAME, DataManifest
 from swarm.digest import sha256
@@ -29,13 +31,14 @@ from swarm.errors import DataError
 from swarm.files import disk_errors, fsync_folder, write_durably
 from swarm.manifest import FILE_CHUNK_BYTES, CheckpointFile, CheckpointManifest
 from swarm.proto.common_pb2 import Signed
+from swarm.publication import Publication
 from swarm.run_spec import RunSpec
-from swarm.witness import Publication
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+CARD_NAME = "README.md"
 MAX_WEIGHTS_FILE_BYTES = 5 * 10**9  # Hugging Face's "5GB"; also what bounds the memory of writing
-MAX_CARD_SOURCES = 100
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length")
 
 Tensors = Mapping[str, npt.NDArray[np.float32]]
 
@@ -43,11 +46,13 @@ Tensors = Mapping[str, npt.NDArray[np.float32]]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointParts:
     """Everything that a checkpoint is made of. ``tensors``: fp32, by the family's own parameter names, in the anchor's
-    order."""
+    order. ``data_json``: the bytes of the data manifest, whose digest the run spec names; ``data`` is what they say.
+    """
 
     run_id: bytes
     spec: RunSpec
     data: DataManifest
+    data_json: bytes
     round: int
     total_tokens: int
     state_digest: bytes
@@ -62,6 +67,8 @@ class CheckpointParts:
     def __post_init__(self) -> None:
         if sha256(self.tokenizer_json).hex() != self.spec.data.tokenizer_digest:
             raise DataError("the tokenizer is not the one that the run spec names")
+        if sha256(self.data_json).hex() != self.spec.data.manifest_digest:
+            raise DataError("the data manifest is not the one that the run spec names")
         wrong = [name for name, tensor in self.tensors.items() if tensor.dtype != np.float32]
         if wrong or not self.tensors:
             raise DataError(f"a checkpoint is made of fp32 tensors: {wrong[:3]}")
@@ -97,6 +104,8 @@ def write_signed(folder: Path, publication: Publication, signed_spec: Signed) ->
     """Put manifest, signature, witnesses and the signed run spec beside the files. Raises `DiskFull`."""
     write_durably(folder / manifests.SPEC_FILE, signed_spec.SerializeToString(deterministic=True))
     write_durably(folder / manifests.WITNESSES_FILE, publication.witnesses.SerializeToString(deterministic=True))
+    if publication.roots is not None:
+        write_durably(folder / manifests.ROOTS_FILE, publication.roots.SerializeToString(deterministic=True))
     write_durably(folder / manifests.MANIFEST_FILE, publication.manifest.payload)
     write_durably(folder / manifests.SIGNATURE_FILE, publication.manifest.SerializeToString(deterministic=True))
 
@@ -118,10 +127,11 @@ def _write_files(folder: Path, parts: CheckpointParts) -> CheckpointManifest:
     end_of_text = _end_of_text(parts)
     write_durably(folder / "config.json", parts.config_json.encode())
     write_durably(folder / "generation_config.json", _json(_generation_config(parts.data.end_of_text_id)))
-    write_durably(folder / "tokenizer_config.json", _json(_tokenizer_config(end_of_text)))
+    write_durably(folder / "tokenizer_config.json", _json(_tokenizer_config(end_of_text, parts.config_json)))
     write_durably(folder / TOKENIZER_NAME, parts.tokenizer_json)
     _write_weights(folder, parts.tensors, parts.max_file_bytes)
-    write_durably(folder / "README.md", model_card(parts).encode())
+    write_durably(folder / manifests.DATA_FILE, parts.data_json)
+    write_durably(folder / CARD_NAME, model_card(_facts(parts)).encode())
     return CheckpointManifest(
         run_id=parts.run_id.hex(),
         run_name=parts.spec.name,
@@ -146,7 +156,8 @@ def _write_weights(folder: Path, tensors: Tensors, max_file_bytes: int) -> None:
         weight_map.update(dict.fromkeys(names, file_name))
     if len(groups) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        count = sum(tensor.size for tensor in tensors.values())
+        index = {"metadata": {"total_parameters": count, "total_size": total}, "weight_map": weight_map}
         write_durably(folder / INDEX_NAME, _json(index))
 
 
@@ -192,8 +203,10 @@ def _generation_config(end_of_text_id: int) -> dict[str, object]:
     return {"bos_token_id": end_of_text_id, "eos_token_id": end_of_text_id, "pad_token_id": end_of_text_id}
 
 
-def _tokenizer_config(end_of_text: str) -> dict[str, object]:
-    return {
+def _tokenizer_config(end_of_text: str, config_json: str) -> dict[str, object]:
+    config = json.loads(config_json)
+    context = next((config[key] for key in _CONTEXT_KEYS if isinstance(config.get(key), int)), None)
+    return ({} if context is None else {"model_max_length": context}) | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end_of_text,
         "eos_token": end_of_text,
@@ -202,89 +215,18 @@ def _tokenizer_config(end_of_text: str) -> dict[str, object]:
     }
 
 
-def model_card(parts: CheckpointParts) -> str:
-    """README.md: what this is, what made it, and how to check that. Every figure comes from ``parts``."""
-    spec = parts.spec
-    num_parameters = sum(tensor.size for tensor in parts.tensors.values())
-    rows = [
-        f"| {_cell(source.path)} | {_cell(source.licence)} | {source.documents} | {source.text_bytes} |"
-        for source in parts.data.sources[:MAX_CARD_SOURCES]
-    ]
-    if len(parts.data.sources) > MAX_CARD_SOURCES:
-        rows.append(f"| and {len(parts.data.sources) - MAX_CARD_SOURCES} more | | | |")
-    return _CARD.format(
-        name=spec.name,
-        front_name=json.dumps(f"{spec.name} round {parts.round}"),
+def _facts(parts: CheckpointParts) -> CardFacts:
+    """What every replica knows alike; what only the coordinator knows is no part of it."""
+    return CardFacts(
+        run_id=parts.run_id,
+        spec=parts.spec,
+        data=parts.data,
         round=parts.round,
-        family=spec.model.family,
-        num_parameters=f"{num_parameters:,}",
-        total_tokens=f"{parts.total_tokens:,}",
-        run_id=parts.run_id.hex(),
-        organizer_key=spec.organizer_key,
-        started_from=_started_from(spec),
+        total_tokens=parts.total_tokens,
         state_digest=parts.state_digest.hex(),
         log_digest=parts.log_digest.hex(),
-        data_digest=spec.data.manifest_digest,
-        sources="\n".join(rows),
+        num_parameters=sum(tensor.size for tensor in parts.tensors.values()),
     )
-
-
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-model_name: {front_name}
-tags:
-- swarmtrain
----
-
-# {name}, round {round}
-
-A {family} language model of {num_parameters} parameters that volunteers trained together on {total_tokens} tokens.
-
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-```
-
-## Data
-
-| source | licence | documents | bytes of text |
-|---|---|---|---|
-{sources}
-
-## Provenance
-
-| what | value |
-|---|---|
-| run id | `{run_id}` |
-| organizer's key | `{organizer_key}` |
-| started from | {started_from} |
-| state digest (anchor and outer momentum) | `{state_digest}` |
-| log digest | `{log_digest}` |
-| data manifest | `{data_digest}` |
-
-`swarm verify FOLDER --run {run_id}` checks every file of this folder, offline, against the manifest that the run's
-publication key signed, and that key against the run spec that the organizer signed.
-"""
-
-
-def _started_from(spec: RunSpec) -> str:
-    if spec.base is None:
-        return f"random weights, seed {spec.seed}"
-    return f"{_cell(spec.base.name)}, anchor `{spec.base.anchor_digest}`"
-
-
-def _cell(text: str) -> str:
-    """``text`` as a table cell that cannot end the cell, the row or the page's markup."""
-    plain = "".join(character if character.isprintable() else " " for character in text)
-    for character in "\\|`<>[]*_":
-        plain = plain.replace(character, "\\" + character)
-    return plain or "-"
 
 
 def _json(value: object) -> bytes:

@@ -28,7 +28,7 @@ from swarm.errors import AlreadyRunning, ConfigError, DataError, NetworkError, S
 from swarm.files import TEMPORARY_PREFIX, disk_errors, fsync_folder
 from swarm.manifest import MANIFEST_FILE
 from swarm.proto.common_pb2 import Signed
-from swarm.witness import Publication
+from swarm.publication import Publication
 
 MAX_TARGET_ENTRIES = 10_000
 CONNECT_TIMEOUT_S = 10.0

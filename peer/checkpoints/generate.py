@@ -21,17 +21,22 @@ if TYPE_CHECKING:
     import torch
 
 MAX_TOKENS = 1_000_000
+MAX_PROMPT_CHARACTERS = 10_000_000
 MAX_HELD_TOKENS = 16  # longest wait for the rest of a character
 _UNFINISHED = "�"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateOptions:
-    """How to draw. ``temperature`` 0 always takes the likeliest token; ``seed`` None draws anew each time."""
+    """How to draw. ``temperature`` 0 always takes the likeliest token; ``seed`` None draws anew each time.
+
+    ``top_k`` 0 draws among all tokens that ``top_p`` leaves.
+    """
 
     max_tokens: int = 200
     temperature: float = 0.8
     top_p: float = 0.95
+    top_k: int = 0
     seed: int | None = None
     device: str = "auto"
     run_id: bytes | None = None
@@ -42,6 +47,7 @@ class GenerateOptions:
             ("max-tokens", self.max_tokens, 1 <= self.max_tokens <= MAX_TOKENS, f"from 1 to {MAX_TOKENS}"),
             ("temperature", self.temperature, 0 <= self.temperature <= 100, "from 0 to 100"),
             ("top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top-k", self.top_k, 0 <= self.top_k <= MAX_TOKENS, f"from 0 to {MAX_TOKENS}"),
             ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
         ):
             if not fits or (isinstance(value, float) and math.isnan(value)):
@@ -65,7 +71,7 @@ def generate(folder: Path, prompt: str, options: GenerateOptions) -> Iterator[st
             f"the prompt has {len(tokens)} tokens and the model reads {context_tokens}", "shorten the prompt"
         )
     num_new = min(options.max_tokens, context_tokens - len(tokens))
-    yield from _decoded(tokenizer, tokens[-MAX_HELD_TOKENS:], _draw_tokens(model.to(device), tokens, num_new, options))
+    yield from _decoded(tokenizer, tokens[-MAX_HELD_TOKENS:], draw_tokens(model.to(device), tokens, num_new, options))
 
 
 def open_checkpoint(folder: Path) -> tuple[Any, Any]:
@@ -89,7 +95,7 @@ def open_checkpoint(folder: Path) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _draw_tokens(model: Any, tokens: list[int], num_new: int, options: GenerateOptions) -> Iterator[int]:
+def draw_tokens(model: Any, tokens: list[int], num_new: int, options: GenerateOptions) -> Iterator[int]:
     """Up to ``num_new`` token ids; ends with the model's end-of-text, which is not among them."""
     import torch
 
@@ -107,22 +113,28 @@ def _draw_tokens(model: Any, tokens: list[int], num_new: int, options: GenerateO
             output = model(input_ids=ids_BT, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         # The draw is made on the CPU so that one seed gives one text on every device with equal logits.
-        token = draw(output.logits[0, -1].float().cpu(), options.temperature, options.top_p, generator)
+        token = draw(output.logits[0, -1].float().cpu(), options, generator)
         if token in ends:
             return
         yield token
         ids_BT = torch.tensor([[token]], device=model.device)
 
 
-def draw(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """A token id from the smallest set of likeliest tokens whose probability reaches ``top_p`` (arXiv 1904.09751)."""
+def draw(logits_V: torch.Tensor, options: GenerateOptions, generator: torch.Generator) -> int:
+    """A token id from the smallest set of likeliest tokens whose probability reaches ``top_p`` (arXiv 1904.09751).
+
+    Where ``top_k`` is above 0, from its ``top_k`` likeliest.
+    """
     import torch
 
-    if temperature == 0:
+    if options.temperature == 0:
         return int(logits_V.argmax())
-    probabilities_V, order_V = torch.softmax(logits_V / temperature, dim=-1).sort(descending=True, stable=True)
+    probabilities_V, order_V = torch.softmax(logits_V / options.temperature, dim=-1).sort(descending=True, stable=True)
+    if options.top_k:
+        probabilities_V[options.top_k :] = 0
+        probabilities_V = probabilities_V / probabilities_V.sum()
     before_V = probabilities_V.cumsum(-1) - probabilities_V
-    kept_V = probabilities_V * (before_V < top_p)
+    kept_V = probabilities_V * (before_V < options.top_p)
     if not torch.isfinite(kept_V).all():
         raise DataError("the model's output is not finite", "the checkpoint is unusable; try another round")
     return int(order_V[torch.multinomial(kept_V, 1, generator=generator)])

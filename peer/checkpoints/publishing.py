@@ -29,7 +29,8 @@ from swarm.files import write_durably
 from swarm.log import LogHead
 from swarm.proto.checkpoint_pb2 import Attestation
 from swarm.proto.common_pb2 import Signed
-from swarm.witness import Publication, attestation_of
+from swarm.publication import Publication
+from swarm.witness import attestation_of
 
 RETRY_S = 1.0
 MAX_WAITING = 3

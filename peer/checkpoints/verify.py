@@ -31,6 +31,7 @@ from swarm.identity import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, peer_id_of
 from swarm.manifest import (
     FILE_CHUNK_BYTES,
     MANIFEST_FILE,
+    ROOTS_FILE,
     SIGNATURE_FILE,
     SIGNED_FILES,
     SPEC_FILE,
@@ -40,8 +41,8 @@ from swarm.manifest import (
 )
 from swarm.proto.checkpoint_pb2 import Witnesses
 from swarm.proto.common_pb2 import Signed
+from swarm.publication import MAX_ROOTS_BYTES, Publication
 from swarm.run_spec import RunSpec
-from swarm.witness import Publication
 
 MAX_FOLDER_ENTRIES = 100_000
 MAX_PROBLEMS = 100
@@ -51,6 +52,7 @@ _LOADED_SUFFIXES = frozenset(
     {".safetensors", ".json", ".jinja", ".py", ".model", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5"}
     | {".msgpack", ".gguf", ".npz", ".onnx"}
 )
+_ADDED_LATER = ("evaluations", "model.sig")
 _PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*\.safetensors")
 _ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
@@ -61,6 +63,8 @@ _ITEM_BYTES = {
 
 
 OnBytes = Callable[[int], object]
+KnownRoots = Callable[[bytes, RunSpec], tuple[bytes, ...]]
+"""(run id, spec) -> the run's roots that this machine trusts, as `peer.checkpoints.trusted` keeps them"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,13 +143,22 @@ class Report:
         }
 
 
-def verify_folder(folder: Path, run_id: bytes | None, on_bytes: OnBytes = lambda _: None) -> Report:
+def no_roots(_run_id: bytes, _spec: RunSpec) -> tuple[bytes, ...]:
+    """For who has never heard of the run."""
+    return ()
+
+
+def verify_folder(
+    folder: Path, run_id: bytes | None, on_bytes: OnBytes = lambda _: None, known_roots: KnownRoots = no_roots
+) -> Report:
     """Check signatures and every byte of ``folder``; ``on_bytes`` hears how many bytes were read.
+
+    ``known_roots``: what this machine trusts of a run already: a publication key that was replaced is refused.
 
     Where ``run_id`` is None, the folder's own run id is reported, and the person has to compare it.
     Raises `DataError` where this is no checkpoint, `VerificationError` where a signature file is wrong.
     """
-    provenance = read_provenance(folder, run_id)
+    provenance = read_provenance(folder, run_id, known_roots)
     refused = [*_mismatches(provenance)]
     damaged: list[str] = []
     for file in provenance.manifest.files:
@@ -169,18 +182,23 @@ def verify_folder(folder: Path, run_id: bytes | None, on_bytes: OnBytes = lambda
     )
 
 
-def read_provenance(folder: Path, run_id: bytes | None) -> Provenance:
+def read_provenance(folder: Path, run_id: bytes | None, known_roots: KnownRoots = no_roots) -> Provenance:
     """The signed run spec and manifest in ``folder``, verified; no other file is read."""
     signed_spec = _read_signed(folder / SPEC_FILE, run_spec.MAX_SPEC_BYTES)
     signed_manifest = _read_signed(folder / SIGNATURE_FILE, manifests.MAX_MANIFEST_BYTES)
     witnesses = _read_signed(folder / WITNESSES_FILE, witness.MAX_WITNESSES_BYTES)
-    provenance = check_provenance(signed_spec, Publication(manifest=signed_manifest, witnesses=witnesses), run_id)
+    has_roots = os.path.lexists(folder / ROOTS_FILE)
+    roots = _read_signed(folder / ROOTS_FILE, MAX_ROOTS_BYTES) if has_roots else None
+    publication = Publication(manifest=signed_manifest, witnesses=witnesses, roots=roots)
+    provenance = check_provenance(signed_spec, publication, run_id, known_roots)
     if _read_bounded(folder / MANIFEST_FILE, manifests.MAX_MANIFEST_BYTES) != signed_manifest.payload:
         raise SignatureError(f"{MANIFEST_FILE} is not what {SIGNATURE_FILE} signs", "download the checkpoint again")
     return provenance
 
 
-def check_provenance(signed_spec: Signed, publication: Publication, run_id: bytes | None) -> Provenance:
+def check_provenance(
+    signed_spec: Signed, publication: Publication, run_id: bytes | None, known_roots: KnownRoots = no_roots
+) -> Provenance:
     """Spec, manifest and witnesses, once every signature is right and all belong to the run."""
     if run_id is None:
         run_id = run_spec.run_id_of(signed_spec.signer, signed_spec.payload)
@@ -191,7 +209,7 @@ def check_provenance(signed_spec: Signed, publication: Publication, run_id: byte
     return Provenance(
         run_id=run_id,
         spec=spec,
-        manifest=publication.verified(run_id, spec),
+        manifest=publication.verified(run_id, spec, known_roots(run_id, spec)),
         signed_spec=signed_spec,
         publication=publication,
     )
@@ -251,6 +269,9 @@ def _mismatches(provenance: Provenance) -> list[str]:
         problems.append(f"the manifest calls the run {manifest.run_name!r}, the run spec {spec.name!r}")
     if manifest.data_manifest_digest != spec.data.manifest_digest:
         problems.append("the manifest names other data than the run spec")
+    data = [file for file in manifest.files if file.name == manifests.DATA_FILE]
+    if data and data[0].sha256 != spec.data.manifest_digest:
+        problems.append(f"{manifests.DATA_FILE} is not the data manifest that the run spec names")
     tokenizers = [file for file in manifest.files if file.name == TOKENIZER_NAME]
     if not tokenizers or tokenizers[0].sha256 != spec.data.tokenizer_digest:
         problems.append(f"{TOKENIZER_NAME} is not the tokenizer that the run spec names")
@@ -323,6 +344,8 @@ def _json_problems(file: BinaryIO, listed: CheckpointFile) -> list[str]:
 def _unlisted(folder: Path, manifest: CheckpointManifest) -> tuple[list[str], list[str]]:
     """(errors, warnings) about what lies in the folder and is in no list."""
     known = {file.name for file in manifest.files} | SIGNED_FILES
+    # Added later by whoever evaluated or signed the folder; nothing loads them.
+    known |= {name for name in _ADDED_LATER if not (folder / name).is_symlink()}
     errors: list[str] = []
     warnings: list[str] = []
     with os.scandir(folder) as entries:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -22,7 +23,7 @@ from swarm.data_manifest import DataManifest
 from swarm.digest import DIGEST_BYTES, sha256
 from swarm.errors import DiskFull, NetworkError, ProtocolError
 from swarm.file_ranges import FileRange, FileRanges
-from swarm.files import TEMPORARY_PREFIX, disk_errors, fsync_folder, write_durably
+from swarm.files import TEMPORARY_PREFIX, Kept, disk_errors, fsync_folder, write_durably
 from swarm.manifest import FILE_CHUNK_BYTES
 from swarm.proto.round_pb2 import ChunkReply, ChunkRequest
 
@@ -32,6 +33,7 @@ MAX_BLOB_BYTES = MAX_CALL_BYTES - REPLY_OVERHEAD_BYTES
 MAX_REQUEST_BYTES = 64
 MAX_READS_AT_ONCE = 4
 MAX_READS_WAITING = 256
+SYNCS_AT_ONCE = 4
 MAX_RECENT = 4  # blobs, of 4 MiB at most, held in memory while they are asked for piece by piece
 
 Source = Callable[[bytes], bytes | None]
@@ -100,6 +102,14 @@ class ChunkStore:
             self._sizes[digest] = len(data)
             self._sizes.move_to_end(digest)
         return digest
+
+    def put_all(self, blobs: Mapping[bytes, Kept]) -> None:
+        """`put` of what is not here yet, side by side: a disk syncs several files about as fast as one."""
+        with self._lock:
+            missing = [digest for digest in blobs if digest not in self._sizes or not self._path(digest).is_file()]
+        with ThreadPoolExecutor(SYNCS_AT_ONCE) as pool:
+            for _ in pool.map(lambda digest: self.put(blobs[digest][:]), missing):
+                pass
 
     async def keep(self, data: bytes) -> None:
         """`put` beside the event loop: a disk's sync takes as long as a chunk's way over a fast link."""

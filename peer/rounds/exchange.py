@@ -36,6 +36,7 @@ from peer.rounds.replica import Replica
 from peer.rounds.round import RoundMachine
 from peer.rounds.round_actions import Action, Apply, Fetch, Persist, Reduce, Send, TakeSnapshot, View
 from peer.rounds.shard import ReplicaSnapshot
+from peer.waiting import wait_for_news
 from swarm.errors import (
     DiskFull,
     DivergedError,
@@ -154,9 +155,7 @@ class Exchange:
                 wakeup = self._machine.next_wakeup()
                 until_wakeup = Lookout.EVERY_S if wakeup is None else wakeup - self._now()
                 timeout = min(Lookout.EVERY_S, max(LEAST_WAIT_S, until_wakeup))
-                try:
-                    await asyncio.wait_for(self._wake.wait(), timeout)
-                except (TimeoutError, asyncio.TimeoutError):
+                if not await wait_for_news(self._wake, timeout):
                     self._event(self._machine, self._machine.on_tick)
                 self._wake.clear()
         finally:

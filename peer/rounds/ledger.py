@@ -81,8 +81,7 @@ class Ledger:
             raise ProtocolError(f"round {round_number} is over: no more votes in it")
         self._voted_round = round_number
         self._chunks.pin(self._group("vote", round_number), parts)
-        for data in parts.values():
-            self._chunks.put(data[:])
+        self._chunks.put_all(parts)
         fields = {
             "round": round_number,
             "promised": [acceptor.promised[0], acceptor.promised[1].hex()],
@@ -173,15 +172,13 @@ class Ledger:
         group = self._group("round", round_number)
         self._chunks.pin(group, parts)
         try:
-            for data in parts.values():
-                self._chunks.put(data[:])
+            self._chunks.put_all(parts)
         except DiskFull:
             if not self._options.archive:
                 raise
             given_up = self._archived_from + max(1, (round_number - self._archived_from) // 4)
             self._release_rounds(given_up)
-            for data in parts.values():
-                self._chunks.put(data[:])
+            self._chunks.put_all(parts)
 
     def commits(self, first_round: int, count: int) -> list[Commit]:
         """Commits of rounds ``first_round``, ``first_round + 1``, ... as far as they are here."""

@@ -7,7 +7,6 @@ peer and in the simulation.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Callable, Coroutine
@@ -25,6 +24,7 @@ from peer.rounds.exchange import ROUND_METHOD, Exchange
 from peer.rounds.hearing import PING_METHOD
 from peer.rounds.ledger import Ledger
 from peer.rounds.statuses import StatusRules, further_on, make_view, read_statuses, sign_status, status_key
+from peer.waiting import wait_for_news
 from swarm import schedule
 from swarm.errors import ProtocolError, SwarmError
 from swarm.identity import Identity
@@ -155,8 +155,7 @@ class Member:
                 log.info("the directory did not serve: %s", error)
             # A round that was just decided, or somebody further on, is worth telling and asking at once.
             await asyncio.sleep(min(LEAST_PAUSE_S, interval_s))
-            with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
-                await asyncio.wait_for(self.parts.exchange.behind.wait(), max(0.0, interval_s - LEAST_PAUSE_S))
+            await wait_for_news(self.parts.exchange.behind, interval_s - LEAST_PAUSE_S)
             self.parts.exchange.behind.clear()
 
     def _beside(self, name: str, job: Callable[[], Coroutine[Any, Any, None]]) -> None:

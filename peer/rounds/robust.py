@@ -1,7 +1,7 @@
 """What of a round's contributions goes into an average: weights bounded, norms clipped, strangers dropped.
 
 Decides, for one part, what each contribution is multiplied by, which are dropped and why, and makes the mean. Works
-slice by slice on what `Offer.decode` gives, so that never more than one slice of each contribution is fp32 at once.
+a few slices at a time on what `Offer.decode` gives, so that never more than that of each contribution is fp32 at once.
 Leaves bytes to the codecs, and what contributors are told to `peer.rounds.shard`. Pure; the same offers in the same
 order give the same bits (one reducer averages a part, so other machines need not agree).
 
@@ -40,6 +40,7 @@ MIN_COMPARED = 4
 """fewer have no majority that could be believed against one of them"""
 CHANCE_DEVIATIONS = 3
 """cosines of unrelated vectors of V values scatter by 1 / sqrt(V): small parts cannot tell much"""
+SLICES_AT_ONCE = 16
 MAX_SPARSE_NORM_RATIO = 8
 """What top-k with error feedback sends of a steady drift is sqrt(4096 / 64) times as long as the drift in one round; a
 sparse rung that hostile peers have for themselves could otherwise set its own limit."""
@@ -104,7 +105,7 @@ def robust_mean(offers: Sequence[Offer], verdicts: Sequence[Verdict], num_values
     mean = np.zeros(num_values, np.float32)
     # Near the largest float32 a sum may overflow: the encoder refuses the result, as it does any infinity.
     with np.errstate(over="ignore", invalid="ignore"):
-        for first, last in _slices(num_values):
+        for first, last in _steps(num_values, 4):
             for offer, verdict in kept:
                 values = offer.decode(first, last)
                 np.multiply(values, np.float32(verdict.weight * verdict.factor / total), out=values)
@@ -115,17 +116,28 @@ def robust_mean(offers: Sequence[Offer], verdicts: Sequence[Verdict], num_values
 def _measure(offers: Sequence[Offer], num_values: int) -> tuple[list[float], npt.NDArray[np.float64]]:
     """(norms, cosines of all pairs [N, N]); a vector of zeros has the cosine 0 to everything."""
     products_NN = np.zeros((len(offers), len(offers)))
-    for first, last in _slices(num_values):
-        rows_NV = np.stack([offer.decode(first, last) for offer in offers])
-        largest_N = np.maximum(rows_NV.max(axis=1), -rows_NV.min(axis=1))
-        largest_N[largest_N == 0] = 1
-        rows_NV /= largest_N[:, None]  # products of large float32 are no float32
-        scales_N = largest_N.astype(np.float64)
-        products_NN += (rows_NV @ rows_NV.T) * np.outer(scales_N, scales_N)
+    for first, last in _steps(num_values, len(offers)):
+        rows_NV = np.empty((len(offers), last - first), np.float32)
+        for row_V, offer in zip(rows_NV, offers, strict=True):
+            row_V[:] = offer.decode(first, last)
+        products_NN += _products(rows_NV)
     norms_N = np.sqrt(np.diagonal(products_NN))
     divisors_N = np.where(norms_N > 0, norms_N, 1.0)
     # Rounded products can make a cosine of parallel vectors a little more than 1, which members would refuse.
     return norms_N.tolist(), np.clip(products_NN / np.outer(divisors_N, divisors_N), -1, 1)
+
+
+def _products(rows_NV: Float32) -> npt.NDArray[np.float64]:
+    """Of all pairs of rows; those of large float32 are no float32, so such rows are scaled (and destroyed)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        products_NN = rows_NV @ rows_NV.T
+    if np.isfinite(products_NN).all():
+        return products_NN.astype(np.float64)
+    largest_N = np.abs(rows_NV).max(axis=1)
+    largest_N[largest_N == 0] = 1
+    rows_NV /= largest_N[:, None]
+    scales_N = largest_N.astype(np.float64)
+    return np.asarray((rows_NV @ rows_NV.T) * np.outer(scales_N, scales_N), np.float64)
 
 
 def _limits(offers: Sequence[Offer], norms: Sequence[float], sizes: Sequence[float]) -> list[float]:
@@ -158,8 +170,10 @@ def _compared_with(offer: Offer, offers: Sequence[Offer]) -> list[int]:
     return [i for i, other in enumerate(offers) if other.is_sparse and other.rung == offer.rung]
 
 
-def _slices(num_values: int) -> Iterator[tuple[int, int]]:
-    return itertools.pairwise([*range(0, num_values, SLICE_VALUES), num_values])
+def _steps(num_values: int, num_rows: int) -> Iterator[tuple[int, int]]:
+    """Whole slices, so many at once that all rows of a step are about a megabyte: more would leave the cache."""
+    step = SLICE_VALUES * max(1, SLICES_AT_ONCE // num_rows)
+    return itertools.pairwise([*range(0, num_values, step), num_values])
 
 
 def _median_of_positive(values: Sequence[float]) -> float:

@@ -11,6 +11,7 @@ and its bytes are on their disks, and a majority's votes are the commit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from peer.rounds.attempt import Attempt, check_open
@@ -38,6 +39,10 @@ from swarm.proto.round_pb2 import (
 
 MAX_BALLOT_STEP = 1000
 """a ballot further above the highest seen is refused: ballots must never run out"""
+UNDER_WAY = math.inf
+LEAST_PATIENCE_S = 0.2
+PATIENCE = 0.25
+"""of the time since the round was opened: so much later than the leader's may an average of a living reducer come"""
 MAX_EARLY = 256
 """contributions and averages kept that overtook the opening of their attempt"""
 
@@ -55,7 +60,8 @@ class RoundMachine:
         self._early: list[tuple[bytes, Kept]] = []
         self._parts: dict[bytes, Kept] = {}
         self._fetching: dict[bytes, float] = {}
-        """digest -> when to ask again; 0 while it is asked for"""
+        """digest -> when to ask (again); `UNDER_WAY` while it is asked for"""
+        self._missing_since: dict[bytes, float] = {}
         self._wanted: set[bytes] = set()
         self._to_accept: tuple[Ballot, Accept] | None = None
         self._decided: tuple[Commit, Record, tuple[bytes, ...]] | None = None
@@ -140,7 +146,7 @@ class RoundMachine:
 
     def next_wakeup(self) -> float | None:
         """When `on_tick` is wanted at the latest; None: only an event can change something."""
-        times = [at for key, at in self._fetching.items() if at and key in self._wanted]
+        times = [at for key, at in self._fetching.items() if at < UNDER_WAY and key in self._wanted]
         if self._decided is None:
             times += self._leader.wakeups(self.view)
             if self.attempt is not None and self.attempt.is_waiting():
@@ -219,7 +225,8 @@ class RoundMachine:
         record = parse_record(message.record, self.settings.head)
         self._check_record(record)
         self._leader.saw(ballot, now)
-        self._fetching = {key: at for key, at in self._fetching.items() if not at}  # what is under way ends by itself
+        # What is under way ends by itself.
+        self._fetching = {key: at for key, at in self._fetching.items() if at == UNDER_WAY}
         self._to_accept = (ballot, message)
 
     def _accept_when_complete(self, now: float, out: Outbox) -> None:
@@ -365,17 +372,28 @@ class RoundMachine:
         """Ask for the parts of ``record`` that are not here; True when all are."""
         complete = True
         self._wanted = set()
-        for part in record.parts:
+        for index, part in enumerate(record.parts):
             if not part.digest or part.digest in self._parts:
                 continue
             complete = False
             self._wanted.add(part.digest)
-            if self._fetching.get(part.digest, -1.0) == 0.0 or self._fetching.get(part.digest, now) > now:
+            ask_at = self._fetching.setdefault(part.digest, self._expected_until(record, index, now))
+            if ask_at > now:
                 continue
-            self._fetching[part.digest] = 0.0  # under way
+            self._fetching[part.digest] = UNDER_WAY
             others = tuple(dict.fromkeys(holder for holder in holders if holder != self.settings.me))
             out.actions.append(Fetch(part.digest, part.size_bytes, others))
         return complete
+
+    def _expected_until(self, record: Record, index: int, now: float) -> float:
+        """Until when a part is not asked for, as its reducer sends it to everybody, and just to the leader sooner."""
+        attempt = self.attempt
+        if attempt is None or attempt.ballot != ballot_of(record.opened_by) or index >= len(attempt.open.parts):
+            return now
+        if attempt.reducer_of(index) in attempt.unreachable:
+            return now
+        since = self._missing_since.setdefault(record.parts[index].digest, now)
+        return since + max(LEAST_PATIENCE_S, PATIENCE * (since - attempt.opened_at))
 
     def _message(self, ballot: Ballot, **body: object) -> RoundMessage:
         return round_message(self.settings, ballot, **body)

@@ -90,6 +90,10 @@ class TokenReader:
         for leftover in options.cache.glob(".tmp-*"):
             leftover.unlink(missing_ok=True)
 
+    @property
+    def manifest(self) -> DataManifest:
+        return self._manifest
+
     def sequences_per_shard(self) -> list[int]:
         """Sequences in every train token shard, in the manifest's order: what `swarm.assignment` asks for."""
         return list(self._train)

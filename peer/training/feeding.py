@@ -1,14 +1,14 @@
 """What a volunteer trains: joins the trainer's thread, the token reader and the run's schedules into one replica.
 
 Decides which batch an inner step gets and at which learning rate; leaves steps to `peer.training.trainer`, what a peer
-reads to `swarm.assignment`, and rounds to `peer.rounds.exchange`, whose `Trainer` this is.
+reads to `swarm.assignment` and `swarm.removals`, and rounds to `peer.rounds.exchange`, whose `Trainer` this is.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,10 @@ from peer.training.data import TokenReader
 from peer.training.movement import Movement
 from peer.training.trainer import Hooks, Limits, Replica, Stats, Trainer
 from swarm import assignment, schedule
+from swarm.assignment import Reading
 from swarm.errors import NetworkError, SwarmError, VerificationError
 from swarm.log import LogHead
+from swarm.removals import Left, Removal, left_to_read
 from swarm.run_spec import RunSpec
 
 VALIDATION_SEQUENCES = 64
@@ -40,7 +42,9 @@ class _Reading:
 class Training:
     def __init__(self, spec: RunSpec, peer_key: bytes, reader: TokenReader, limits: Limits) -> None:
         self._spec, self._peer_key, self._reader, self._limits = spec, peer_key, reader, limits
-        self._sequences = reader.sequences_per_shard()
+        self._all = Left(counts=tuple(reader.sequences_per_shard()), kept={})
+        self._removals: tuple[Removal, ...] = ()
+        self._left: dict[int, Left] = {}
         self._reading = _Reading(1, 0)
         self._attempts = 0
         self._committed_tokens = 0
@@ -88,6 +92,12 @@ class Training:
         if self._prefetching is None or self._prefetching.done():
             self._prefetching = asyncio.get_running_loop().create_task(self._prefetch())
 
+    def remove(self, removals: Sequence[Removal]) -> None:
+        """Read these documents no more, each from its round on."""
+        self._removals, self._left = tuple(removals), {}
+        if self._trainer is not None and (self._prefetching is None or self._prefetching.done()):
+            self._prefetching = asyncio.get_running_loop().create_task(self._prefetch())
+
     async def snapshot(self) -> tuple[Movement, int]:
         """See `peer.rounds.exchange_parts.Trainer`."""
         snapshot = await self.trainer.snapshot()
@@ -119,21 +129,38 @@ class Training:
         reading = self._reading
         if self._token_shard(reading.round) not in self._readable:
             return None
+        left = self._left_in(reading.round)
         chosen = assignment.reading(
             self._spec.seed,
             self._peer_key,
             reading.round,
             attempts - reading.first_step,
-            self._sequences,
+            left.counts,
             self._spec.inner.microbatch_sequences,
         )
-        return self._reader.batch(chosen)
+        shard = chosen.token_shard
+        sequences = tuple(left.sequence(shard, index) for index in chosen.sequences)
+        return self._reader.batch(Reading(token_shard=shard, sequences=sequences))
 
     def _learning_rate(self) -> float:
         return schedule.learning_rate(self._spec.inner, self._committed_tokens, self._spec.total_tokens)
 
     def _token_shard(self, round_number: int) -> int:
-        return assignment.token_shard_of(self._spec.seed, self._peer_key, round_number, self._sequences)
+        left = self._left_in(round_number)
+        return assignment.token_shard_of(self._spec.seed, self._peer_key, round_number, left.counts)
+
+    def _left_in(self, round_number: int) -> Left:
+        """What may be read in a round; the same for everybody who has the same list."""
+        removals = self._removals
+        if not any(removal.from_round <= round_number for removal in removals):
+            return self._all
+        found = self._left.get(round_number)
+        if found is None:
+            manifest, length = self._reader.manifest, self._spec.data.sequence_length
+            found = left_to_read(manifest, length, removals, round_number)
+            # One replacement, as the trainer's thread reads it too: this round's and the next one's are enough.
+            self._left = {round_number: found, **dict(list(self._left.items())[:1])}
+        return found
 
     async def _prefetch(self) -> None:
         """Make the token shard of this round readable, then that of the next; retried until it works."""

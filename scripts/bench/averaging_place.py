@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import shutil
 import signal
@@ -54,8 +55,14 @@ def vector(peer: int, num_values: int) -> np.ndarray:
 def error_of(average: np.ndarray, peers: int) -> float:
     """The distance of ``average`` from the true one, over its norm; 1 or more where nothing was averaged."""
     seen = average[:PATTERN_VALUES]
-    true = np.mean([vector(peer, len(seen)) for peer in range(peers)], axis=0)
+    true = _true_average(peers)[: len(seen)]
     return float(np.linalg.norm(seen - true) / np.linalg.norm(true))
+
+
+@functools.cache
+def _true_average(peers: int) -> np.ndarray:
+    """Made once: peers that are done must not take the cores from those that are not."""
+    return np.mean([vector(peer, PATTERN_VALUES) for peer in range(peers)], axis=0)
 
 
 def shares_in(average: np.ndarray, peers: int) -> list[float]:

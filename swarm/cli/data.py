@@ -1,6 +1,7 @@
-"""`swarm data`: prepare text for a run, look at what was prepared, check it.
+"""`swarm data`: prepare text for a run, look at what was prepared, check it, find and remove documents.
 
-Decides options and what is printed; leaves the work to `coordinator.data_prepare` and `coordinator.data_folder`.
+Decides options and what is printed; leaves the work to `coordinator.data_prepare`, `coordinator.data_folder`,
+`coordinator.document_index` and `coordinator.removal_list`.
 """
 
 from __future__ import annotations
@@ -102,6 +103,69 @@ def verify(
         output.print_json({"path": str(folder), "manifest_digest": _digest(folder), "verified": True})
     else:
         typer.echo(f"{folder}: every file matches the manifest {_digest(folder)}")
+
+
+What = Annotated[str, typer.Argument(metavar="DIGEST|FILE", help="SHA-256 of a document, or a file of documents.")]
+
+
+@app.command("find")
+def find(folder: Folder, what: What, as_json: Json = False) -> None:
+    """Where a document lies in prepared data; exit code 69 where it does not."""
+    from coordinator import document_index, removal_list
+    from swarm import data_manifest
+    from swarm.errors import NotFound
+
+    manifest = data_manifest.load(folder)
+    digests = removal_list.digests_of(what)
+    places = [place for digest in digests for place in document_index.find(folder, digest)]
+    if as_json:
+        rows = [
+            {
+                "document": place.digest.hex(),
+                "split": place.split,
+                "start": place.start,
+                "num_tokens": place.num_tokens,
+                "files": place.files(manifest),
+            }
+            for place in places
+        ]
+        output.print_json({"documents": len(digests), "places": rows})
+    elif places:
+        cells = [
+            (place.digest.hex(), place.split, place.start, place.num_tokens, place.files(manifest)[0])
+            for place in places
+        ]
+        output.table("", ("document", "split", "first token", "tokens", "first file"), cells)
+    if not places:
+        raise NotFound(f"{folder} holds none of {len(digests)} documents", "documents are found by their exact text")
+
+
+@app.command("remove")
+def remove(
+    folder: Folder,
+    what: What,
+    state: Annotated[Path, typer.Option(metavar="DIR", help="The run's folder `state`, beside its run file.")],
+    reason: Annotated[str, typer.Option(help="Why, for everybody to read.")],
+    from_round: Annotated[int, typer.Option(help="The first round without it; some minutes ahead.")],
+    as_json: Json = False,
+) -> None:
+    """Take documents out of a started run: sign the removal list that its peers follow."""
+    from coordinator import removal_list
+    from swarm.errors import ConfigError
+    from swarm.keyfiles import data_home, load
+
+    if not 1 <= from_round < 2**62 or not 1 <= len(reason) <= 4096:
+        raise ConfigError("--from-round must be at least 1, and --reason 1 to 4096 characters")
+    path = data_home() / "organizer.key"
+    try:
+        organizer = load(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no organizer's key {path}", "run this where `swarm start` was run") from error
+    made = removal_list.add(folder, state, organizer, removal_list.digests_of(what), (reason, from_round))
+    if as_json:
+        output.print_json(made.model_dump(mode="json"))
+    else:
+        print(f"removal list {made.version}: {len(made.removals)} documents; peers look for it once a minute")
 
 
 class _ProgressView:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from peer.coordinator_client import CoordinatorClient, RunInfo
     from peer.p2p.transport import Transport
     from swarm.invite import Invite
+    from swarm.publication import Publication
+    from swarm.run_spec import RunSpec
 
 MEGABYTE = 1_000_000
 _MAX_ROUND = 2**63 - 1
@@ -89,15 +91,13 @@ def verify(
 ) -> None:
     """Check every byte and signature of a checkpoint, offline; exit code 76 where anything is wrong."""
     from peer.checkpoints.sources import Tally
-    from peer.checkpoints.verify import verify_folder
 
     run_id, tally = parse_run(run), Tally()
     if repair:
         where = Where(named=tuple(mirror or ()), max_bytes_per_s=_bytes_per_s(max_rate))
         report = asyncio.run(repair_checkpoint(folder, run, where, tally))
     else:
-        with output.progress(_folder_megabytes(folder), "MB", "verifying") as advance:
-            report = verify_folder(folder, run_id, _in_megabytes(advance))
+        report = _verify(folder, run_id)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if as_json:
@@ -133,6 +133,33 @@ def parse_run(text: str | None) -> bytes | None:
     return parse_invite_at_round(text)[0].run_id
 
 
+def verified(folder: Path, run_id: bytes | None) -> Report:
+    """The report on a folder without a flaw, with progress; raises as `Report.require_ok` and `verify_folder`."""
+    report = _verify(folder, run_id)
+    report.require_ok()
+    return report
+
+
+def _verify(folder: Path, run_id: bytes | None) -> Report:
+    from peer.checkpoints.verify import verify_folder
+
+    with output.progress(_folder_megabytes(folder), "MB", "verifying") as advance:
+        return verify_folder(folder, run_id, _in_megabytes(advance), _known_roots)
+
+
+def trusted_folder(run_id: bytes) -> Path:
+    """Where this machine keeps what it trusts of a run's metadata."""
+    from swarm.keyfiles import data_home
+
+    return data_home() / "trusted" / run_id.hex()
+
+
+def _known_roots(run_id: bytes, spec: RunSpec) -> tuple[bytes, ...]:
+    from peer.checkpoints import trusted
+
+    return trusted.known_roots(trusted_folder(run_id), run_id, spec)
+
+
 async def download_checkpoint(
     invite: Invite, round_number: int, out: Path | None, force: bool, where: Where
 ) -> tuple[Report, Tally]:
@@ -143,7 +170,7 @@ async def download_checkpoint(
 
     async with coordinator(invite) as client:
         run = await client.get_run()
-        publication = await client.checkpoint(round_number)
+        publication = await _publication(client, invite, round_number)
         order = downloads.Order(
             run_id=invite.run_id,
             signed_spec=run.signed_spec,
@@ -157,6 +184,18 @@ async def download_checkpoint(
             tally.on_progress = _cumulative(advance, tally)
             async with _sources(client, invite, wanted.round, where) as found:
                 return await downloads.download(order, _fetching(found, tally, where)), tally
+
+
+async def _publication(client: CoordinatorClient, invite: Invite, round_number: int) -> Publication:
+    """What is published of a round (0: the newest), by metadata that this machine may trust."""
+    from peer.checkpoints import trusted
+
+    run = await client.get_run()
+    source = trusted.files_source(await client.metadata())
+    known = await asyncio.to_thread(trusted.refresh, trusted_folder(invite.run_id), invite.run_id, run.spec, source)
+    publication = await client.checkpoint(round_number or known.newest_round)
+    known.check(publication)
+    return publication
 
 
 async def repair_checkpoint(folder: Path, run: str | None, where: Where, tally: Tally) -> Report:
@@ -177,18 +216,18 @@ async def repair_checkpoint(folder: Path, run: str | None, where: Where, tally: 
         advance = stack.enter_context(output.progress(_folder_megabytes(folder), "MB", "repairing"))
         tally.on_progress = _cumulative(advance, tally)
         if invite is None:
-            provenance = read_provenance(folder, parse_run(run))
+            provenance = read_provenance(folder, parse_run(run), _known_roots)
             opening = mirrors.open_mirrors(where.named, (), provenance.manifest.round)
             found = await stack.enter_async_context(opening)
         else:
             client = await stack.enter_async_context(coordinator(invite))
             try:
-                provenance = read_provenance(folder, invite.run_id)
+                provenance = read_provenance(folder, invite.run_id, _known_roots)
             except SwarmError:
                 if round_number == 0:
                     raise
-                known, publication = await client.get_run(), await client.checkpoint(round_number)
-                provenance = check_provenance(known.signed_spec, publication, invite.run_id)
+                known, publication = await client.get_run(), await _publication(client, invite, round_number)
+                provenance = check_provenance(known.signed_spec, publication, invite.run_id, _known_roots)
             found = await stack.enter_async_context(_sources(client, invite, provenance.manifest.round, where))
         return await repair(folder, provenance, _fetching(found, tally, where))
 

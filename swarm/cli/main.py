@@ -16,7 +16,20 @@ from typing import Annotated, Any
 
 import typer
 
-from swarm.cli import data, download, init, plan, researcher, run
+from swarm.cli import (
+    compare,
+    data,
+    download,
+    evaluate,
+    export,
+    generate,
+    init,
+    leaderboard,
+    plan,
+    push,
+    researcher,
+    run,
+)
 from swarm.errors import DiskFull, PortInUse, ResourceError, SwarmError
 
 EXIT_USAGE = 64  # sysexits.h EX_USAGE
@@ -64,12 +77,19 @@ _COMMANDS = (
     (run.seed, "Keep a seed peer of a run."),
     (run.status, "Show a run's rounds, loss and who contributed."),
     (researcher.checkpoints, "List the checkpoints that a run published."),
-    (download.download, "Fetch a checkpoint from a run's peers, verified."),
+    (download.download, "Fetch a checkpoint from a run's peers and mirrors, verified."),
     (download.verify, "Check a checkpoint folder, offline."),
-    (researcher.generate, "Continue a text with a checkpoint."),
+    (generate.generate, "Continue a text with a checkpoint."),
+    (export.export, "Write a checkpoint in another format: bf16, GGUF."),
+    (leaderboard.leaderboard, "Compare the checkpoints of one or several runs."),
+    (push.push, "Upload a checkpoint to the Hugging Face Hub."),
+    (push.sign, "Sign a checkpoint as OpenSSF's model-signing does."),
+    (compare.diff, "Show what changed between two checkpoints."),
+    (compare.lineage, "Show where a checkpoint comes from."),
 )
 for _command, _summary in _COMMANDS:
     app.command(_command.__name__, short_help=_summary)(_command)
+app.command("eval", short_help="Measure a checkpoint with lm-evaluation-harness.")(evaluate.evaluate)
 app.add_typer(data.app, name="data", short_help="Turn text into what a run trains on.")
 
 

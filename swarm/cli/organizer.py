@@ -24,7 +24,8 @@ from coordinator.mirroring import Mirrored, keep_mirrors
 from coordinator.run import RunSource
 from coordinator.server import RunningServer, ServerConfig, serve
 from coordinator.service import Outlets
-from swarm import data_manifest, keyfiles, run_file, run_spec
+from swarm import data_manifest, governance, keyfiles, run_file, run_spec
+from swarm.cli import governing
 from swarm.data_manifest import MANIFEST_NAME, TOKENIZER_NAME, DataManifest
 from swarm.digest import sha256
 from swarm.errors import ConfigError, DataError, DigestError, ResourceError, SignatureError
@@ -102,8 +103,15 @@ def prepare_run(path: Path, base: Path | None = None) -> PreparedRun:
     _refuse_another_run(state, spec)
     genesis = _genesis(state, spec, organizer, lambda: _first_anchor(spec, manifest) if anchor is None else anchor)
     write_durably(state / "spec.sig", signed_spec.SerializeToString())
+    offline = governing.begin(state, spec, organizer)
     source = RunSource(
-        spec=signed_spec, genesis=genesis, data_manifest=raw_manifest, tokenizer=tokenizer, publication=publication
+        spec=signed_spec,
+        genesis=genesis,
+        data_manifest=raw_manifest,
+        tokenizer=tokenizer,
+        publication=publication,
+        offline=offline,
+        publisher=governing.publisher(state, governance.describe(offline.roots[-1]).publication_key),
     )
     return PreparedRun(spec=spec, source=source, data_folder=data_folder, state=state, mirrors=rules.mirrors)
 

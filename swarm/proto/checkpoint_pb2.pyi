@@ -36,3 +36,9 @@ class Witnesses(_message.Message):
     replicas: _containers.RepeatedScalarFieldContainer[bytes]
     attestations: _containers.RepeatedCompositeFieldContainer[_common_pb2.Signed]
     def __init__(self, round: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., replicas: _Optional[_Iterable[bytes]] = ..., attestations: _Optional[_Iterable[_Union[_common_pb2.Signed, _Mapping]]] = ...) -> None: ...
+
+class Roots(_message.Message):
+    __slots__ = ("roots",)
+    ROOTS_FIELD_NUMBER: _ClassVar[int]
+    roots: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, roots: _Optional[_Iterable[bytes]] = ...) -> None: ...

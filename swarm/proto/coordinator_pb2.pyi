@@ -203,12 +203,14 @@ class PublishRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
 
 class PublishReply(_message.Message):
-    __slots__ = ("manifest", "witnesses")
+    __slots__ = ("manifest", "witnesses", "roots")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     WITNESSES_FIELD_NUMBER: _ClassVar[int]
+    ROOTS_FIELD_NUMBER: _ClassVar[int]
     manifest: _common_pb2.Signed
     witnesses: _common_pb2.Signed
-    def __init__(self, manifest: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., witnesses: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
+    roots: _common_pb2.Signed
+    def __init__(self, manifest: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., witnesses: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., roots: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
 
 class ListCheckpointsRequest(_message.Message):
     __slots__ = ()
@@ -243,12 +245,42 @@ class GetCheckpointRequest(_message.Message):
     def __init__(self, round: _Optional[int] = ...) -> None: ...
 
 class GetCheckpointReply(_message.Message):
-    __slots__ = ("manifest", "witnesses")
+    __slots__ = ("manifest", "witnesses", "roots")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     WITNESSES_FIELD_NUMBER: _ClassVar[int]
+    ROOTS_FIELD_NUMBER: _ClassVar[int]
     manifest: _common_pb2.Signed
     witnesses: _common_pb2.Signed
-    def __init__(self, manifest: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., witnesses: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
+    roots: _common_pb2.Signed
+    def __init__(self, manifest: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., witnesses: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., roots: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
+
+class GetMetadataRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class MetadataFile(_message.Message):
+    __slots__ = ("name", "content")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    content: bytes
+    def __init__(self, name: _Optional[str] = ..., content: _Optional[bytes] = ...) -> None: ...
+
+class GetMetadataReply(_message.Message):
+    __slots__ = ("files",)
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    files: _containers.RepeatedCompositeFieldContainer[MetadataFile]
+    def __init__(self, files: _Optional[_Iterable[_Union[MetadataFile, _Mapping]]] = ...) -> None: ...
+
+class GetRemovalsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetRemovalsReply(_message.Message):
+    __slots__ = ("removals",)
+    REMOVALS_FIELD_NUMBER: _ClassVar[int]
+    removals: _common_pb2.Signed
+    def __init__(self, removals: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
 
 class GetChunkRequest(_message.Message):
     __slots__ = ("digest", "offset", "length")

@@ -15,6 +15,7 @@ from coordinator.checkpoint_files import CheckpointFiles
 from coordinator.server import ServerConfig, serve
 from coordinator.service import Outlets
 from peer import coordinator_client, coordinator_connection
+from peer.checkpoints import trusted
 from peer.coordinator_client import CoordinatorClient
 from swarm.digest import sha256
 from swarm.errors import (
@@ -65,6 +66,10 @@ async def test_a_run_from_the_first_call_to_a_published_checkpoint(tmp_path: Pat
         async with client_of(world, server) as researcher:
             assert [info.round for info in await researcher.checkpoints()] == [70]
             assert await researcher.checkpoint() == await researcher.checkpoint(70) == signed
+            source = trusted.files_source(await researcher.metadata())
+            known = trusted.refresh(tmp_path / "trusted", world.run_id, world.spec, source)
+            assert known.newest_round == 70
+            assert known.check(signed).round == 70
             progress = await researcher.progress()
             assert (progress.round, len(progress.rounds), progress.target_tokens) == (70, 70, 100_000)
             with pytest.raises(NotFound, match="round 9"):

@@ -23,13 +23,14 @@ from coordinator.mirroring import write_mirror
 from peer.checkpoints.verify import verify_folder
 from peer.coordinator_client import CoordinatorClient, RunInfo
 from swarm.cli import download as commands
-from swarm.errors import ConfigError, DigestError, NotFound, SwarmError, Unreachable
+from swarm.errors import ConfigError, NotFound, RefusedCheckpoint, SwarmError, Unreachable
 from swarm.invite import Invite
 from swarm.manifest import MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE
 from swarm.proto.common_pb2 import Genesis
+from swarm.publication import Publication
 from swarm.storage import Storage
-from swarm.witness import Publication
-from tests.checkpoint_samples import PUBLISHER, SignedCheckpoint, make_parts, signed_checkpoint
+from tests.checkpoint_samples import ORGANIZER, PUBLISHER, SignedCheckpoint, make_parts, signed_checkpoint
+from tests.metadata_samples import Repository
 from tests.mirror_servers import WebMirror, web_mirror
 
 PEER = b"a" * 32
@@ -71,6 +72,11 @@ class Coordinator:
             clock_offset_s=0.0,
         )
 
+    async def metadata(self) -> dict[str, bytes]:
+        repository = Repository((await self.get_run()).spec, (ORGANIZER,), PUBLISHER)
+        repository.publish(self.made.publication, self.made.manifest.round)
+        return repository.files
+
     async def checkpoint(self, round_number: int) -> Publication:
         if round_number not in (0, self.made.manifest.round):
             raise NotFound(f"no checkpoint of round {round_number}")
@@ -107,6 +113,7 @@ class Place:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """Weights of three chunks; no peer can be reached."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     made = signed_checkpoint(tmp_path / "home" / "checkpoint-10", make_parts())
     write_mirror(Storage(f"file://{tmp_path}/www"), PublishedFolder(path=made.folder, manifest=made.manifest))
     coordinator = Coordinator(made, CheckpointFiles(tmp_path / "home", made.run_id, PUBLISHER.public_key))
@@ -243,5 +250,5 @@ def test_a_strangers_file_stays_and_is_still_told_after_repair(place: Place) -> 
     folder = downloaded(place)
     (folder / "extra.safetensors").write_bytes(b"x")
     result = run("verify", folder, "--repair", "--mirror", place.mirror.url)
-    assert isinstance(result.exception, DigestError)
+    assert isinstance(result.exception, RefusedCheckpoint)
     assert (folder / "extra.safetensors").exists()

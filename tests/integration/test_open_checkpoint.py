@@ -8,13 +8,11 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from peer.checkpoints.checkpoint import CheckpointParts
 from peer.checkpoints.download import Order, download
 from peer.checkpoints.filling import Fetching
 from peer.checkpoints.generate import GenerateOptions, draw, generate, open_checkpoint
@@ -24,116 +22,18 @@ from peer.coordinator_client import CoordinatorClient, RunInfo
 from peer.p2p.chunk_store import CHUNK_METHOD, ChunkStore
 from peer.p2p.network import NetworkConfig, open_network
 from peer.p2p.transport import Transport
-from peer.training.model import build_config, build_model, config_json
 from swarm.cli import download as download_command
-from swarm.digest import sha256
 from swarm.errors import ConfigError, DataError, DeviceError, DigestError, NotFound, VerificationError
 from swarm.file_ranges import FileChunks
 from swarm.identity import Identity
 from swarm.invite import Invite
 from swarm.proto.common_pb2 import Genesis
-from swarm.run_spec import RunSpec
-from swarm.witness import Publication
-from tests.checkpoint_samples import (
-    MOMENTUM_DIGEST,
-    FakeTransport,
-    SignedCheckpoint,
-    data_manifest,
-    make_spec,
-    signed_checkpoint,
-    state_digest_of,
-)
+from swarm.publication import Publication
+from tests.checkpoint_samples import ORGANIZER, PUBLISHER, FakeTransport, SignedCheckpoint
+from tests.metadata_samples import Repository
+from tests.published_samples import CONFIGS, TEXT, Published, publish
 
-TEXT = "The quick brown fox jumps over the lazy dog. Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich 🦊."
-VOCAB_SIZE = 300
 HOLDER = b"h" * 32
-
-CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-    },
-    "mistral": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-    },
-    "gpt_neo": {
-        "hidden_size": 32,
-        "num_layers": 2,
-        "num_heads": 4,
-        "attention_types": [[["global", "local"], 1]],
-        "max_position_embeddings": 64,
-    },
-    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64},
-    "gpt_neox": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-    },
-    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """A signed checkpoint, the model that it was made of, and its tokenizer."""
-
-    made: SignedCheckpoint
-    model: Any
-    tokenizer: Any
-
-
-def train_tokenizer() -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT] * 10, trainer)
-    return tokenizer
-
-
-def publish(folder: Path, family: str) -> Published:
-    tokenizer = train_tokenizer()
-    tokenizer_json = tokenizer.to_str().encode()
-    data = data_manifest(tokenizer_json, tokenizer.get_vocab_size())
-    values = make_spec(data).model_dump()
-    values["model"] = {"family": family, "config": CONFIGS[family]}
-    values["data"]["sequence_length"] = 16
-    spec = RunSpec.model_validate(values)
-    config = build_config(spec, tokenizer.get_vocab_size())
-    model = build_model(config, seed=1).eval()
-    tensors = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
-    parts = CheckpointParts(
-        run_id=spec.run_id,
-        spec=spec,
-        data=data,
-        round=10,
-        total_tokens=1000,
-        state_digest=state_digest_of(tensors),
-        momentum_digest=MOMENTUM_DIGEST,
-        log_digest=sha256(b"log"),
-        config_json=config_json(config),
-        tokenizer_json=tokenizer_json,
-        tensors=tensors,
-        max_file_bytes=60_000,  # several files with an index, as large models have
-    )
-    return Published(signed_checkpoint(folder, parts), model, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +172,7 @@ BAD_OPTIONS: dict[str, dict[str, Any]] = {
     "top-p 0": {"top_p": 0.0},
     "top-p above 1": {"top_p": 1.5},
     "negative seed": {"seed": -1},
+    "negative top-k": {"top_k": -1},
 }
 
 
@@ -325,20 +226,23 @@ def test_top_p_draws_only_from_the_smallest_likely_set() -> None:
     logits_V = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     generator = torch.Generator().manual_seed(1)
 
-    def drawn(temperature: float, top_p: float) -> set[int]:
-        return {draw(logits_V, temperature, top_p, generator) for _ in range(300)}
+    def drawn(temperature: float, top_p: float, top_k: int = 0) -> set[int]:
+        options = GenerateOptions(temperature=temperature, top_p=top_p, top_k=top_k)
+        return {draw(logits_V, options, generator) for _ in range(300)}
 
     assert drawn(1.0, 1.0) == {0, 1, 2, 3}
     assert drawn(1.0, 0.79) == {0, 1}
     assert drawn(1.0, 0.01) == {0}
     assert drawn(0.0, 1.0) == {0}
+    assert drawn(1.0, 1.0, top_k=3) == {0, 1, 2}
+    assert drawn(1.0, 0.52, top_k=2) == {0}
 
 
 def test_a_model_whose_output_is_not_finite_is_a_data_error() -> None:
     import torch
 
     with pytest.raises(DataError, match="not finite"):
-        draw(torch.tensor([1.0, float("nan")]), 1.0, 1.0, torch.Generator())
+        draw(torch.tensor([1.0, float("nan")]), GenerateOptions(temperature=1.0, top_p=1.0), torch.Generator())
 
 
 class Coordinator:
@@ -360,8 +264,13 @@ class Coordinator:
     async def get_run(self) -> RunInfo:
         return self.run
 
+    async def metadata(self) -> dict[str, bytes]:
+        repository = Repository(self.run.spec, (ORGANIZER,), PUBLISHER)
+        repository.publish(self.made.publication, self.made.manifest.round)
+        return repository.files
+
     async def checkpoint(self, round_number: int) -> Publication:
-        assert round_number == 0
+        assert round_number == self.made.manifest.round, "the metadata names the newest"
         return self.made.publication
 
     async def mirrors(self) -> tuple[str, ...]:
@@ -377,6 +286,7 @@ class Coordinator:
 def test_swarm_download_fetches_over_libp2p_from_the_seed_peer(
     published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     made = published.made
     store = ChunkStore(tmp_path / "store", 0)
     store.add_source(FileChunks(made.folder, made.manifest))
@@ -403,3 +313,4 @@ def test_swarm_download_fetches_over_libp2p_from_the_seed_peer(
     assert report.ok
     assert tally.by_kind() == {"peers": made.manifest.size_bytes}
     assert report.folder == tmp_path / "out" / "round-000010"
+    assert (download_command.trusted_folder(made.run_id) / "timestamp.json").is_file()

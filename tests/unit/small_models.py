@@ -59,7 +59,7 @@ def small_spec(family: str, *, tied: bool = False, **changes: Any) -> RunSpec:
         name="small",
         total_tokens=1000,
         organizer_key=HEX,
-        publication_key=HEX,
+        publication_key="1" * 64,
         model=Model(family=family, config=config),
         data=Data(manifest_digest=HEX, tokenizer_digest=HEX, sequence_length=LENGTH),
     )

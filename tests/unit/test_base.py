@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from peer.checkpoints.checkpoint import model_card
+from peer.checkpoints.card import CardFacts, model_card
 from peer.rounds.shard import Shard
 from peer.training import model
 from peer.training.base import read_base
@@ -153,10 +153,20 @@ def test_a_spec_with_a_name_that_breaks_out_is_refused(name: str) -> None:
 
 def test_the_model_card_says_where_the_weights_came_from() -> None:
     parts = make_parts(num_values=2)
-    assert f"| started from | random weights, seed {parts.spec.seed} |" in model_card(parts)
+    facts = CardFacts(
+        run_id=parts.run_id,
+        spec=parts.spec,
+        data=parts.data,
+        round=parts.round,
+        total_tokens=parts.total_tokens,
+        state_digest=parts.state_digest.hex(),
+        log_digest=parts.log_digest.hex(),
+        num_parameters=2,
+    )
+    assert f"| base model | random weights, seed {parts.spec.seed} |" in model_card(facts)
     base = Base(name="a_b*", anchor_digest="5a" * 32, vocab_size=5)
-    card = model_card(replace(parts, spec=parts.spec.model_copy(update={"base": base})))
-    assert f"| started from | a\\_b\\*, anchor `{'5a' * 32}` |" in card
+    card = model_card(replace(facts, spec=parts.spec.model_copy(update={"base": base})))
+    assert f"| base model | a\\_b\\*, anchor `{'5a' * 32}` |" in card
 
 
 # ---- swarm start --from ---------------------------------------------------------------------------------------------

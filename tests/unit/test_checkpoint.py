@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from safetensors.numpy import load_file
 from peer.checkpoints import checkpoint
 from peer.checkpoints.checkpoint import CheckpointParts, assemble, describe_file
 from peer.checkpoints.verify import verify_folder
-from peer.p2p import chunk_store
 from swarm.digest import sha256
 from swarm.errors import DataError, DiskFull
 from tests.checkpoint_samples import make_parts, small_checkpoint, with_tensors
@@ -35,6 +35,7 @@ def test_the_folder_holds_the_hugging_face_layout_and_the_manifest_lists_it(tmp_
     assert sorted(contents(tmp_path / "c")) == [
         "README.md",
         "config.json",
+        "data-manifest.json",
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
@@ -71,7 +72,7 @@ def test_weights_beyond_the_limit_are_split_with_an_index(tmp_path: Path) -> Non
     weights = [file.name for file in manifest.files if file.name.endswith(".safetensors")]
     assert weights == [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
     index = json.loads((tmp_path / "c" / "model.safetensors.index.json").read_bytes())
-    assert index["metadata"] == {"total_size": 200}
+    assert index["metadata"] == {"total_parameters": 50, "total_size": 200}
     for name, file in index["weight_map"].items():
         assert np.array_equal(load_file(tmp_path / "c" / file)[name], tensors[name])
     assert sorted(index["weight_map"]) == sorted(tensors)
@@ -99,7 +100,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pyte
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(chunk_store.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DiskFull):
         assemble(tmp_path / "c", small_parts())
     assert list(tmp_path.iterdir()) == []
@@ -119,6 +120,7 @@ def test_a_disk_that_fills_up_under_the_weights_is_named(tmp_path: Path, monkeyp
 
 BAD_PARTS = {
     "another tokenizer": {"tokenizer_json": b"{}"},
+    "another data manifest": {"data_json": b"{}"},
     "half precision": {"tensors": {"w": np.zeros(3, np.float16)}},
     "no tensors": {"tensors": {}},
     "config with code": {"config_json": json.dumps({"auto_map": {"AutoModelForCausalLM": "evil.Model"}})},
@@ -144,14 +146,8 @@ def test_the_model_card_names_what_made_the_model_and_its_text_cannot_break_out(
         assert fact in card
     assert "\n# *book*" not in card
     assert "| a\\|b # \\*book\\* | CC0 | 2 | 9 |" in card
-
-
-def test_the_front_matter_of_the_card_is_valid_yaml(tmp_path: Path) -> None:
-    yaml = pytest.importorskip("yaml")
-    card = (small_checkpoint(tmp_path / "c").folder / "README.md").read_text()
-    front = yaml.safe_load(card.split("---\n")[1])
-    assert front["library_name"] == "transformers"
-    assert front["model_name"] == "sample round 10"
+    assert sha256(parts_data := (made.folder / "data-manifest.json").read_bytes()).hex() in card
+    assert b"*book*" in parts_data
 
 
 def test_a_signed_checkpoint_verifies(tmp_path: Path) -> None:

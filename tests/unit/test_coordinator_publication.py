@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import time
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from coordinator import incidents, publication, witnesses
+from coordinator import incidents, publication, vouching, witnesses
 from coordinator.contributions import Ledger
+from coordinator.run import Run, open_run
 from coordinator.store import Store
 from coordinator.witnesses import ATTEST_WITHIN_MS, Hearing
+from peer.checkpoints import trusted
+from swarm import governance
 from swarm.digest import join_subtrees, sha256
-from swarm.errors import NotAdmitted, NotFound, ProtocolError, SignatureError, VerificationError
+from swarm.errors import ConfigError, NotAdmitted, NotFound, ProtocolError, SignatureError, VerificationError
 from swarm.identity import Identity
 from swarm.proto.checkpoint_pb2 import Witnesses
 from swarm.proto.common_pb2 import Signed
-from swarm.witness import Publication
-from tests.coordinator_world import ANNA, BORIS, NOW_UNIX_MS, PUBLICATION, SEED, STRANGER, World
+from swarm.publication import Publication
+from tests.coordinator_world import ANNA, BORIS, NOW_UNIX_MS, ORGANIZER, PUBLICATION, SEED, STRANGER, World
 
 
 @pytest.fixture
@@ -118,14 +124,14 @@ def test_checkpoints_are_listed_and_found(world: World, store: Store) -> None:
     assert [(info.round, info.total_tokens, info.size_bytes) for info in infos] == [(3, 900, 2), (2, 600, 2)]
     assert infos[0].manifest_digest == sha256(third.manifest.payload)
     assert math.isnan(infos[0].validation_loss)
-    assert publication.get_checkpoint(store, 0) == third
-    assert publication.get_checkpoint(store, 2) == second
+    assert publication.get_checkpoint(world.run, store, 0) == third
+    assert publication.get_checkpoint(world.run, store, 2) == second
 
 
 @pytest.mark.parametrize("number", [0, 1, 2**64 - 1])
 def test_a_checkpoint_that_is_not_there_is_not_found(store: Store, number: int) -> None:
     with pytest.raises(NotFound):
-        publication.get_checkpoint(store, number)
+        publication.get_checkpoint(World().run, store, number)
 
 
 OTHER_ANCHOR = {
@@ -225,3 +231,49 @@ def test_an_attestation_of_another_run_is_refused(bare: World, store: Store) -> 
     payload = bare.attestation(1).SerializeToString()
     with pytest.raises(SignatureError):
         witnesses.attest(bare.run, store, ANNA.sign("attestation", b"x" * 20, payload), NOW_UNIX_MS)
+
+
+def _client(world: World, run: Run, store: Store, folder: Path, now_unix_ms: int = NOW_UNIX_MS) -> trusted.Trusted:
+    source = trusted.files_source(vouching.current_files(run, store, now_unix_ms))
+    return trusted.refresh(folder, world.run_id, world.spec, source)
+
+
+def test_the_metadata_names_each_published_checkpoint_and_its_witnesses(
+    world: World, store: Store, tmp_path: Path
+) -> None:
+    for number in (2, 3):
+        published = _publish(world, store, world.manifest(number))
+        found = _client(world, world.run, store, tmp_path / "trusted")
+        assert found.newest_round == number and found.check(published).round == number
+
+
+def test_a_day_later_the_timestamp_is_signed_anew(world: World, store: Store) -> None:
+    day_ms = 24 * 3600 * 1000
+    now = int(time.time() * 1000)
+    vouching.open_metadata(world.run, store, now)
+    first = vouching.current_files(world.run, store, now)
+    assert vouching.current_files(world.run, store, now + day_ms // 2) == first
+    later = vouching.current_files(world.run, store, now + day_ms + 1000)
+    assert {name for name in first if later[name] != first[name]} == {"timestamp.json"}
+
+
+def test_after_a_change_of_keys_everything_is_signed_anew_and_clients_follow(
+    world: World, store: Store, tmp_path: Path
+) -> None:
+    old = _publish(world, store, world.manifest(2))
+    _client(world, world.run, store, tmp_path / "trusted")
+    before, new_key = world.source.offline, STRANGER
+    said = governance.describe(before.roots[-1])
+    after = dataclasses.replace(said, version=2, publication_key=new_key.public_key)
+    change = governance.propose(world.run_id, after, 2, datetime.now(timezone.utc))
+    offline = governance.adopt(world.run_id, before, governance.sign(change, ORGANIZER))
+    with pytest.raises(ConfigError, match="publication key"):
+        open_run(dataclasses.replace(world.source, offline=offline))
+    run = open_run(dataclasses.replace(world.source, offline=offline, publisher=new_key))
+    vouching.open_metadata(run, store, NOW_UNIX_MS)
+    renewed = publication.get_checkpoint(run, store, 2)
+    assert renewed.manifest.payload == old.manifest.payload and renewed.manifest.signer == new_key.public_key
+    found = _client(world, run, store, tmp_path / "trusted")
+    assert found.check(renewed).round == 2
+    with pytest.raises(SignatureError):
+        found.check(old)

@@ -18,6 +18,7 @@ from peer.training.trainer import Limits
 from swarm import assignment
 from swarm.errors import DiskFull, NotFound, Unreachable
 from swarm.log import LogHead
+from swarm.removals import Removal, left_to_read
 from tests.unit.small_models import LENGTH, small_spec
 from tests.unit.test_data_reader import LARGE, Data
 from tests.unit.test_trainer import FakeReplica, Result
@@ -220,3 +221,35 @@ def test_landing_without_a_snapshot_puts_the_replica_onto_the_anchor(tmp_path: P
         assert (await training.snapshot())[0][:].max() == 0
 
     with_training(source, test)
+
+
+def test_a_removed_document_is_read_no_more_from_its_round_on(tmp_path: Path) -> None:
+    """Steps draw from what is left, as anybody computes it; the round before its first still reads it."""
+    source = Source(tmp_path, [])
+    sequences = [Removal(document="d" * 64, reason="r", from_round=2, start=0, num_tokens=SEQUENCES * LENGTH // 2)]
+
+    async def test(training: Training, replica: Recording) -> None:
+        training.remove([sequences[0], *_removed_everywhere(source)])
+        await until(lambda: len(replica.batches) >= 2, "steps of round 1")
+        assert np.array_equal(replica.batches[0], source.batch(1, 0))
+        training.follow(head_after(1))
+        before = len(replica.batches)
+        await until(lambda: len(replica.batches) >= before + 20, "steps of round 2")
+        manifest = source.data.manifest
+        left = left_to_read(manifest, LENGTH, [sequences[0], *_removed_everywhere(source)], 2)
+        shard = assignment.token_shard_of(SPEC.seed, ME, 2, left.counts)
+        tokens = source.data.tokens[manifest.train[shard].file]
+        allowed = {tokens[i * LENGTH : i * LENGTH + LENGTH + 1].tobytes() for i in left.kept[shard]}
+        rows = [row for batch in replica.batches[before + 2 :] for row in batch]
+        assert {np.asarray(row, tokens.dtype).tobytes() for row in rows} <= allowed
+
+    with_training(source, test)
+
+
+def _removed_everywhere(source: Source) -> list[Removal]:
+    """The first half of every token shard."""
+    size = SEQUENCES * LENGTH + 1
+    return [
+        Removal(document="e" * 64, reason="r", from_round=2, start=index * size, num_tokens=size // 2)
+        for index in range(len(source.data.manifest.train))
+    ]

@@ -20,7 +20,7 @@ from swarm import run_spec
 from swarm.errors import NotFound, Unreachable
 from swarm.log import LogHead
 from swarm.proto.checkpoint_pb2 import Attestation
-from swarm.witness import Publication
+from swarm.publication import Publication
 from tests.checkpoint_samples import (
     MOMENTUM_DIGEST,
     ORGANIZER,

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from swarm.cli import download, researcher
 from swarm.cli.download import parse_invite_at_round, parse_run
+from swarm.cli.generate import generate
 from swarm.errors import ConfigError, DataError, DigestError, InviteError, SwarmError, VerificationError
 from swarm.invite import Invite
 from tests.checkpoint_samples import SignedCheckpoint, small_checkpoint
@@ -20,7 +21,7 @@ INVITE = Invite(run_id=b"r" * 20, tls_pin=b"t" * 32, addresses=("localhost:1",))
 TEXT = INVITE.encode()
 
 app = typer.Typer()
-for command in (researcher.checkpoints, download.download, download.verify, researcher.generate):
+for command in (researcher.checkpoints, download.download, download.verify, generate):
     app.command()(command)
 
 

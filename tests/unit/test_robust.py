@@ -10,7 +10,7 @@ import pytest
 
 from peer.rounds.codec import CODECS
 from peer.rounds.planning import SLICE_VALUES
-from peer.rounds.robust import MAX_SPARSE_NORM_RATIO, Offer, Verdict, judge, robust_mean
+from peer.rounds.robust import MAX_SPARSE_NORM_RATIO, SLICES_AT_ONCE, Offer, Verdict, judge, robust_mean
 from swarm.errors import SwarmError
 from swarm.run_spec import Robust
 
@@ -226,7 +226,8 @@ def test_the_mean_weighs_and_sums_in_the_order_given() -> None:
     assert robust_mean(offers, verdicts, 1)[0] == expected
 
 
-def test_no_more_than_a_slice_of_each_contribution_is_in_fp32_at_once() -> None:
+def test_no_more_than_a_megabyte_of_all_contributions_is_in_fp32_at_once() -> None:
+    """And as much again for decoding it; a slice of each where there are many."""
     codec, count, num_values = CODECS["int8"], 12, 16 * SLICE_VALUES
     random = np.random.default_rng(0)
     encoded = [codec.encode(random.standard_normal(num_values).astype(np.float32)) for _ in range(count)]
@@ -242,7 +243,7 @@ def test_no_more_than_a_slice_of_each_contribution_is_in_fp32_at_once() -> None:
     robust_mean(offers, judge(offers, num_values, RULE), num_values)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 4 * (num_values + 2 * count * SLICE_VALUES)
+    assert peak < 4 * (num_values + 2 * SLICES_AT_ONCE * SLICE_VALUES)
 
 
 def test_a_rejected_cosine_is_a_possible_one() -> None:

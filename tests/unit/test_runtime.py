@@ -168,11 +168,17 @@ class Coordinator:
     async def record_commits(self, commits: list[Commit]) -> int:
         return 0
 
+    async def signed_removals(self) -> Signed | None:
+        return None
+
 
 def make_state() -> tuple[RunSpec, Data, Shard]:
     """A small run, its data, and its state of round 0."""
     data = Data([1000], [1000])
-    named = {"tokenizer_digest": sha256(TOKENIZER).hex()}
+    named = {
+        "tokenizer_digest": sha256(TOKENIZER).hex(),
+        "manifest_digest": sha256(data.manifest.canonical_bytes()).hex(),
+    }
     spec = small_spec("llama")
     spec = spec.model_copy(update={"data": spec.data.model_copy(update=named)})
     shard = Shard(spec, 0, model.initial_anchor(model.build_config(spec, data.manifest.vocab_size), spec.seed))
@@ -192,7 +198,7 @@ def make_peer(folder: Path, transport: Transport, identity: Identity, run_of: tu
         genesis=genesis,
         signed_genesis=Signed(),
         seed_addresses=(),
-        manifest_bytes=b"",
+        manifest_bytes=data.manifest.canonical_bytes(),
         tokenizer_bytes=TOKENIZER,
         clock_offset_s=0.0,
     )

@@ -38,7 +38,7 @@ class RandomText:
 
 
 def spec(task: Task) -> RunSpec:
-    rules = task.run_file("rival").model_dump(exclude={"data"})
+    rules = task.run_file("rival").model_dump(exclude={"data", "mirrors"})
     keys = {"organizer_key": "0" * 64, "publication_key": "0" * 64}
     digests = {"manifest_digest": "0" * 64, "tokenizer_digest": "0" * 64, "sequence_length": task.length}
     return RunSpec(**rules, **keys, data=digests)

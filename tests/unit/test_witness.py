@@ -20,6 +20,7 @@ from swarm.digest import ChunkRoot, chunk_digests, join_subtrees, merkle_root, s
 from swarm.errors import SwarmError, VerificationError
 from swarm.proto.checkpoint_pb2 import Attestation, Witnesses
 from swarm.proto.common_pb2 import Signed
+from swarm.publication import Publication
 from swarm.run_spec import Checkpoints
 from tests.checkpoint_samples import (
     ORGANIZER,
@@ -117,16 +118,14 @@ def test_what_is_no_quorum_for_this_manifest_is_refused(made: SignedCheckpoint, 
     witnesses = witnesses_of(made)
     change(witnesses, made)
     signed = PUBLISHER.sign("witnesses", made.run_id, witnesses.SerializeToString())
-    forged = witness.Publication(manifest=made.publication.manifest, witnesses=signed)
+    forged = Publication(manifest=made.publication.manifest, witnesses=signed)
     with pytest.raises(VerificationError, match=message):
         forged.verified(made.run_id, make_parts().spec)
 
 
 def test_witnesses_that_the_publication_key_did_not_sign_are_refused(made: SignedCheckpoint) -> None:
     payload = made.publication.witnesses.payload
-    forged = witness.Publication(
-        manifest=made.publication.manifest, witnesses=STRANGER.sign("witnesses", made.run_id, payload)
-    )
+    forged = Publication(manifest=made.publication.manifest, witnesses=STRANGER.sign("witnesses", made.run_id, payload))
     with pytest.raises(VerificationError, match="another key"):
         forged.verified(made.run_id, make_parts().spec)
 
@@ -187,7 +186,7 @@ def test_weights_under_each_others_names_are_refused(tmp_path: Path) -> None:
     manifest = made.manifest.model_copy(update={"files": files, "anchor": anchor})
     honest = Witnesses.FromString(made.publication.witnesses.payload)
     honest.manifest_digest = sha256(manifest.canonical_bytes())
-    forged = witness.Publication(
+    forged = Publication(
         manifest=PUBLISHER.sign("checkpoint", made.run_id, manifest.canonical_bytes()),
         witnesses=PUBLISHER.sign("witnesses", made.run_id, honest.SerializeToString()),
     )

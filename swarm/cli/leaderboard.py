@@ -1,0 +1,89 @@
+"""`swarm leaderboard`: the checkpoints of one or several runs, compared by what was measured of them.
+
+Decides options and what is printed; leaves the work to `peer.checkpoints.leaderboard`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from swarm.cli import output
+from swarm.cli.download import Json
+
+if TYPE_CHECKING:
+    from peer.checkpoints.leaderboard import Row
+    from swarm.invite import Invite
+
+_MAX_COLUMNS = 8
+
+
+def leaderboard(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="INVITE|DIR...", help="Runs by their invites, checkpoints by their folders.")
+    ],
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it too: .svg, .png or .pdf.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare checkpoints: validation losses that the run measured, and evaluations that lie beside them."""
+    from peer.checkpoints import leaderboard as board
+
+    rows = board.merged([row for source in sources for row in _rows(source)])
+    if plot is not None:
+        board.plot(rows, plot)
+    metrics = board.metrics_of(rows)
+    if as_json:
+        drawn = str(plot) if plot is not None else None
+        output.print_json({"metrics": metrics, "checkpoints": [row.as_json() for row in rows], "plot": drawn})
+        return
+    shown = metrics[:_MAX_COLUMNS]
+    cells = [
+        (
+            row.run,
+            row.round,
+            f"{row.total_tokens:,}",
+            *(f"{row.scores[name]:.4f}" if name in row.scores else "-" for name in shown),
+        )
+        for row in rows
+    ]
+    output.table("", ("run", "round", "tokens", *shown), cells)
+    if len(metrics) > len(shown):
+        print(f"and {len(metrics) - len(shown)} more metrics: --json shows them all")
+    if plot is not None:
+        print(f"drawn: {plot}")
+
+
+def _rows(source: str) -> list[Row]:
+    from peer.checkpoints.facts import read_facts
+    from peer.checkpoints.leaderboard import row_of_folder
+    from swarm.invite import parse
+
+    if Path(source).is_dir():
+        return [row_of_folder(read_facts(Path(source), None))]
+    return asyncio.run(_rows_of_run(parse(source)))
+
+
+async def _rows_of_run(invite: Invite) -> list[Row]:
+    from peer.checkpoints.leaderboard import VALIDATION_LOSS, Row
+    from peer.coordinator_client import CoordinatorClient
+
+    client = await CoordinatorClient.connect(invite)
+    try:
+        run = await client.get_run()
+        published = await client.checkpoints()
+    finally:
+        await client.close()
+    return [
+        Row(
+            run=run.spec.name,
+            run_id=invite.run_id.hex(),
+            round=info.round,
+            total_tokens=info.total_tokens,
+            scores={} if math.isnan(info.validation_loss) else {VALIDATION_LOSS: info.validation_loss},
+        )
+        for info in published
+    ]

@@ -1,0 +1,205 @@
+"""`swarm push` against a local stand-in of the Hub, and `swarm sign` against the tool that it signs for."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peer.checkpoints import hub, model_signature
+from peer.checkpoints.verify import verify_folder
+from swarm.digest import sha256
+from swarm.errors import ConfigError, DataError, NetworkError, VerificationError
+from tests.checkpoint_samples import SignedCheckpoint, small_checkpoint
+
+REPOSITORY = "volunteers/sample"
+
+
+class Hub(ThreadingHTTPServer):
+    """The calls of an upload; keeps the files of the commit. ``refuse``: a status for everything."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.message = self.card = ""
+        self.refuse = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_POST(self) -> None:
+        raw = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.server.refuse:
+            self._answer(self.server.refuse, {"error": "no"})
+        elif self.path == "/api/validate-yaml":
+            self.server.card = json.loads(raw)["content"]
+            self._answer(200, {"errors": [], "warnings": []})
+        elif self.path == "/api/repos/create":
+            self._answer(200, {"url": f"{self.server.url}/{REPOSITORY}"})
+        elif self.path.startswith(f"/api/models/{REPOSITORY}/preupload/"):
+            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(raw)["files"]]
+            self._answer(200, {"files": files})
+        elif self.path.startswith(f"/api/models/{REPOSITORY}/commit/"):
+            for line in map(json.loads, raw.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "header":
+                    self.server.message = line["value"]["summary"]
+            self._answer(200, {"commitUrl": f"{self.server.url}/{REPOSITORY}/commit/1", "commitOid": "1" * 40})
+        else:
+            self._answer(404, {})
+
+    def do_GET(self) -> None:
+        self._answer(self.server.refuse or 200, {"id": REPOSITORY, "siblings": []})
+
+    def _answer(self, status: int, value: Any) -> None:
+        raw = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    monkeypatch.setenv("HF_TOKEN", "hf_not_a_real_one")
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> SignedCheckpoint:
+    return small_checkpoint(tmp_path / "c")
+
+
+def test_every_file_of_a_checkpoint_is_uploaded_as_it_is_and_nothing_else(
+    fake: Hub, made: SignedCheckpoint, tmp_path: Path
+) -> None:
+    (made.folder / ".hidden").write_text("x")
+    (made.folder / "evaluations").mkdir()
+    (made.folder / "evaluations" / "a.json").write_text("{}")
+    summary = hub.describe_folder(made.folder, made.run_id)
+    hub.push(made.folder, summary, hub.PushOptions(repository=REPOSITORY, endpoint=fake.url))
+    assert fake.message == f"Add {summary}" and "round 10" in summary
+    for name, content in fake.files.items():
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert fake.card == (made.folder / "README.md").read_text()
+    assert ".hidden" not in fake.files and "evaluations/a.json" in fake.files
+    assert verify_folder(tmp_path / "copy", made.run_id).ok
+
+
+def test_a_damaged_checkpoint_is_not_pushed(made: SignedCheckpoint) -> None:
+    weights = made.folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x07")
+    with pytest.raises(VerificationError):
+        hub.describe_folder(made.folder, None)
+
+
+ORIGIN = {"run_name": "r", "round": 3, "dtype": "bf16", "manifest_digest": "a" * 64}
+
+
+def test_a_derived_set_is_checked_against_its_own_list(tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").write_bytes(b"weights")
+    origin = {**ORIGIN, "files": {"w.safetensors": sha256(b"weights").hex()}}
+    (tmp_path / "origin.json").write_text(json.dumps(origin))
+    assert "bf16" in hub.describe_folder(tmp_path, None)
+    (tmp_path / "w.safetensors").write_bytes(b"weighed")
+    with pytest.raises(VerificationError):
+        hub.describe_folder(tmp_path, None)
+    (tmp_path / "origin.json").write_text(json.dumps({**ORIGIN, "files": {"../w": "a" * 64}}))
+    with pytest.raises(DataError, match="outside"):
+        hub.describe_folder(tmp_path, None)
+
+
+def test_a_folder_that_is_neither_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="neither"):
+        hub.describe_folder(tmp_path, None)
+
+
+@pytest.mark.parametrize(("status", "error"), [(401, ConfigError), (403, ConfigError), (500, NetworkError)])
+def test_refusals_are_named(fake: Hub, made: SignedCheckpoint, status: int, error: type[Exception]) -> None:
+    fake.refuse = status
+    with pytest.raises(error):
+        hub.push(made.folder, "x", hub.PushOptions(repository=REPOSITORY, endpoint=fake.url))
+
+
+@pytest.mark.parametrize("text", ["org/name", "hf://name", "hf://a/b/c", "hf://../x", "https://x/y", "hf://a/b?c"])
+def test_what_is_no_repository_is_a_config_error(text: str) -> None:
+    with pytest.raises(ConfigError):
+        hub.parse_target(text)
+
+
+def model_signing(folder: Path, public: Path) -> subprocess.CompletedProcess[str]:
+    command = ["verify", "key", str(folder), "--signature", str(folder / "model.sig"), "--public_key", str(public)]
+    return subprocess.run(
+        [sys.executable, "-m", "model_signing", *command], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_model_signing_verifies_what_is_signed_and_refuses_a_flipped_byte(
+    made: SignedCheckpoint, tmp_path: Path
+) -> None:
+    pytest.importorskip("OpenSSL", reason="model-signing imports it")
+    key = model_signature.load_or_create_key(tmp_path / "keys" / "key.pem")
+    (tmp_path / "key.pub").write_bytes(model_signature.public_pem(key))
+    model_signature.sign(made.folder, key)
+    (made.folder / "evaluations").mkdir()
+    (made.folder / "evaluations" / "later.json").write_text("{}")
+    good = model_signing(made.folder, tmp_path / "key.pub")
+    assert good.returncode == 0, good.stdout + good.stderr
+    damaged = Path(shutil.copytree(made.folder, tmp_path / "d"))
+    raw = bytearray((damaged / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (damaged / "model.safetensors").write_bytes(raw)
+    bad = model_signing(damaged, tmp_path / "key.pub")
+    assert bad.returncode != 0 and "model.safetensors" in bad.stdout + bad.stderr
+
+
+def test_a_signed_checkpoint_still_verifies_with_us(made: SignedCheckpoint, tmp_path: Path) -> None:
+    model_signature.sign(made.folder, model_signature.load_or_create_key(tmp_path / "key.pem"))
+    report = verify_folder(made.folder, made.run_id)
+    assert (report.ok, report.warnings) == (True, ())
+
+
+def test_a_signing_key_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "keys" / "key.pem"
+    first = model_signature.public_pem(model_signature.load_or_create_key(path))
+    assert model_signature.public_pem(model_signature.load_or_create_key(path)) == first
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="read by others"):
+        model_signature.load_or_create_key(path)
+    path.chmod(0o600)
+    path.write_text("no key")
+    with pytest.raises(ConfigError, match="no key that can be used"):
+        model_signature.load_or_create_key(path)
+
+
+def test_links_are_not_signed(made: SignedCheckpoint) -> None:
+    (made.folder / "link.txt").symlink_to(made.folder / "config.json")
+    with pytest.raises(DataError, match=r"link\.txt"):
+        model_signature.statement(made.folder)

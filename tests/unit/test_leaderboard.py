@@ -1,0 +1,113 @@
+"""`swarm leaderboard`: runs and folders side by side, as a table, as JSON and as a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from peer.checkpoints.evaluations import record
+from peer.checkpoints.facts import manifest_digest, read_facts
+from peer.checkpoints.leaderboard import VALIDATION_LOSS, Row, merged, metrics_of, plot, scores_of
+from peer.coordinator_client import CoordinatorClient
+from swarm.cli.leaderboard import leaderboard
+from swarm.errors import ConfigError
+from swarm.evaluation import Evaluation, Result
+from swarm.identity import Identity
+from swarm.invite import Invite
+from tests.checkpoint_samples import SignedCheckpoint, small_checkpoint
+
+app = typer.Typer()
+app.command()(leaderboard)
+
+
+def evaluation(made: SignedCheckpoint, value: float, limit: int | None = None) -> Evaluation:
+    return Evaluation(
+        run_id=made.run_id.hex(),
+        round=made.manifest.round,
+        manifest_digest=manifest_digest(read_facts(made.folder, None).provenance),
+        asked=("tiny",),
+        results=(Result(task="tiny", metric="acc", value=value, num_fewshot=5, num_samples=4),),
+        versions={"lm_eval": "0.4.13"},
+        seed=0,
+        limit=limit,
+        batch_size=1,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> SignedCheckpoint:
+    return small_checkpoint(tmp_path / "c")
+
+
+def test_whole_evaluations_are_averaged_and_limited_ones_count_only_alone(made: SignedCheckpoint) -> None:
+    name = "tiny acc (5-shot)"
+    assert scores_of([evaluation(made, 0.2), evaluation(made, 0.4), evaluation(made, 0.9, limit=2)]) == {
+        name: pytest.approx(0.3)
+    }
+    assert scores_of([evaluation(made, 0.9, limit=2)]) == {name: 0.9}
+
+
+def row(run: str, number: int, **scores: float) -> Row:
+    return Row(run=run, run_id=run * 4, round=number, total_tokens=100 * number, scores=scores)
+
+
+def test_one_checkpoint_from_two_sources_is_one_row_and_rounds_are_in_order() -> None:
+    rows = merged([row("b", 2, x=1.0), row("a", 10), row("a", 9), row("b", 2, y=2.0)])
+    assert [(found.run, found.round) for found in rows] == [("a", 9), ("a", 10), ("b", 2)]
+    assert rows[2].scores == {"x": 1.0, "y": 2.0}
+
+
+def test_the_validation_loss_comes_first() -> None:
+    assert metrics_of([row("a", 1, **{"arc acc": 0.1, VALIDATION_LOSS: 3.0})]) == [VALIDATION_LOSS, "arc acc"]
+
+
+class FakeClient:
+    """A run with a measured and an unmeasured checkpoint."""
+
+    async def get_run(self) -> Any:
+        return SimpleNamespace(spec=SimpleNamespace(name="sample"))
+
+    async def checkpoints(self) -> list[Any]:
+        return [
+            SimpleNamespace(round=10, total_tokens=500, validation_loss=2.5),
+            SimpleNamespace(round=5, total_tokens=250, validation_loss=math.nan),
+        ]
+
+    async def close(self) -> None:
+        pass
+
+
+def test_a_run_and_a_folder_of_it_are_compared_and_drawn(
+    made: SignedCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def connect(invite: Invite) -> FakeClient:
+        return FakeClient()
+
+    monkeypatch.setattr(CoordinatorClient, "connect", connect)
+    record(made.folder, evaluation(made, 0.25), Identity.generate())
+    invite = Invite(run_id=made.run_id, tls_pin=b"t" * 32, addresses=("localhost:1",)).encode()
+    picture = tmp_path / "board.svg"
+    arguments = [invite, str(made.folder), "--plot", str(picture)]
+    done = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
+    told = json.loads(done.stdout)
+    assert told["metrics"] == [VALIDATION_LOSS, "tiny acc (5-shot)"]
+    assert [found["round"] for found in told["checkpoints"]] == [5, 10]
+    assert told["checkpoints"][1]["scores"] == {VALIDATION_LOSS: 2.5, "tiny acc (5-shot)": 0.25}
+    assert picture.read_text().count("<path") > 5 and "</svg>" in picture.read_text()
+    plain = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert "2.5000" in plain.stdout and "0.2500" in plain.stdout
+
+
+def test_what_cannot_be_drawn_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no picture"):
+        plot([row("a", 1, x=1.0)], tmp_path / "a.txt")
+    with pytest.raises(ConfigError, match="nothing was measured"):
+        plot([row("a", 1)], tmp_path / "a.svg")
