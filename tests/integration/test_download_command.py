@@ -113,6 +113,7 @@ class Place:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """Weights of three chunks; no peer can be reached."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     made = signed_checkpoint(tmp_path / "home" / "checkpoint-10", make_parts())
     write_mirror(Storage(f"file://{tmp_path}/www"), PublishedFolder(path=made.folder, manifest=made.manifest))
     coordinator = Coordinator(made, CheckpointFiles(tmp_path / "home", made.run_id, PUBLISHER.public_key))
