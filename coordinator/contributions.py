@@ -22,22 +22,24 @@ from swarm.log import LogHead
 from swarm.proto import coordinator_pb2 as pb
 from swarm.proto.round_pb2 import Commit, Record, Share
 
-SHARD = 0  # this version trains a run as one shard
 # A branch is taken whole or not at all, so this is how far back a fork may lie, if 16 MiB hold its commits.
 MAX_COMMITS_PER_REQUEST = 1024
 MAX_ROUNDS_SHOWN = 1000
 MAX_PEERS_SHOWN = 1000
 MAX_TOKENS = 2**63 - 1
+LIVE_S = 60
+"""peers report six times as often"""
 _REPLAY_COMMITS = 64
 _logger = logging.getLogger(__name__)
 
 
 class Ledger:
-    """The recorded log; ``head`` is where it stands."""
+    """The recorded log of a shard; ``head`` is where it stands."""
 
-    def __init__(self, run: Run, store: Store) -> None:
+    def __init__(self, run: Run, store: Store, shard: int = 0) -> None:
         """Rebuild the head from ``store``; `ConfigError` where the recorded chain is broken."""
-        self._genesis = log.genesis_head(run.genesis, SHARD)
+        self._genesis = log.genesis_head(run.genesis, shard)
+        self._shard = shard
         self._store = store
         self.head = _replay(self._genesis, store)
 
@@ -73,7 +75,7 @@ class Ledger:
         return self.next_round_wanted
 
     def _is_recorded(self, number: int, commit: Commit) -> bool:
-        recorded = self._store.round(SHARD, number)
+        recorded = self._store.round(self._shard, number)
         return recorded is not None and recorded.record_digest == digest.sha256(commit.record)
 
     def _change_branch(self, fork: LogHead, head: LogHead, new: Sequence[NewCommit]) -> None:
@@ -95,7 +97,7 @@ class Ledger:
         self.head = head
 
     def _head_before(self, number: int) -> LogHead:
-        row, raw = self._store.round(SHARD, number - 1), self._store.commit(SHARD, number - 1)
+        row, raw = self._store.round(self._shard, number - 1), self._store.commit(self._shard, number - 1)
         if row is None or raw is None:
             return self._genesis
         record = Record.FromString(Commit.FromString(raw).record)
@@ -108,22 +110,61 @@ class Ledger:
         )
 
 
-def progress(run: Run, head: LogHead, store: Store) -> pb.GetProgressReply:
-    """How far the run is: newest rounds in order, and the peers heard from most recently."""
-    rounds = [row for row in store.newest_rounds(SHARD, MAX_ROUNDS_SHOWN) if row.round <= head.round]
+def ledger_of(ledgers: Sequence[Ledger], commits: Sequence[Commit]) -> Ledger:
+    """The log that ``commits`` belong to: all of one shard, or `Ledger.record` refuses them. The first for none."""
+    shard = _read_record(commits[0]).shard if commits else 0
+    if shard >= len(ledgers):
+        raise ProtocolError(f"a commit of shard {shard}; the run has {len(ledgers)}")
+    return ledgers[shard]
+
+
+def progress(run: Run, heads: Sequence[LogHead], store: Store, now_unix_ms: int) -> pb.GetProgressReply:
+    """How far the run is: newest rounds in order, and the peers heard from most recently.
+
+    ``heads``: of every shard. Losses and rounds are told by the first one's; the others follow it.
+    """
+    head, number = heads[0], min(head.round for head in heads)
+    rounds = [row for row in store.newest_rounds(0, MAX_ROUNDS_SHOWN) if row.round <= head.round]
     first, last = (rounds[0].round, rounds[-1].round) if rounds else (0, 0)
     losses = store.losses(first, last)
     initial = store.losses(0, 0).get(0)
-    shares = store.shares(SHARD, first, last)
+    shares = store.shares(0, first, last)
+    committed = head.total_tokens if number == head.round else _total_tokens(store, number)
+    peers = store.newest_peers(MAX_PEERS_SHOWN)
     return pb.GetProgressReply(
         name=run.spec.name,
-        round=head.round,
-        total_tokens=head.total_tokens,
+        round=number,
+        total_tokens=committed,
         target_tokens=run.spec.total_tokens,
         rounds=[_round_progress(row, losses.get(row.round), shares.get(row.round, {})) for row in rounds],
-        peers=[_peer_progress(row) for row in store.newest_peers(MAX_PEERS_SHOWN)],
+        peers=[_peer_progress(row, len(heads)) for row in peers],
         initial_validation_loss=number_or_nan(initial.validation if initial else None),
+        shards=shard_progress(run, heads, peers, now_unix_ms),
     )
+
+
+def shard_progress(
+    run: Run, heads: Sequence[LogHead], peers: Sequence[PeerRow], now_unix_ms: int
+) -> list[pb.ShardProgress]:
+    """How far each shard is, and who trains it: peers heard lately that did not say that they leave."""
+    live = [row for row in peers if not row.leaving and now_unix_ms - row.last_seen_unix_ms <= LIVE_S * 1000]
+    found = []
+    for shard, head in enumerate(heads):
+        replicas = [row for row in live if row.key not in run.seed_peers and shard in row.span(len(heads))]
+        found.append(
+            pb.ShardProgress(
+                round=head.round,
+                total_tokens=head.total_tokens,
+                replicas=len(replicas),
+                tokens_per_s=sum(row.tokens_per_s for row in replicas),
+            )
+        )
+    return found
+
+
+def _total_tokens(store: Store, number: int) -> int:
+    row = store.round(0, number)
+    return row.total_tokens if row is not None else 0
 
 
 def number_or_nan(value: float | None) -> float:
@@ -132,7 +173,7 @@ def number_or_nan(value: float | None) -> float:
 
 def _replay(head: LogHead, store: Store) -> LogHead:
     """The head after every recorded commit. Votes were verified when recorded; the hash chain is checked again."""
-    while found := store.commits(SHARD, head.round + 1, _REPLAY_COMMITS):
+    while found := store.commits(head.shard, head.round + 1, _REPLAY_COMMITS):
         for number, raw in found:
             try:
                 commit = Commit.FromString(raw)
@@ -145,10 +186,14 @@ def _replay(head: LogHead, store: Store) -> LogHead:
 
 
 def _round_of(commit: Commit) -> int:
+    return _read_record(commit).round
+
+
+def _read_record(commit: Commit) -> Record:
     if len(commit.record) > log.MAX_RECORD_BYTES:
         raise ProtocolError(f"a record of {len(commit.record)} bytes is too large")
     try:
-        return Record.FromString(commit.record).round
+        return Record.FromString(commit.record)
     except DecodeError as error:
         raise ProtocolError("a record cannot be read") from error
 
@@ -182,12 +227,12 @@ def _round_progress(row: RoundRow, losses: Losses | None, shares: dict[bytes, in
     )
 
 
-def _peer_progress(row: PeerRow) -> pb.PeerProgress:
+def _peer_progress(row: PeerRow, num_shards: int) -> pb.PeerProgress:
     return pb.PeerProgress(
         peer_key=row.key,
         round=row.round,
         state_digest=row.state_digest,
-        tokens=row.tokens,
+        tokens=row.tokens // num_shards,
         bytes_sent=row.bytes_sent,
         bytes_received=row.bytes_received,
         tokens_per_s=row.tokens_per_s,

@@ -22,6 +22,7 @@ from swarm import run_spec
 from swarm.digest import DIGEST_BYTES, sha256
 from swarm.errors import NotAdmitted, ProtocolError
 from swarm.identity import peer_id_of, verify
+from swarm.manifest import MAX_SHARDS
 from swarm.proto.common_pb2 import Admission, Signed
 from swarm.proto.coordinator_pb2 import AdmitPayload, ReportPayload
 
@@ -147,6 +148,8 @@ def checked_report(payload: ReportPayload) -> ReportRow:
             raise ProtocolError(f"report: {name} has a wrong length")
     if not 0 <= payload.tokens_per_s <= MAX_COUNT:  # also false for NaN
         raise ProtocolError("report: tokens_per_s is not a believable number")
+    if payload.first_shard >= MAX_SHARDS or payload.num_shards > MAX_SHARDS:
+        raise ProtocolError("report: its span is not believable")
     check_name(payload.device, "report: device")
     return ReportRow(
         reported_unix_ms=payload.sent_unix_ms,
@@ -160,6 +163,8 @@ def checked_report(payload: ReportPayload) -> ReportRow:
         leaving=payload.leaving,
         train_loss=_loss(payload.train_loss, "train_loss"),
         validation_loss=_loss(payload.validation_loss, "validation_loss"),
+        first_shard=payload.first_shard,
+        num_shards=payload.num_shards,
     )
 
 

@@ -8,7 +8,7 @@ files themselves to the seed peer, which assembled them, and to researchers, who
 from __future__ import annotations
 
 from coordinator import records, vouching, witnesses
-from coordinator.contributions import SHARD, number_or_nan
+from coordinator.contributions import number_or_nan
 from coordinator.published import CheckpointRow
 from coordinator.run import Run
 from coordinator.store import RoundRow, Store
@@ -38,8 +38,12 @@ def publish(run: Run, store: Store, request: Signed, hearing: Hearing) -> Public
     checkpoint = manifest.parse(payload)
     if checkpoint.round > MAX_COUNT or checkpoint.size_bytes > MAX_COUNT:
         raise VerificationError("the manifest's round or size is not believable")
-    next_round = store.round(SHARD, checkpoint.round + 1)
-    check(run, checkpoint, store.round(SHARD, checkpoint.round), next_round.state_digest if next_round else None)
+    if len(checkpoint.states) != run.spec.num_shards:
+        raise VerificationError(f"a manifest of {len(checkpoint.states)} shards; the run has {run.spec.num_shards}")
+    for shard in range(run.spec.num_shards):
+        next_round = store.round(shard, checkpoint.round + 1)
+        row = store.round(shard, checkpoint.round)
+        check(run, checkpoint, row, next_round.state_digest if next_round else None, shard)
     manifest_digest = digest.sha256(payload)
     published = store.published.checkpoint(checkpoint.round)
     if published is None:
@@ -61,8 +65,10 @@ def publish(run: Run, store: Store, request: Signed, hearing: Hearing) -> Public
     return vouching.publication_of(run, published)
 
 
-def check(run: Run, checkpoint: CheckpointManifest, row: RoundRow | None, next_state_digest: bytes | None) -> None:
-    """Refuse a manifest that contradicts the run or its log.
+def check(
+    run: Run, checkpoint: CheckpointManifest, row: RoundRow | None, next_state_digest: bytes | None, shard: int = 0
+) -> None:
+    """Refuse a manifest that contradicts the run or the log of ``shard``.
 
     ``row``: the manifest's round as recorded; ``next_state_digest``: what the next commit, where there is one, says
     that its round started from.
@@ -73,11 +79,12 @@ def check(run: Run, checkpoint: CheckpointManifest, row: RoundRow | None, next_s
         raise VerificationError("the manifest names other data than the run's")
     if row is None:
         raise NotFound(f"round {checkpoint.round} is not recorded yet", "record its commit first")
-    if checkpoint.total_tokens != row.total_tokens:
+    state = checkpoint.states[shard]
+    if shard == 0 and checkpoint.total_tokens != row.total_tokens:
         raise VerificationError(f"round {row.round}: the manifest's tokens are not the log's")
-    if checkpoint.log_digest != row.log_digest.hex():
+    if state.log_digest != row.log_digest.hex():
         raise VerificationError(f"round {row.round}: the manifest's log digest is not the log's")
-    if next_state_digest is not None and checkpoint.state_digest != next_state_digest.hex():
+    if next_state_digest is not None and state.state_digest != next_state_digest.hex():
         raise VerificationError(f"round {row.round}: the manifest's state is not the one that the voters signed")
 
 

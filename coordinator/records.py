@@ -8,8 +8,8 @@ check. Made once a round, when the seed peer asks, and kept: two seed peers get 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
-from coordinator.contributions import SHARD
 from coordinator.run import Run
 from coordinator.store import Store
 from swarm import schedule
@@ -36,19 +36,23 @@ def get(run: Run, store: Store, round_number: int) -> bytes:
     known = store.published.run_record(round_number) if round_number <= MAX_COUNT else None
     if known is not None:
         return known
-    row = store.round(SHARD, round_number) if round_number <= MAX_COUNT else None
+    row = store.round(0, round_number) if round_number <= MAX_COUNT else None
     if row is None:
         raise NotFound(f"round {round_number} is not recorded yet", "record its commit first")
     if not schedule.is_checkpoint_round(run.spec, row.round, row.total_tokens):
         raise ProtocolError(f"round {row.round} has no checkpoint")
-    made = make(store, round_number).canonical_bytes()
+    made = make(store, round_number, run.spec.num_shards).canonical_bytes()
     store.published.add_run_record(round_number, made)
     return made
 
 
-def make(store: Store, round_number: int) -> RunRecord:
-    """What is known by now; of the peers heard from most recently where there are very many."""
-    known = [peer for peer in store.newest_peers(100 * MAX_CONTRIBUTORS) if peer.tokens]
+def make(store: Store, round_number: int, num_shards: int) -> RunRecord:
+    """What is known by now; of the peers heard from most recently where there are very many.
+
+    A step's tokens are credited by every shard that it trained, and count once.
+    """
+    heard = store.newest_peers(100 * MAX_CONTRIBUTORS)
+    known = [replace(peer, tokens=peer.tokens // num_shards) for peer in heard if peer.tokens >= num_shards]
     told = store.published.introductions()
     named = [
         Contributor(name=told[peer.key].name, tokens=peer.tokens)

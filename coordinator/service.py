@@ -68,7 +68,7 @@ class Service:
         self._clock = clock
         self._removals_path = removals_path
         self._started_unix_ms = self._now_unix_ms()
-        self._ledger = Ledger(run, store)
+        self._ledgers = [Ledger(run, store, shard) for shard in range(run.spec.num_shards)]
         vouching.open_metadata(run, store, self._started_unix_ms)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinator-writer")
 
@@ -98,15 +98,19 @@ class Service:
     async def report(self, request: pb.ReportRequest) -> pb.ReportReply:
         now = self._now_unix_ms()
         await self._write(lambda: membership.report(self._run, self._store, request.report, now))
-        return pb.ReportReply(next_round_wanted=self._ledger.next_round_wanted)
+        first, *others = [ledger.next_round_wanted for ledger in self._ledgers]
+        return pb.ReportReply(next_round_wanted=first, of_other_shards=others)
 
     async def record_commits(self, request: pb.RecordCommitsRequest) -> pb.RecordCommitsReply:
         now = self._now_unix_ms()
-        wanted = await self._write(lambda: self._ledger.record(request.commits, now))
+        ledger = contributions.ledger_of(self._ledgers, request.commits)
+        wanted = await self._write(lambda: ledger.record(request.commits, now))
         return pb.RecordCommitsReply(next_round_wanted=wanted)
 
     async def get_progress(self, _request: pb.GetProgressRequest) -> pb.GetProgressReply:
-        reply = await asyncio.to_thread(contributions.progress, self._run, self._ledger.head, self._store)
+        heads = [ledger.head for ledger in self._ledgers]
+        now = self._now_unix_ms()
+        reply = await asyncio.to_thread(contributions.progress, self._run, heads, self._store, now)
         reply.incidents.extend(await asyncio.to_thread(incidents.newest, self._store))
         return reply
 

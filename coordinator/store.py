@@ -49,6 +49,12 @@ class PeerRow:
     bytes_received: int = 0
     device: str = ""
     leaving: bool = False
+    first_shard: int = 0
+    num_shards: int = 0
+
+    def span(self, num_shards: int) -> range:
+        """The shards that it hosts, in a run of ``num_shards``."""
+        return range(self.first_shard, self.first_shard + self.num_shards if self.num_shards else num_shards)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +72,9 @@ class ReportRow:
     leaving: bool
     train_loss: float | None
     validation_loss: float | None
+    first_shard: int = 0
+    num_shards: int = 0
+    """of its span; 0: all from the first one on"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,8 @@ peers = Table(
     Column("bytes_received", BigInteger, nullable=False),
     Column("device", String(64), nullable=False),
     Column("leaving", Boolean, nullable=False),
+    Column("first_shard", Integer, nullable=False, server_default="0"),
+    Column("num_shards", Integer, nullable=False, server_default="0"),  # of its span; 0: all from the first one on
 )
 
 reports = Table(

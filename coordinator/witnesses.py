@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from coordinator import incidents
-from coordinator.contributions import SHARD
 from coordinator.published import AttestationRow
 from coordinator.run import Run
 from coordinator.store import Store
@@ -43,9 +42,10 @@ def attest(run: Run, store: Store, signed: Signed, now_unix_ms: int) -> None:
     peer = store.peer(signed.signer)
     if peer is None or peer.admitted_until_unix_ms <= now_unix_ms:
         raise NotAdmitted("only admitted peers attest", "ask for admission first, or again")
-    row = store.round(attestation.shard, attestation.round) if attestation.round <= _MAX_COUNT else None
-    if row is None:
-        raise NotFound(f"round {attestation.round} is not recorded yet", "record its commit first")
+    is_believable = attestation.round <= _MAX_COUNT and attestation.shard < run.spec.num_shards
+    row = store.round(0, attestation.round) if is_believable else None  # whose log says when the run ends
+    if row is None or store.round(attestation.shard, row.round) is None:
+        raise NotFound(f"{witness.named(attestation)} is not recorded yet", "record its commit first")
     if not schedule.is_checkpoint_round(run.spec, row.round, row.total_tokens):
         raise ProtocolError(f"round {row.round} has no checkpoint")
     kept = AttestationRow(
@@ -54,8 +54,8 @@ def attest(run: Run, store: Store, signed: Signed, now_unix_ms: int) -> None:
         digest=digest.sha256(signed.payload),
         signed=signed.SerializeToString(deterministic=True),
     )
-    store.published.add_attestation(kept, _MAX_STATEMENTS_PER_PEER)
-    _note_disagreement(run, store, row.round, now_unix_ms)
+    store.published.add_attestation(kept, _MAX_STATEMENTS_PER_PEER * run.spec.num_shards)
+    _note_disagreement(run, store, attestation, now_unix_ms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,56 +69,67 @@ class Hearing:
 def gather(
     run: Run, store: Store, checkpoint: CheckpointManifest, manifest_digest: bytes, hearing: Hearing
 ) -> Witnesses:
-    """The quorum behind a manifest that the log bears out; `NotFound` while too few have attested its state."""
-    expected = witness.said(witness.attestation_of(checkpoint))
+    """The quorum behind a manifest that the log bears out; `NotFound` while too few have attested its state.
+
+    Each shard has a quorum of its own.
+    """
+    expected = [witness.said(attestation) for attestation in witness.attestations_of(checkpoint)]
     known = _replicas(run, store, checkpoint.round)
-    agreeing: list[Signed] = []
+    agreeing: list[list[Signed]] = [[] for _ in expected]
     attested: set[bytes] = set()
     for signed, attestation in _kept(run, store, checkpoint.round):
         attested.add(signed.signer)
-        if signed.signer in known and witness.said(attestation) == expected:
-            agreeing.append(signed)
-    live = known & attested | _awaited(store, known, checkpoint.round, hearing)
-    wanted = witness.needed(len(live), run.spec.checkpoints)
-    if len(agreeing) < wanted:
+        if signed.signer in known and witness.said(attestation) == expected[attestation.shard]:
+            agreeing[attestation.shard].append(signed)
+    live = known & attested | _awaited(run, store, checkpoint.round, known, hearing)
+    wanted, fewest = witness.needed(len(live), run.spec.checkpoints), min(len(of_shard) for of_shard in agreeing)
+    if fewest < wanted:
         raise NotFound(
-            f"round {checkpoint.round} waits for witnesses: {len(agreeing)} of {len(live)} live replicas attested its"
+            f"round {checkpoint.round} waits for witnesses: {fewest} of {len(live)} live replicas attested its"
             f" state, {wanted} are needed",
             "it is published once they did; look for an incident in: swarm status",
         )
     return Witnesses(
-        round=checkpoint.round, manifest_digest=manifest_digest, replicas=sorted(live), attestations=agreeing
+        round=checkpoint.round,
+        manifest_digest=manifest_digest,
+        replicas=sorted(live),
+        attestations=[signed for of_shard in agreeing for signed in of_shard],
     )
 
 
 def _kept(run: Run, store: Store, round_number: int) -> list[tuple[Signed, Attestation]]:
-    rows = store.published.attestations(round_number, witness.MAX_REPLICAS * _MAX_STATEMENTS_PER_PEER)
+    limit = witness.MAX_REPLICAS * _MAX_STATEMENTS_PER_PEER * run.spec.num_shards
+    rows = store.published.attestations(round_number, limit)
     signed = [Signed.FromString(row.signed) for row in rows]
     return [(item, witness.parse_attestation(item, run.run_id)) for item in signed]
 
 
-def _note_disagreement(run: Run, store: Store, round_number: int, now_unix_ms: int) -> None:
-    kept = _kept(run, store, round_number)
+def _note_disagreement(run: Run, store: Store, new: Attestation, now_unix_ms: int) -> None:
+    kept = [item for item in _kept(run, store, new.round) if item[1].shard == new.shard]
     text = witness.disagreement([(signed.signer, attestation) for signed, attestation in kept])
     if text is not None:
         _logger.error("incident: %s", text)
         evidence = [signed for signed, _ in kept][: witness.MAX_REPLICAS]
-        incidents.tell(store, f"witnesses of round {round_number}", text, now_unix_ms, evidence)
+        incidents.tell(store, f"witnesses of {witness.named(new)}", text, now_unix_ms, evidence)
 
 
 def _replicas(run: Run, store: Store, round_number: int) -> set[bytes]:
     """Who held the state after a round, by the log."""
-    raw = store.commit(SHARD, round_number)
-    if raw is None:
-        raise NotFound(f"round {round_number} is not recorded yet", "record its commit first")
-    record = Record.FromString(Commit.FromString(raw).record)
-    return {*run.seed_peers, *record.next_voters, *tokens_by_peer(record)}
+    known = set(run.seed_peers)
+    for shard in range(run.spec.num_shards):
+        raw = store.commit(shard, round_number)
+        if raw is None:
+            raise NotFound(f"round {round_number} is not recorded yet", "record its commit first")
+        record = Record.FromString(Commit.FromString(raw).record)
+        known |= {*record.next_voters, *tokens_by_peer(record)}
+    return known
 
 
-def _awaited(store: Store, known: Iterable[bytes], round_number: int, hearing: Hearing) -> set[bytes]:
+def _awaited(run: Run, store: Store, round_number: int, known: Iterable[bytes], hearing: Hearing) -> set[bytes]:
     """Those of ``known`` who may still attest the round."""
-    row = store.round(SHARD, round_number)
-    if row is None or row.recorded_unix_ms < hearing.now_unix_ms - ATTEST_WITHIN_MS:
+    rows = [store.round(shard, round_number) for shard in range(run.spec.num_shards)]
+    last_unix_ms = max((row.recorded_unix_ms for row in rows if row is not None), default=0)
+    if None in rows or last_unix_ms < hearing.now_unix_ms - ATTEST_WITHIN_MS:
         return set()
     heard = {key: store.peer(key) for key in known}
     return {

@@ -32,6 +32,7 @@ from swarm.errors import (
 )
 from swarm.identity import Identity, verify
 from swarm.invite import Invite
+from swarm.manifest import MAX_SHARDS
 from swarm.proto import coordinator_pb2 as pb
 from swarm.proto.checkpoint_pb2 import Attestation
 from swarm.proto.common_pb2 import Admission, Genesis, Signed
@@ -127,19 +128,19 @@ class CoordinatorClient:
         self._check_admission(reply.admission, run)
         return reply.admission
 
-    async def report(self, report: pb.ReportPayload) -> int:
+    async def report(self, report: pb.ReportPayload) -> tuple[int, ...]:
         """Tell how this peer is doing; ``sent_unix_ms`` is filled in.
 
-        Returns the first round whose commit the coordinator lacks.
+        Returns the first round whose commit the coordinator lacks, of every shard.
         """
         payload = pb.ReportPayload()
         payload.CopyFrom(report)
         payload.sent_unix_ms = self._server_time_unix_ms(await self._known_run())
         reply = await self._call("Report", pb.ReportRequest(report=self._sign("report", payload)), pb.ReportReply)
-        return reply.next_round_wanted
+        return (reply.next_round_wanted, *reply.of_other_shards[: MAX_SHARDS - 1])
 
     async def record_commits(self, commits: Sequence[Commit]) -> int:
-        """Hand over consecutive commits, in as many calls as they need.
+        """Hand over consecutive commits of one shard, in as many calls as they need.
 
         Returns the first round whose commit the coordinator lacks; without commits it just asks.
         """

@@ -16,7 +16,10 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from peer.checkpoints.checkpoint import CheckpointParts
+from peer.checkpoints.gathering import Gathering
 from peer.checkpoints.publishing import StateCopy, Template
 from peer.coordinator_client import CoordinatorClient, RunInfo
 from peer.home import Home
@@ -27,7 +30,6 @@ from peer.p2p.network import Network, NetworkConfig, open_network
 from peer.p2p.spill import Spill
 from peer.rounds.archive import keep_genesis
 from peer.rounds.catch_up import Newcomer, obtain_state
-from peer.rounds.codec import Float32
 from peer.rounds.ledger import Ledger, LedgerOptions
 from peer.rounds.resume import resume
 from peer.rounds.shard import Shard
@@ -36,13 +38,12 @@ from peer.training.hosting import Hosting, choose_hosting
 from peer.training.trainer import Limits
 from swarm import data_manifest, log, schedule
 from swarm.data_manifest import DataManifest
-from swarm.errors import NetworkError, NotFound, Unreachable
+from swarm.errors import NetworkError, NotFound, ResourceError, Unreachable
 from swarm.identity import Identity, public_key_of
 from swarm.invite import Invite
 from swarm.log import LogHead
 from swarm.proto.common_pb2 import Signed
 
-SHARD = 0  # this version trains a run as one shard
 STATUS_LIFETIME_INTERVALS = 6
 MIN_STATUS_LIFETIME_S = 10.0
 STATE_ATTEMPTS = 20
@@ -99,12 +100,19 @@ class Joined:
     admission: Signed
     folder: Path
     chunks: ChunkStore
-    ledger: Ledger
+    ledgers: tuple[Ledger, ...]
+    """of every shard of the run, in order"""
     book: HolderBook
 
     @property
     def founders(self) -> tuple[bytes, ...]:
         return tuple(self.run.genesis.voters)
+
+    def is_checkpoint_round(self, number: int) -> bool:
+        """At the run's cadence, and when the run ends, which the first shard's log says for all."""
+        log_of_first = self.ledgers[0]
+        total_tokens = log_of_first.heads[number].total_tokens if number <= log_of_first.head.round else 0
+        return number > 0 and schedule.is_checkpoint_round(self.run.spec, number, total_tokens)
 
     @property
     def status_rules(self) -> StatusRules:
@@ -117,8 +125,8 @@ class Joined:
         )
 
 
-def checkpoint_template(joined: Joined, anchor: Float32) -> Template:
-    """What all checkpoints of the run have in common; ``anchor`` lends its shape."""
+def checkpoint_template(joined: Joined) -> Template:
+    """What all checkpoints of the run have in common."""
     from peer.training import model
 
     run = joined.run
@@ -133,12 +141,10 @@ def checkpoint_template(joined: Joined, anchor: Float32) -> Template:
             data_json=run.manifest_bytes,
             round=1,
             total_tokens=0,
-            state_digest=bytes(32),
-            momentum_digest=bytes(32),
-            log_digest=bytes(32),
+            states=(),
             config_json=model.config_json(config),
             tokenizer_json=run.tokenizer_bytes,
-            tensors=layout.views(anchor),
+            tensors=layout.views(np.broadcast_to(np.float32(0), layout.num_values)),
         ),
         layout=layout,
         signed_spec=run.signed_spec,
@@ -170,7 +176,14 @@ async def choose(options: PeerOptions, run: RunInfo) -> Hosting:
     """What of the run fits into this machine's memory, before anything is fetched. Raises `ResourceError`."""
     gc.collect()  # a replica that diverged takes room until then
     vocab_size = data_manifest.parse(run.manifest_bytes).vocab_size
-    return await asyncio.to_thread(choose_hosting, run.spec, vocab_size, options.device, options.memory_bytes)
+    hosting = await asyncio.to_thread(choose_hosting, run.spec, vocab_size, options.device, options.memory_bytes)
+    span = hosting.choice.plan.span
+    if not span.is_whole:
+        raise ResourceError(
+            f"of this run's model only {span} fits here, and this version trains whole models only",
+            "close other programs, raise --memory, or choose another --device",
+        )
+    return hosting
 
 
 async def join(
@@ -190,8 +203,11 @@ async def join(
     if options.data_folder is not None:
         chunks.add_source(token_shard_source(options.data_folder, manifest))
         keep_genesis(folder, run.signed_genesis)
-    head = log.genesis_head(run.genesis, SHARD)
-    ledger = Ledger(folder / f"shard-{SHARD}", head, chunks, LedgerOptions(archive=not options.trains))
+    kept = LedgerOptions(archive=not options.trains)
+    ledgers = tuple(
+        Ledger(folder / f"shard-{shard}", log.genesis_head(run.genesis, shard), chunks, kept)
+        for shard in range(run.spec.num_shards)
+    )
     return Joined(
         options=options,
         identity=identity,
@@ -203,7 +219,7 @@ async def join(
         admission=admission,
         folder=folder,
         chunks=chunks,
-        ledger=ledger,
+        ledgers=ledgers,
         book=HolderBook(random.Random(identity.public_key)),
     )
 
@@ -220,7 +236,7 @@ async def _open_transport(
     config = NetworkConfig(
         run_id=options.invite.run_id,
         clock=clock,
-        directory_keys=(status_key(SHARD),),
+        directory_keys=tuple(status_key(shard) for shard in range(run.spec.num_shards)),
         host_maddrs=options.listen,
         announce_maddrs=options.announce,
         initial_peers=tuple(address for address in run.seed_addresses if not address.endswith(own_id)),
@@ -235,8 +251,8 @@ async def _open_transport(
     return LastingTransport(await reopen(), reopen)
 
 
-async def find_holders(joined: Joined) -> list[bytes]:
-    """Peers that may hold what we need: seed peers first, then whoever tells a status."""
+async def find_holders(joined: Joined, shard: int = 0) -> list[bytes]:
+    """Peers that may hold what we need: seed peers first, then whoever tells a status of the shard."""
     seeds = []
     for address in joined.run.seed_addresses:
         seed = public_key_of(address.rpartition("/p2p/")[2])
@@ -248,7 +264,7 @@ async def find_holders(joined: Joined) -> list[bytes]:
         except NetworkError as error:
             logger.info("a seed peer is away: %s", error)
     try:
-        values = await joined.transport.lookup(status_key(SHARD))
+        values = await joined.transport.lookup(status_key(shard))
     except NetworkError:
         values = {}
     others = read_statuses(values, joined.status_rules, joined.clock())
@@ -256,44 +272,61 @@ async def find_holders(joined: Joined) -> list[bytes]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """Where a peer takes part from. ``due``: checkpoints on the way there, that a crash may have prevented."""
+class ShardStart:
+    """Where a peer takes part in the rounds of one shard from."""
 
     head: LogHead
     shard: Shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Where a peer takes part from, in every shard.
+
+    ``due``: checkpoints on the way there, that a crash may have prevented; those that other shards have yet to reach
+    are in ``gathering``.
+    """
+
+    shards: tuple[ShardStart, ...]
     due: tuple[StateCopy, ...]
+    gathering: Gathering
 
 
 async def find_start(joined: Joined) -> Start:
-    """A state, the rounds after it that this disk has, and what this peer owed. Raises what the last attempt raised."""
-    head, shard = await _starting_state(joined)
-    rules, due = joined.run.spec, list[StateCopy]()
+    """States, the rounds after them that this disk has, what this peer owed. Raises what the last attempt raised."""
+    found = [await _starting_state(joined, shard) for shard in range(len(joined.ledgers))]
+    sizes, due = [shard.num_values for _, shard in found], list[StateCopy]()
+    gathering = Gathering(joined.folder, sizes, archive=not joined.options.trains)
 
     def look(head: LogHead, shard: Shard) -> None:
-        if head.round and schedule.is_checkpoint_round(rules, head.round, head.total_tokens):
-            due.append(StateCopy.of(shard, head, joined.folder, archive=not joined.options.trains))
+        if joined.is_checkpoint_round(head.round):
+            copy = gathering.add(head, shard)
+            due.extend([copy] if copy is not None else [])
 
-    head = await asyncio.to_thread(resume, joined.ledger, head, shard, joined.identity.public_key, look)
-    return Start(head=head, shard=shard, due=tuple(due))
+    starts = []
+    for ledger, (head, shard) in zip(joined.ledgers, found, strict=True):
+        head = await asyncio.to_thread(resume, ledger, head, shard, joined.identity.public_key, look)
+        starts.append(ShardStart(head=head, shard=shard))
+    return Start(shards=tuple(starts), due=tuple(due), gathering=gathering)
 
 
-async def _starting_state(joined: Joined) -> tuple[LogHead, Shard]:
+async def _starting_state(joined: Joined, number: int) -> tuple[LogHead, Shard]:
     """Asks again while nobody offers one."""
-    genesis = joined.run.genesis.shards[SHARD]
+    genesis = joined.run.genesis.shards[number]
     newcomer = Newcomer(
         transport=joined.transport,
-        ledger=joined.ledger,
+        ledger=joined.ledgers[number],
         chunks=joined.chunks,
         spec=joined.run.spec,
-        shard=SHARD,
+        shard=number,
         genesis_digest=genesis.state_digest,
         num_values=genesis.num_values,
         book=joined.book,
     )
     for _ in range(STATE_ATTEMPTS - 1):
         try:
-            return await obtain_state(newcomer, await find_holders(joined))
+            return await obtain_state(newcomer, await find_holders(joined, number))
         except NotFound as error:
             logger.info("no state yet: %s", error)
             await asyncio.sleep(RETRY_S)
-    return await obtain_state(newcomer, await find_holders(joined))
+    return await obtain_state(newcomer, await find_holders(joined, number))

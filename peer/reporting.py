@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from peer.rounds.ledger import Ledger
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Coordinator(Protocol):
-    async def report(self, report: ReportPayload) -> int: ...
+    async def report(self, report: ReportPayload) -> Sequence[int]: ...
     async def record_commits(self, commits: list[Commit]) -> int: ...
 
 
@@ -37,18 +37,18 @@ class Reporter:
     def __init__(
         self,
         coordinator: Coordinator,
-        ledger: Ledger,
+        ledgers: Sequence[Ledger],
         describe: Callable[[], ReportPayload],
         renew: Callable[[], Awaitable[None]],
     ) -> None:
-        """``renew`` asks for admission again."""
-        self._coordinator, self._ledger, self._describe, self._renew = coordinator, ledger, describe, renew
+        """``ledgers``: of every shard, in order; ``renew`` asks for admission again."""
+        self._coordinator, self._ledgers, self._describe, self._renew = coordinator, ledgers, describe, renew
         self._renewed_at = asyncio.get_running_loop().time()
         self._validation: dict[int, float] = {}
         self._incidents: list[str] = []
         self._news = asyncio.Event()
         self.recorded_round = 0
-        """the coordinator has recorded every round up to this one"""
+        """the coordinator has recorded every round of the first shard up to this one"""
 
     def tell_soon(self) -> None:
         """There is news: do not wait for the interval."""
@@ -93,19 +93,23 @@ class Reporter:
             await self._coordinator.report(payload)
             self._validation.pop(round_number, None)
         wanted = await self._coordinator.report(self._describe())
-        while wanted <= self._ledger.head.round:
-            commits = self._ledger.commits(wanted, COMMITS_PER_CALL)
+        recorded = [await self._record(ledger, first) for ledger, first in zip(self._ledgers, wanted, strict=False)]
+        self.recorded_round = recorded[0] - 1
+        await self._tell_incidents()
+
+    async def _record(self, ledger: Ledger, wanted: int) -> int:
+        """Hand over one shard's commits from ``wanted`` on; the round that is wanted then."""
+        while wanted <= ledger.head.round:
             try:
-                following = await self._coordinator.record_commits(commits)
+                following = await self._coordinator.record_commits(ledger.commits(wanted, COMMITS_PER_CALL))
             except VerificationError:
-                following = await self._record_branch(wanted)
+                following = await self._record_branch(ledger, wanted)
             if following <= wanted:
                 break
             wanted = following
-        self.recorded_round = wanted - 1
-        await self._tell_incidents()
+        return wanted
 
-    async def _record_branch(self, wanted: int) -> int:
+    async def _record_branch(self, ledger: Ledger, wanted: int) -> int:
         """The coordinator stands on another branch: hand over ours from where the two part, in one call.
 
         That is looked for by steps that grow. Raises `VerificationError` where the coordinator does not follow ours.
@@ -114,7 +118,7 @@ class Reporter:
         while True:
             first = max(1, wanted - step)
             try:
-                commits = self._ledger.commits(first, MAX_COMMITS_OF_BRANCH)
+                commits = ledger.commits(first, MAX_COMMITS_OF_BRANCH)
                 return await self._coordinator.record_commits(commits)
             except VerificationError:
                 if first == 1 or step >= MAX_COMMITS_OF_BRANCH:

@@ -17,6 +17,7 @@ from typing import Any
 
 from peer.checkpoints.publishing import CheckpointMaker, StateCopy
 from peer.home import locked_identity
+from peer.hosted import HostedShards, Listeners
 from peer.joining import (
     Joined,
     PeerOptions,
@@ -32,10 +33,9 @@ from peer.joining import (
 from peer.p2p.fetch import fetch_chunk
 from peer.removing import RemovalWatch
 from peer.reporting import Reporter
-from peer.rounds.codec import Float32
 from peer.rounds.exchange import Exchange
-from peer.rounds.exchange_parts import Committed, ExchangeParts, tell_verdicts
-from peer.rounds.member import Member, MemberParts, Words
+from peer.rounds.exchange_parts import Committed, tell_verdicts
+from peer.rounds.member import Words
 from peer.rounds.mending import Incident
 from peer.rounds.planning import evaluator
 from peer.training import device
@@ -43,7 +43,6 @@ from peer.training.data import ReaderOptions, TokenReader
 from peer.training.feeding import Training
 from peer.training.hosting import Hosting, build_replica
 from peer.training.trainer import Stats
-from swarm import schedule
 from swarm.errors import DivergedError, NetworkError, SwarmError
 from swarm.identity import Identity
 from swarm.proto.coordinator_pb2 import ReportPayload
@@ -123,36 +122,11 @@ class Peer:
         self.words = Words(
             trains=joined.options.trains, upload_bps=joined.options.first_upload_bps, admission=joined.admission
         )
-        self.exchange = Exchange(
-            ExchangeParts(
-                identity=joined.identity,
-                transport=joined.transport,
-                shard=start.shard,
-                ledger=joined.ledger,
-                chunks=joined.chunks,
-                founders=joined.founders,
-                trainer=self.training,
-                run_blocking=asyncio.to_thread,
-                on_commit=self._on_commit,
-                on_incident=self._on_incident,
-            ),
-            start.head,
-        )
-        self.member = Member(
-            MemberParts(
-                identity=joined.identity,
-                transport=joined.transport,
-                exchange=self.exchange,
-                ledger=joined.ledger,
-                chunks=joined.chunks,
-                rules=joined.status_rules,
-                words=self.words,
-                clock=joined.clock,
-            )
-        )
-        self.reporter = Reporter(joined.client, joined.ledger, self._report, self._renew_admission)
-        template = checkpoint_template(joined, start.shard.anchor)
-        self.checkpoints = CheckpointMaker(template, joined.chunks, self._on_checkpoint)
+        listeners = Listeners(on_commit=self._on_commit, on_incident=self._on_incident)
+        self.hosted = HostedShards(joined, start.shards, self.training, self.words, listeners)
+        self.reporter = Reporter(joined.client, joined.ledgers, self._report, self._renew_admission)
+        self.checkpoints = CheckpointMaker(checkpoint_template(joined), joined.chunks, self._on_checkpoint)
+        self._gathering, self._to_evaluate = start.gathering, set[int]()
         self._finished = asyncio.Event()
         self._told: Stats = Stats()
         self._evaluations: set[asyncio.Task[None]] = set()
@@ -164,19 +138,19 @@ class Peer:
         newest = self.checkpoints.resume(self.spec.run_id, bytes.fromhex(self.spec.publication_key))
         self.words.checkpoint_round = newest
         for copy in self._due:
-            if copy.head.round > newest:
+            if copy.round > newest:
                 self.checkpoints.offer(copy)
         await self._start_training()
-        await self.member.serve()  # last: from here on others may open rounds with us
-        state = self.exchange.shard.state_digest.hex()
-        ready = {"round": self.exchange.head.round, "device": self.device, "state digest": state}
+        await self.hosted.serve()  # last: from here on others may open rounds with us
+        state = self.hosted.state_digest.hex()
+        ready = {"round": self.hosted.round, "device": self.device, "state digest": state}
         self.watch(News(kind="ready", values=ready))
         jobs: list[asyncio.Task[Any]] = [
             asyncio.create_task(job)
             for job in (
                 stop.wait(),
                 self._see_the_run_off(),
-                self.member.run(),
+                *self.hosted.jobs(),
                 self.reporter.run(),
                 self.checkpoints.run(),
                 self.transport.watch(),
@@ -198,14 +172,18 @@ class Peer:
             return
         await self.removals.look()
         replica = await asyncio.to_thread(build_replica, self.hosting, self.spec, self.joined.identity.public_key)
-        await self.training.start(replica, self.exchange.shard.anchor, self.exchange.head, self._on_bad_steps)
-        if self.exchange.head.round == 0:
-            await self._evaluate(0)
+        exchanges = self.hosted.exchanges
+        anchors = [exchange.shard.anchor for exchange in exchanges]
+        await self.training.start(replica, anchors, self.hosted.first.head, self._on_bad_steps)
+        if all(exchange.head.round == 0 for exchange in exchanges):
+            self._to_evaluate.add(0)
+            for exchange in exchanges:
+                await self._copy(exchange)
 
     async def _see_the_run_off(self) -> None:
         """Return when the run is over and its last checkpoint is published (or that took too long)."""
         await self._finished.wait()
-        last = self.exchange.head.round
+        last = self.hosted.round
         if self.training is not None:
             self.training.trainer.pause()
         waited = 0.0
@@ -218,7 +196,7 @@ class Peer:
                 logger.info("the last checkpoint is not seen yet: %s", error)
             await asyncio.sleep(PROGRESS_INTERVAL_S)
             waited += PROGRESS_INTERVAL_S
-        self.watch(News(kind="finished", values={"round": last, "tokens": self.exchange.head.total_tokens}))
+        self.watch(News(kind="finished", values={"round": last, "tokens": self.hosted.first.head.total_tokens}))
         if self.training is None:
             await asyncio.Event().wait()  # a seed peer goes on serving
 
@@ -226,7 +204,7 @@ class Peer:
         """Tell the others, stop the trainer, end every task: all within 10 s."""
         self.words.leaving = True
         with contextlib.suppress(SwarmError, asyncio.TimeoutError, TimeoutError):
-            told = asyncio.gather(self.exchange.hearing.leave(), self.member.tell(), self.reporter.tell())
+            told = asyncio.gather(self.hosted.leave(), self.reporter.tell())
             await asyncio.wait_for(told, LEAVE_TIMEOUT_S)
         for task in tasks:
             task.cancel()
@@ -238,16 +216,18 @@ class Peer:
 
     # ---- events -------------------------------------------------------------------------------------------------
 
-    async def _on_commit(self, committed: Committed) -> None:
+    async def _on_commit(self, shard: int, committed: Committed) -> None:
         record, head = committed.record, committed.head
-        if self.training is not None:
-            self.training.follow(head)
-        if schedule.is_checkpoint_round(self.spec, head.round, head.total_tokens):
-            await self._offer_checkpoint()
         contributors = {share.peer_key for part in record.parts for share in part.shares}
-        if self.training is not None and evaluator(head.round, contributors) == self.joined.identity.public_key:
-            await self._evaluate(head.round)
+        if shard == 0 and self.training is not None:
+            self.training.follow(head)
+            if evaluator(head.round, contributors) == self.joined.identity.public_key:
+                self._to_evaluate = {head.round, *(n for n in self._to_evaluate if n >= head.round - 2)}
+        await self._copy_where_wanted(shard, head.round)
         values = self._values() | {
+            "shard": shard,
+            "round": head.round,
+            "committed tokens": head.total_tokens,
             "counted": committed.counted,
             "contributors": len(contributors),
             "absent parts": sum(1 for part in record.parts if not part.digest),
@@ -263,16 +243,34 @@ class Peer:
         self.reporter.tell_soon()
         self._consider_end()
 
-    def _on_incident(self, incident: Incident) -> None:
-        if self.training is not None:
-            self.training.follow(self.exchange.head)
-        self.watch(News(kind="incident", values={"round": self.exchange.head.round, "reason": str(incident)}))
+    def _on_incident(self, shard: int, incident: Incident) -> None:
+        head = self.hosted.exchanges[shard].head
+        if shard == 0 and self.training is not None:
+            self.training.follow(head)
+        self.watch(News(kind="incident", values={"shard": shard, "round": head.round, "reason": str(incident)}))
         self.reporter.met_branch(str(incident))
 
-    async def _offer_checkpoint(self) -> None:
-        shard, head, folder = self.exchange.shard, self.exchange.head, self.joined.folder
-        archive = not self.joined.options.trains
-        self.checkpoints.offer(await asyncio.to_thread(StateCopy.of, shard, head, folder, archive))
+    async def _copy_where_wanted(self, shard: int, number: int) -> None:
+        """Of a round that is published or evaluated here, each shard's state is copied when it stands there."""
+        if not (self.joined.is_checkpoint_round(number) or {number} & {*self._to_evaluate, *self._gathering.rounds}):
+            return
+        await self._copy(self.hosted.exchanges[shard])
+        if shard == 0:  # others may have come first, before it was known that the round is wanted
+            for exchange in self.hosted.exchanges[1:]:
+                async with exchange.at_rest():
+                    if exchange.head.round == number and number in self._gathering.rounds:
+                        await self._copy(exchange)
+
+    async def _copy(self, exchange: Exchange) -> None:
+        """Copy a shard's state as it is now; nobody changes it until this has returned."""
+        copy = await asyncio.to_thread(self._gathering.add, exchange.head, exchange.shard)
+        if copy is None:
+            return
+        if self.joined.is_checkpoint_round(copy.round):
+            self.checkpoints.offer(copy)
+        if copy.round in self._to_evaluate:
+            self._to_evaluate.discard(copy.round)
+            self._beside(self._evaluate(copy))
 
     def _on_checkpoint(self, round_number: int) -> None:
         self.words.checkpoint_round = max(self.words.checkpoint_round, round_number)
@@ -280,27 +278,18 @@ class Peer:
 
     def _on_bad_steps(self, count: int) -> None:
         logger.warning("%d inner steps in a row were not finite; starting again from the anchor", count)
-        self._beside(self.exchange.reset_replica())
+        self._beside(self.hosted.reset_replica())
 
     def _consider_end(self) -> None:
-        if schedule.is_finished(self.spec, self.exchange.head.total_tokens):
+        if self.hosted.is_finished:
             self._finished.set()
 
-    async def _anchor_on_disk(self) -> Float32:
-        """The anchor as it is now; nobody changes it until this has returned."""
-        return await asyncio.to_thread(self.exchange.shard.anchor_on_disk, self.joined.folder)
-
-    async def _evaluate(self, round_number: int) -> None:
-        anchor = await self._anchor_on_disk()
-
-        async def measure() -> None:
-            try:
-                if self.training is not None:
-                    self.reporter.measured(round_number, await self.training.evaluate(anchor))
-            except SwarmError as error:
-                logger.warning("round %d was not evaluated: %s", round_number, error)
-
-        self._beside(measure())
+    async def _evaluate(self, copy: StateCopy) -> None:
+        try:
+            if self.training is not None:
+                self.reporter.measured(copy.round, await self.training.evaluate(copy.anchor))
+        except SwarmError as error:
+            logger.warning("round %d was not evaluated: %s", copy.round, error)
 
     def _beside(self, job: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(job)
@@ -326,16 +315,17 @@ class Peer:
         stats = self.training.stats if self.training is not None else Stats()
         sent, received = self.transport.traffic()
         return {
-            "round": self.exchange.head.round,
-            "committed tokens": self.exchange.head.total_tokens,
+            "round": self.hosted.round,
+            "committed tokens": self.hosted.first.head.total_tokens,
             "target tokens": self.spec.total_tokens,
             "my tokens": stats.tokens,
             "tokens/s": round(stats.tokens_per_s),
             "loss": stats.last_loss,
-            "peers": len(self.member.statuses),
+            "peers": len({peer for member in self.hosted.members for peer in member.statuses}),
             "sent bytes": sent,
             "received bytes": received,
             "disk bytes": self.joined.chunks.used_bytes,
+            **({"shards": self.hosted.progress(stats.tokens_per_s)} if len(self.hosted.members) > 1 else {}),
         }
 
     async def _renew_admission(self) -> None:
@@ -347,15 +337,15 @@ class Peer:
         loss, self._told = stats.mean_loss_since(self._told), stats
         sent, received = self.transport.traffic()
         return ReportPayload(
-            round=self.exchange.head.round,
+            round=self.hosted.round,
             train_loss=loss,
             validation_loss=math.nan,
             tokens_per_s=stats.tokens_per_s,
             bytes_sent=sent,
             bytes_received=received,
             sent_unix_ms=int(self.joined.clock() * 1000),
-            state_digest=self.exchange.shard.state_digest,
-            log_digest=self.exchange.head.log_digest,
+            state_digest=self.hosted.state_digest,
+            log_digest=self.hosted.log_digest,
             leaving=self.words.leaving,
             seed_addresses=own_addresses(self.joined.options, self.transport),
             device=self.device,
@@ -365,7 +355,7 @@ class Peer:
 
     def _build_training(self) -> Training:
         async def fetch(key: bytes, size: int) -> bytes:
-            holders = list(dict.fromkeys([*self.joined.founders, *self.exchange.live_peers]))
+            holders = list(dict.fromkeys([*self.joined.founders, *self.hosted.live_peers]))
             try:
                 return await fetch_chunk(self.transport, key, size, holders, FETCH_TIMEOUT_S, self.joined.book)
             except NetworkError:

@@ -77,6 +77,11 @@ def join_subtrees(anchor_root: bytes, momentum_root: bytes) -> bytes:
     return hashlib.sha256(b"\x01" + anchor_root + momentum_root).digest()
 
 
+def over_shards(digests: Sequence[bytes]) -> bytes:
+    """One digest for those of all shards, in order: of one shard its own."""
+    return digests[0] if len(digests) == 1 else merkle_root(digests)
+
+
 def log_genesis(run_id: bytes, shard: int) -> bytes:
     """The log digest of a shard before its first commit."""
     return hashlib.sha256(b"swarm.v1 log" + run_id + shard.to_bytes(4, "big")).digest()

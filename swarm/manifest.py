@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from swarm.digest import sha256
+from swarm.digest import over_shards, sha256
 from swarm.errors import RefusedCheckpoint, SpecError
 from swarm.identity import verify
 from swarm.proto.common_pb2 import Signed
@@ -33,6 +33,7 @@ MAX_MANIFEST_BYTES = 64 << 20
 MAX_FILES = 10_000
 MAX_PARAMETERS = 1 << 20
 VALUE_BYTES = 4  # the anchor is fp32
+MAX_SHARDS = 1024
 
 # One plain name: no folders, no leading dot, nothing that differs only by case on some file systems. Only kinds of file
 # that hold no code: no pickle (.bin, .pt), no Python, no templates. README.md is the one name with capitals.
@@ -68,6 +69,7 @@ class Anchor(Section):
     """The state whose weights these are: what witnesses signed, and how to recompute it from the files.
 
     ``digest``: Merkle root over the chunks of all parameters, one after the other in this order, little-endian fp32.
+    Of several shards, ``digest`` and ``momentum_digest`` are over those of each.
     """
 
     digest: Hex32
@@ -81,13 +83,35 @@ class Anchor(Section):
         return self
 
     @property
+    def num_values(self) -> int:
+        return sum(math.prod(parameter.shape) for parameter in self.parameters)
+
+    @property
     def layout_digest(self) -> bytes:
         """SHA-256 over names and shapes, in order: the same bytes under other names are another model."""
         layout = [[parameter.name, list(parameter.shape)] for parameter in self.parameters]
         return sha256(json.dumps(layout, separators=(",", ":")).encode())
 
 
+class ShardState(Section):
+    """Where a shard stood after the checkpoint's round.
+
+    ``num_values``: how many of the anchor's are its own; shards lie in the anchor one after the other.
+    """
+
+    state_digest: Hex32
+    log_digest: Hex32
+    anchor_digest: Hex32
+    momentum_digest: Hex32
+    num_values: int = Field(ge=0)
+
+
 class CheckpointManifest(Section):
+    """``shards``: of each, where a run has more than one; ``state_digest`` and ``log_digest`` are over all of them.
+
+    ``total_tokens`` are those of the first shard's log.
+    """
+
     format: Literal[2] = 2
     run_id: RunIdHex
     run_name: str = Field(max_length=64)
@@ -95,6 +119,7 @@ class CheckpointManifest(Section):
     total_tokens: int = Field(ge=0)
     state_digest: Hex32
     log_digest: Hex32
+    shards: tuple[ShardState, ...] = Field((), max_length=MAX_SHARDS)
     data_manifest_digest: Hex32
     anchor: Anchor
     files: tuple[CheckpointFile, ...] = Field(min_length=1, max_length=MAX_FILES)
@@ -107,12 +132,42 @@ class CheckpointManifest(Section):
             raise ValueError("a file has the name of the manifest")
         return self
 
+    @model_validator(mode="after")
+    def _digests_of_shards(self) -> CheckpointManifest:
+        if len(self.shards) == 1:
+            raise ValueError("shards: one shard is the run's, and is not listed")
+        whole = {
+            "state_digest": self.state_digest,
+            "log_digest": self.log_digest,
+            "anchor_digest": self.anchor.digest,
+            "momentum_digest": self.anchor.momentum_digest,
+        }
+        for name, expected in whole.items() if self.shards else ():
+            if over_shards([bytes.fromhex(getattr(shard, name)) for shard in self.shards]).hex() != expected:
+                raise ValueError(f"{name} is not that of the shards")
+        if self.shards and sum(shard.num_values for shard in self.shards) != self.anchor.num_values:
+            raise ValueError("the shards are not the anchor")
+        return self
+
+    @property
+    def states(self) -> tuple[ShardState, ...]:
+        """Of every shard, in order."""
+        only = ShardState(
+            state_digest=self.state_digest,
+            log_digest=self.log_digest,
+            anchor_digest=self.anchor.digest,
+            momentum_digest=self.anchor.momentum_digest,
+            num_values=self.anchor.num_values,
+        )
+        return self.shards or (only,)
+
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
 
     def canonical_bytes(self) -> bytes:
-        return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
+        left_out = set() if self.shards else {"shards"}  # as manifests were before there could be several
+        return (json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True, indent=1) + "\n").encode()
 
 
 def mirror_folder(round_number: int) -> str:

@@ -245,7 +245,7 @@ class Rules(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="what people call the run: letters, digits, . _ -"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="where all randomness starts: weights, and who reads what")
-    num_shards: int = Field(1, ge=1, le=1024, description="pieces that the model is cut into; this version wants 1")
+    num_shards: int = Field(1, ge=1, le=1024, description="pieces that the model is cut into, with rounds of their own")
     total_tokens: int = Field(ge=1, description="tokens after which the run ends and the last checkpoint is published")
     model: Model
     inner: Inner = Inner()
@@ -264,12 +264,6 @@ class Rules(Section):
                 f"outer.momentum must be 0 where rounds.contribution_codecs has {sparse[0]}: what a sparse contribution"
                 " leaves owed comes rounds later, and momentum would repeat it"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _shards(self) -> Rules:
-        if self.num_shards != 1:
-            raise ValueError("num_shards: this version trains a run as one shard; set it to 1")
         return self
 
 

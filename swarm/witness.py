@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from swarm import digest
 from swarm.errors import ProtocolError, VerificationError
 from swarm.identity import PUBLIC_KEY_BYTES, peer_id_of, verify
-from swarm.manifest import CheckpointManifest
+from swarm.manifest import CheckpointManifest, ShardState
 from swarm.proto.checkpoint_pb2 import Attestation, Witnesses
 from swarm.proto.common_pb2 import Signed
 from swarm.run_spec import Checkpoints
@@ -27,19 +27,23 @@ MAX_WITNESSES_BYTES = 1 << 20
 MAX_REPLICAS = 256
 
 
-def attestation_of(checkpoint: CheckpointManifest) -> Attestation:
-    """What a replica that holds this checkpoint's state says of it.
+def attestations_of(checkpoint: CheckpointManifest) -> tuple[Attestation, ...]:
+    """What a replica that holds this checkpoint's states says of them: of every shard, in order.
 
-    Raises `VerificationError` where the manifest's anchor is not in the state that it names.
+    Raises `VerificationError` where the manifest's anchor is not in a state that it names.
     """
-    anchor, momentum = bytes.fromhex(checkpoint.anchor.digest), bytes.fromhex(checkpoint.anchor.momentum_digest)
-    if digest.join_subtrees(anchor, momentum).hex() != checkpoint.state_digest:
+    return tuple(_attestation_of(checkpoint, shard, state) for shard, state in enumerate(checkpoint.states))
+
+
+def _attestation_of(checkpoint: CheckpointManifest, shard: int, state: ShardState) -> Attestation:
+    anchor, momentum = bytes.fromhex(state.anchor_digest), bytes.fromhex(state.momentum_digest)
+    if digest.join_subtrees(anchor, momentum).hex() != state.state_digest:
         raise VerificationError(f"round {checkpoint.round}: the weights are not those of the state that is named")
     return Attestation(
-        shard=0,
+        shard=shard,
         round=checkpoint.round,
-        log_digest=bytes.fromhex(checkpoint.log_digest),
-        state_digest=bytes.fromhex(checkpoint.state_digest),
+        log_digest=bytes.fromhex(state.log_digest),
+        state_digest=bytes.fromhex(state.state_digest),
         anchor_digest=anchor,
         momentum_digest=momentum,
         layout_digest=checkpoint.anchor.layout_digest,
@@ -89,34 +93,37 @@ def parse_witnesses(signed: Signed, run_id: bytes, publication_key: bytes) -> Wi
 
 
 def check_quorum(witnesses: Witnesses, run_id: bytes, rules: Checkpoints, checkpoint: CheckpointManifest) -> None:
-    """Raise `VerificationError` unless enough of the live replicas attested this checkpoint's very state."""
+    """Raise `VerificationError` unless enough of the live replicas attested this checkpoint's very state.
+
+    Of several shards, each has a quorum of its own.
+    """
     replicas = set(witnesses.replicas)
     if witnesses.round != checkpoint.round or not 1 <= len(replicas) <= MAX_REPLICAS:
         raise ProtocolError("the witnesses belong to another round, or no replica is named")
     if len(replicas) != len(witnesses.replicas) or any(len(key) != PUBLIC_KEY_BYTES for key in replicas):
         raise ProtocolError("the witnesses name a replica twice, or a key of a wrong length")
-    if len(witnesses.attestations) > len(replicas):
+    expected = attestations_of(checkpoint)
+    if len(witnesses.attestations) > len(replicas) * len(expected):
         raise ProtocolError("more attestations than replicas")
-    expected = attestation_of(checkpoint)
-    signers: set[bytes] = set()
+    signers: list[set[bytes]] = [set() for _ in expected]
     for signed in witnesses.attestations:
         attestation = parse_attestation(signed, run_id)
         if signed.signer not in replicas:
             raise VerificationError(f"round {checkpoint.round}: a witness is none of the live replicas")
-        if (attestation.shard, attestation.round) != (expected.shard, expected.round):
+        if attestation.shard >= len(expected) or attestation.round != checkpoint.round:
             raise VerificationError(f"round {checkpoint.round}: a witness signed another round")
-        if said(attestation) != said(expected):
+        if said(attestation) != said(expected[attestation.shard]):
             raise VerificationError(f"round {checkpoint.round}: a witness signed another state than the manifest's")
-        signers.add(signed.signer)
-    wanted = needed(len(replicas), rules)
-    if len(signers) < wanted:
+        signers[attestation.shard].add(signed.signer)
+    wanted, fewest = needed(len(replicas), rules), min(len(of_shard) for of_shard in signers)
+    if fewest < wanted:
         raise VerificationError(
-            f"round {checkpoint.round}: {len(signers)} of {len(replicas)} live replicas are witnesses; {wanted} needed"
+            f"round {checkpoint.round}: {fewest} of {len(replicas)} live replicas are witnesses; {wanted} needed"
         )
 
 
 def disagreement(attestations: Sequence[tuple[bytes, Attestation]]) -> str | None:
-    """Who signed what, in a sentence, where these (signer, attestation) of one round do not all say the same."""
+    """Who signed what, in a sentence, where these (signer, attestation) of one shard's round do not say the same."""
     by_state: dict[tuple[bytes, ...], list[bytes]] = {}
     for signer, attestation in attestations:
         by_state.setdefault(said(attestation), []).append(signer)
@@ -127,4 +134,9 @@ def disagreement(attestations: Sequence[tuple[bytes, Attestation]]) -> str | Non
         names = ", ".join(sorted(peer_id_of(signer) for signer in set(signers)))
         digests = f"state {state_digest.hex()} (log {log_digest.hex()[:16]}, layout {layout_digest.hex()[:16]})"
         parts.append(f"{names} signed {digests}")
-    return f"round {attestations[0][1].round}: witnesses disagree: " + "; ".join(parts)
+    return f"{named(attestations[0][1])}: witnesses disagree: " + "; ".join(parts)
+
+
+def named(attestation: Attestation) -> str:
+    """What it is of, for people; the first shard is not mentioned, as it is the only one of most runs."""
+    return f"round {attestation.round}" + (f", shard {attestation.shard}" if attestation.shard else "")

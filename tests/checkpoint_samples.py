@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from peer.checkpoints.anchor import describe_anchor
-from peer.checkpoints.checkpoint import CheckpointParts, assemble, write_signed
+from peer.checkpoints.anchor import anchor_roots
+from peer.checkpoints.checkpoint import CheckpointParts, ShardParts, assemble, write_signed
 from peer.p2p.transport import MAX_CALL_BYTES, Handler
 from swarm import manifest as manifests
 from swarm import run_spec, witness
@@ -71,19 +71,23 @@ def make_parts(round_number: int = 10, name: str = "sample", num_values: int = 3
         data_json=data.canonical_bytes(),
         round=round_number,
         total_tokens=500,
-        state_digest=state_digest_of(tensors),
-        momentum_digest=MOMENTUM_DIGEST,
-        log_digest=sha256(b"log"),
+        states=(shard_parts_of(tensors),),
         config_json=CONFIG,
         tokenizer_json=TOKENIZER,
         tensors=tensors,
     )
 
 
-def state_digest_of(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """Of a state whose anchor is made of ``tensors``, in their order."""
-    anchor = describe_anchor(tensors, MOMENTUM_DIGEST)
-    return join_subtrees(bytes.fromhex(anchor.digest), MOMENTUM_DIGEST)
+def shard_parts_of(tensors: Mapping[str, np.ndarray]) -> ShardParts:
+    """Of a shard whose anchor is made of ``tensors``, in their order."""
+    num_values = sum(tensor.size for tensor in tensors.values())
+    anchor_digest = anchor_roots(tensors, [num_values])[0]
+    return ShardParts(
+        num_values=num_values,
+        state_digest=join_subtrees(anchor_digest, MOMENTUM_DIGEST),
+        momentum_digest=MOMENTUM_DIGEST,
+        log_digest=sha256(b"log"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +113,12 @@ def publication_of(
     live: Sequence[Identity] = WITNESSES,
 ) -> Publication:
     """A manifest as the coordinator publishes it once ``signers``, out of the ``live`` replicas, attested it."""
-    attestation = witness.attestation_of(manifests.parse(payload)).SerializeToString()
+    said = [attestation.SerializeToString() for attestation in witness.attestations_of(manifests.parse(payload))]
     witnesses = Witnesses(
         round=manifests.parse(payload).round,
         manifest_digest=sha256(payload),
         replicas=[replica.public_key for replica in live],
-        attestations=[signer.sign(witness.ATTESTATION_CONTEXT, run_id, attestation) for signer in signers],
+        attestations=[signer.sign(witness.ATTESTATION_CONTEXT, run_id, each) for each in said for signer in signers],
     )
     return Publication(
         manifest=publisher.sign(manifests.CONTEXT, run_id, payload),
@@ -135,7 +139,7 @@ def small_checkpoint(folder: Path, round_number: int = 10, name: str = "sample")
 
 
 def with_tensors(parts: CheckpointParts, tensors: dict[str, np.ndarray]) -> CheckpointParts:
-    return replace(parts, tensors=tensors, state_digest=state_digest_of(tensors))
+    return replace(parts, tensors=tensors, states=(shard_parts_of(tensors),))
 
 
 @dataclass

@@ -50,17 +50,19 @@ class World:
 
     admission: Mapping[str, Any] = field(default_factory=dict)
     voters: tuple[Identity, ...] = (SEED, ANNA, BORIS)
+    num_shards: int = 1
 
     def __post_init__(self) -> None:
         self.data_manifest = _data_manifest()
-        self.spec = _spec(self.data_manifest, self.admission)
+        self.spec = _spec(self.data_manifest, self.admission, self.num_shards)
         self.run_id = self.spec.run_id
         genesis = Genesis(
             run_id=self.run_id,
             voters=[voter.public_key for voter in self.voters],
-            shards=[ShardGenesis(state_digest=state_digest_after(0), num_values=100)],
+            shards=[ShardGenesis(state_digest=state_digest_after(0), num_values=100)] * self.num_shards,
         )
         self.heads: list[LogHead] = [log.genesis_head(genesis, 0)]
+        self.genesis = genesis
         self.source = RunSource(
             spec=ORGANIZER.sign("run-spec", self.run_id, self.spec.canonical_bytes()),
             genesis=ORGANIZER.sign("genesis", self.run_id, genesis.SerializeToString()),
@@ -89,6 +91,15 @@ class World:
     def commits(self, count: int) -> list[Commit]:
         return [self.commit() for _ in range(count)]
 
+    def commits_of(self, shard: int, count: int) -> tuple[list[Commit], list[LogHead]]:
+        """The first commits of a shard, and the heads after each of them."""
+        commits, heads = [], [log.genesis_head(self.genesis, shard)]
+        for _ in range(count):
+            commits.append(self.commit(head=heads[-1]))
+            record = Record.FromString(commits[-1].record)
+            heads.append(log.next_head(heads[-1], commits[-1].record, record))
+        return commits, heads
+
     def manifest(self, round_number: int, **changes: Any) -> bytes:
         """The manifest of the checkpoint after a round, as an honest seed peer writes it."""
         head = self.heads[round_number]
@@ -112,7 +123,7 @@ class World:
 
     def attestation(self, round_number: int, **changes: Any) -> Attestation:
         """What a replica that holds the state after a round says of it."""
-        attestation = witness.attestation_of(manifest.parse(self.manifest(round_number)))
+        attestation = witness.attestations_of(manifest.parse(self.manifest(round_number)))[0]
         return Attestation(**{field.name: value for field, value in attestation.ListFields()} | changes)
 
     def attest_request(self, who: Identity, round_number: int, **changes: Any) -> Signed:
@@ -151,7 +162,7 @@ def _record(head: LogHead, voters: Sequence[Identity], tokens: int) -> Record:
     shares = [Share(peer_key=ANNA.public_key, weight_tokens=tokens)]
     shares.append(Share(peer_key=BORIS.public_key, weight_tokens=2 * tokens))
     return Record(
-        shard=0,
+        shard=head.shard,
         round=head.round + 1,
         log_digest=head.log_digest,
         state_digest=state_digest_after(head.round),
@@ -168,7 +179,7 @@ def _record(head: LogHead, voters: Sequence[Identity], tokens: int) -> Record:
 def _signed_commit(head: LogHead, record: Record, signers: Sequence[Identity]) -> Commit:
     raw = record.SerializeToString(deterministic=True)
     vote = Vote(
-        shard=0,
+        shard=record.shard,
         round=record.round,
         ballot=Ballot(number=1, leader=SEED.public_key),
         record_digest=sha256(raw),
@@ -192,11 +203,12 @@ def _data_manifest() -> bytes:
     ).canonical_bytes()
 
 
-def _spec(data_manifest: bytes, admission: Mapping[str, Any]) -> RunSpec:
+def _spec(data_manifest: bytes, admission: Mapping[str, Any], num_shards: int) -> RunSpec:
     return RunSpec.model_validate_json(
         json.dumps(
             {
                 "name": "test-run",
+                "num_shards": num_shards,
                 "total_tokens": 100_000,
                 "organizer_key": ORGANIZER.public_key.hex(),
                 "publication_key": PUBLICATION.public_key.hex(),

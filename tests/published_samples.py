@@ -8,15 +8,13 @@ from typing import Any
 
 from peer.checkpoints.checkpoint import CheckpointParts
 from peer.training.model import build_config, build_model, config_json
-from swarm.digest import sha256
 from swarm.run_spec import RunSpec
 from tests.checkpoint_samples import (
-    MOMENTUM_DIGEST,
     SignedCheckpoint,
     data_manifest,
     make_spec,
+    shard_parts_of,
     signed_checkpoint,
-    state_digest_of,
 )
 
 TEXT = "The quick brown fox jumps over the lazy dog. Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich 🦊."
@@ -100,9 +98,7 @@ def publish(folder: Path, family: str) -> Published:
         data_json=data.canonical_bytes(),
         round=10,
         total_tokens=1000,
-        state_digest=state_digest_of(tensors),
-        momentum_digest=MOMENTUM_DIGEST,
-        log_digest=sha256(b"log"),
+        states=(shard_parts_of(tensors),),
         config_json=config_json(config),
         tokenizer_json=tokenizer_json,
         tensors=tensors,

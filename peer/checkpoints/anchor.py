@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -17,9 +17,9 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from swarm.digest import ChunkRoot
+from swarm.digest import ChunkRoot, over_shards
 from swarm.errors import DataError
-from swarm.manifest import Anchor, CheckpointManifest, Parameter
+from swarm.manifest import VALUE_BYTES, Anchor, CheckpointManifest, Parameter, ShardState
 
 READ_BYTES = 4 << 20
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
@@ -33,14 +33,23 @@ class _Place:
     offset: int
 
 
-def describe_anchor(tensors: Mapping[str, npt.NDArray[np.float32]], momentum_digest: bytes) -> Anchor:
-    """What the manifest says of the state: ``tensors`` are the anchor's parameters, in its order."""
-    root = ChunkRoot()
+def anchor_roots(tensors: Mapping[str, npt.NDArray[np.float32]], sizes: Sequence[int]) -> list[bytes]:
+    """The Merkle root over the chunks of each shard's anchor.
+
+    ``tensors``: the parameters of all shards, in the anchor's order; ``sizes``: values of each shard, in order.
+    Raises `DataError` where they are not as many.
+    """
+    roots = _ShardRoots(sizes)
     for tensor in tensors.values():
-        root.update(np.ascontiguousarray(tensor, dtype="<f4").reshape(-1).view(np.uint8).data)
+        roots.update(np.ascontiguousarray(tensor, dtype="<f4").reshape(-1).view(np.uint8).data)
+    return roots.roots()
+
+
+def describe_anchor(tensors: Mapping[str, npt.NDArray[np.float32]], states: Sequence[ShardState]) -> Anchor:
+    """What the manifest says of the anchor as a whole: ``tensors`` are its parameters, in its order."""
     return Anchor(
-        digest=root.root().hex(),
-        momentum_digest=momentum_digest.hex(),
+        digest=over_shards([bytes.fromhex(state.anchor_digest) for state in states]).hex(),
+        momentum_digest=over_shards([bytes.fromhex(state.momentum_digest) for state in states]).hex(),
         parameters=tuple(Parameter(name=name, shape=tensor.shape) for name, tensor in tensors.items()),
     )
 
@@ -56,7 +65,7 @@ def anchor_problem(folder: Path, manifest: CheckpointManifest, open_file: OpenFi
             return "the weights are not the parameters that the manifest lists"
         return (
             None
-            if _root(places, manifest.anchor, open_file).hex() == manifest.anchor.digest
+            if _roots(places, manifest, open_file) == [bytes.fromhex(state.anchor_digest) for state in manifest.states]
             else ("the weights do not have the anchor digest that the manifest names")
         )
     except (OSError, DataError) as error:
@@ -98,25 +107,51 @@ def _places(folder: Path, manifest: CheckpointManifest, open_file: OpenFile) -> 
     return places
 
 
-def _root(places: Mapping[str, _Place], anchor: Anchor, open_file: OpenFile) -> bytes:
-    root = ChunkRoot()
+class _ShardRoots:
+    """Merkle roots over the anchors of shards, whose bytes come one after the other."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._left = [VALUE_BYTES * size for size in sizes]
+        self._roots = [ChunkRoot() for _ in sizes]
+        self._shard = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        while rest:
+            while self._shard < len(self._left) and not self._left[self._shard]:
+                self._shard += 1
+            if self._shard == len(self._left):
+                raise DataError("the weights have more values than the shards")
+            part = rest[: self._left[self._shard]]
+            self._roots[self._shard].update(part)
+            self._left[self._shard] -= len(part)
+            rest = rest[len(part) :]
+
+    def roots(self) -> list[bytes]:
+        if any(self._left):
+            raise DataError("the weights have fewer values than the shards")
+        return [root.root() for root in self._roots]
+
+
+def _roots(places: Mapping[str, _Place], manifest: CheckpointManifest, open_file: OpenFile) -> list[bytes]:
+    roots = _ShardRoots([state.num_values for state in manifest.states])
     files: dict[Path, BinaryIO] = {}
     try:
-        for parameter in anchor.parameters:
+        for parameter in manifest.anchor.parameters:
             place = places[parameter.name]
             if place.path not in files:
                 files[place.path] = open_file(place.path)
-            _feed(root, files[place.path], place.offset, parameter.size_bytes)
+            _feed(roots, files[place.path], place.offset, parameter.size_bytes)
     finally:
         for file in files.values():
             file.close()
-    return root.root()
+    return roots.roots()
 
 
-def _feed(root: ChunkRoot, file: BinaryIO, offset: int, size_bytes: int) -> None:
+def _feed(roots: _ShardRoots, file: BinaryIO, offset: int, size_bytes: int) -> None:
     while size_bytes:
         data = os.pread(file.fileno(), min(READ_BYTES, size_bytes), offset)
         if not data:
             raise DataError("a file ends before its weights do")
-        root.update(data)
+        roots.update(data)
         offset, size_bytes = offset + len(data), size_bytes - len(data)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from swarm.data_manifest import DataManifest
 from swarm.errors import DataError
 from swarm.evaluation import Evaluation
+from swarm.manifest import ShardState
 from swarm.run_record import RunRecord
 from swarm.run_spec import RunSpec
 
@@ -64,6 +65,8 @@ class CardFacts:
     state_digest: str
     log_digest: str
     num_parameters: int
+    shards: tuple[ShardState, ...] = ()
+    """of each, where the run has several"""
     dtype: str = "float32"
     record: RunRecord | None = None
     evaluations: tuple[Evaluation, ...] = ()
@@ -279,6 +282,10 @@ def _verifying(facts: CardFacts) -> str:
         ("organizer's key", f"`{facts.spec.organizer_key}`"),
         ("state digest (anchor and outer momentum)", f"`{facts.state_digest}`"),
         ("log digest", f"`{facts.log_digest}`"),
+        *(
+            (f"state and log digest of shard {number}", f"`{state.state_digest}` `{state.log_digest}`")
+            for number, state in enumerate(facts.shards)
+        ),
         ("data manifest", f"`{facts.spec.data.manifest_digest}`"),
     ]
     table = _table(("what", "value"), rows)

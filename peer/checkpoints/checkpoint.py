@@ -22,14 +22,14 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from peer.checkpoints.anchor import describe_anchor
+from peer.checkpoints.anchor import anchor_roots, describe_anchor
 from peer.checkpoints.card import CardFacts, model_card
 from swarm import manifest as manifests
 from swarm.data_manifest import TOKENIZER_NAME, DataManifest
-from swarm.digest import sha256
+from swarm.digest import over_shards, sha256
 from swarm.errors import DataError
 from swarm.files import disk_errors, fsync_folder, write_durably
-from swarm.manifest import FILE_CHUNK_BYTES, CheckpointFile, CheckpointManifest
+from swarm.manifest import FILE_CHUNK_BYTES, CheckpointFile, CheckpointManifest, ShardState
 from swarm.proto.common_pb2 import Signed
 from swarm.publication import Publication
 from swarm.run_spec import RunSpec
@@ -44,6 +44,19 @@ Tensors = Mapping[str, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShardParts:
+    """A shard after the checkpoint's round.
+
+    ``momentum_digest``: Merkle root over its outer momentum's chunks: with the anchor's it makes the state digest.
+    """
+
+    num_values: int
+    state_digest: bytes
+    momentum_digest: bytes
+    log_digest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointParts:
     """Everything that a checkpoint is made of. ``tensors``: fp32, by the family's own parameter names, in the anchor's
     order. ``data_json``: the bytes of the data manifest, whose digest the run spec names; ``data`` is what they say.
@@ -55,10 +68,8 @@ class CheckpointParts:
     data_json: bytes
     round: int
     total_tokens: int
-    state_digest: bytes
-    momentum_digest: bytes
-    """Merkle root over the outer momentum's chunks: with the anchor's it makes the state digest"""
-    log_digest: bytes
+    states: tuple[ShardParts, ...]
+    """of every shard after the round, as they lie in the anchor"""
     config_json: str
     tokenizer_json: bytes
     tensors: Tensors
@@ -124,24 +135,39 @@ def describe_file(path: Path) -> CheckpointFile:
 
 
 def _write_files(folder: Path, parts: CheckpointParts) -> CheckpointManifest:
-    end_of_text = _end_of_text(parts)
+    end_of_text, shards = _end_of_text(parts), _shard_states(parts)
     write_durably(folder / "config.json", parts.config_json.encode())
     write_durably(folder / "generation_config.json", _json(_generation_config(parts.data.end_of_text_id)))
     write_durably(folder / "tokenizer_config.json", _json(_tokenizer_config(end_of_text, parts.config_json)))
     write_durably(folder / TOKENIZER_NAME, parts.tokenizer_json)
     _write_weights(folder, parts.tensors, parts.max_file_bytes)
     write_durably(folder / manifests.DATA_FILE, parts.data_json)
-    write_durably(folder / CARD_NAME, model_card(card_facts(parts)).encode())
+    write_durably(folder / CARD_NAME, model_card(card_facts(parts, _listed(shards))).encode())
     return CheckpointManifest(
         run_id=parts.run_id.hex(),
         run_name=parts.spec.name,
         round=parts.round,
         total_tokens=parts.total_tokens,
-        state_digest=parts.state_digest.hex(),
-        log_digest=parts.log_digest.hex(),
+        state_digest=over_shards([state.state_digest for state in parts.states]).hex(),
+        log_digest=over_shards([state.log_digest for state in parts.states]).hex(),
+        shards=_listed(shards),
         data_manifest_digest=parts.spec.data.manifest_digest,
-        anchor=describe_anchor(parts.tensors, parts.momentum_digest),
+        anchor=describe_anchor(parts.tensors, shards),
         files=tuple(describe_file(path) for path in sorted(folder.iterdir())),
+    )
+
+
+def _shard_states(parts: CheckpointParts) -> tuple[ShardState, ...]:
+    roots = anchor_roots(parts.tensors, [state.num_values for state in parts.states])
+    return tuple(
+        ShardState(
+            state_digest=state.state_digest.hex(),
+            log_digest=state.log_digest.hex(),
+            anchor_digest=root.hex(),
+            momentum_digest=state.momentum_digest.hex(),
+            num_values=state.num_values,
+        )
+        for state, root in zip(parts.states, roots, strict=True)
     )
 
 
@@ -215,7 +241,11 @@ def _tokenizer_config(end_of_text: str, config_json: str) -> dict[str, object]:
     }
 
 
-def card_facts(parts: CheckpointParts) -> CardFacts:
+def _listed(shards: tuple[ShardState, ...]) -> tuple[ShardState, ...]:
+    return shards if len(shards) > 1 else ()
+
+
+def card_facts(parts: CheckpointParts, shards: tuple[ShardState, ...] = ()) -> CardFacts:
     """What every replica knows alike; what only the coordinator knows is no part of it."""
     return CardFacts(
         run_id=parts.run_id,
@@ -223,8 +253,9 @@ def card_facts(parts: CheckpointParts) -> CardFacts:
         data=parts.data,
         round=parts.round,
         total_tokens=parts.total_tokens,
-        state_digest=parts.state_digest.hex(),
-        log_digest=parts.log_digest.hex(),
+        state_digest=over_shards([state.state_digest for state in parts.states]).hex(),
+        log_digest=over_shards([state.log_digest for state in parts.states]).hex(),
+        shards=shards,
         num_parameters=sum(tensor.size for tensor in parts.tensors.values()),
     )
 

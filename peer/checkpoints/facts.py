@@ -107,6 +107,7 @@ def read_facts(folder: Path, run_id: bytes | None) -> FolderFacts:
         total_tokens=listed.total_tokens,
         state_digest=listed.state_digest,
         log_digest=listed.log_digest,
+        shards=listed.shards,
         num_parameters=Weights(folder, listed).num_parameters,
         record=run_record.parse(raw_record) if raw_record is not None else None,
         evaluations=tuple(item.evaluation for item in found),

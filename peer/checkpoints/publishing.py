@@ -17,22 +17,20 @@ from typing import Protocol
 
 from google.protobuf.message import DecodeError
 
-from peer.checkpoints.checkpoint import CheckpointParts, assemble, write_signed
+from peer.checkpoints.checkpoint import CheckpointParts, ShardParts, assemble, write_signed
 from peer.checkpoints.recording import add_record
 from peer.p2p.chunk_store import ChunkStore
-from peer.rounds.archive import momentum_path
+from peer.rounds.archive import forget_momentum
 from peer.rounds.codec import Float32
-from peer.rounds.shard import Shard
 from peer.training.layout import Layout
 from swarm import manifest as manifests
 from swarm.errors import NetworkError, NotAdmitted, NotFound, SwarmError
 from swarm.file_ranges import FileChunks
 from swarm.files import write_durably
-from swarm.log import LogHead
 from swarm.proto.checkpoint_pb2 import Attestation
 from swarm.proto.common_pb2 import Signed
 from swarm.publication import Publication
-from swarm.witness import attestation_of
+from swarm.witness import attestations_of
 
 RETRY_S = 1.0
 MAX_WAITING = 3
@@ -61,25 +59,12 @@ class Template:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateCopy:
-    head: LogHead
-    state_digest: bytes
-    momentum_digest: bytes
+    """``states``: of every shard after ``round``; ``anchor``: of all of them, one after the other."""
+
+    round: int
+    total_tokens: int
+    states: tuple[ShardParts, ...]
     anchor: Float32
-
-    @classmethod
-    def of(cls, shard: Shard, head: LogHead, folder: Path, archive: bool) -> StateCopy:
-        """A copy on disk in ``folder`` of what ``shard`` holds after ``head``. Blocks.
-
-        ``archive``: the momentum stays beside the checkpoint, for auditors to start from.
-        """
-        if archive:
-            write_durably(momentum_path(folder, head.round), shard.momentum.data.data)
-        return cls(
-            head=head,
-            state_digest=shard.state_digest,
-            momentum_digest=shard.momentum_digest,
-            anchor=shard.anchor_on_disk(folder),
-        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -126,7 +111,7 @@ class CheckpointMaker:
         try:
             self._waiting.put_nowait(state)
         except asyncio.QueueFull:
-            log.warning("round %d: no checkpoint, %d others wait", state.head.round, MAX_WAITING)
+            log.warning("round %d: no checkpoint, %d others wait", state.round, MAX_WAITING)
 
     async def run(self) -> None:
         """Make what is offered and tell what is made, each in its order, until cancelled."""
@@ -138,23 +123,21 @@ class CheckpointMaker:
             try:
                 await self._make(state)
             except SwarmError as error:
-                log.warning("round %d: no checkpoint: %s", state.head.round, error)
+                log.warning("round %d: no checkpoint: %s", state.round, error)
 
     async def _make(self, state: StateCopy) -> None:
         """On disk at once: while the coordinator is away, files wait there and no state waits in memory."""
-        template, number = self._template, state.head.round
+        template, number = self._template, state.round
         folder = template.folder / f"checkpoint-{number}"
         parts = replace(
             template.parts,
             round=number,
-            total_tokens=state.head.total_tokens,
-            state_digest=state.state_digest,
-            momentum_digest=state.momentum_digest,
-            log_digest=state.head.log_digest,
+            total_tokens=state.total_tokens,
+            states=state.states,
             tensors=template.layout.views(state.anchor),
         )
         manifest = await asyncio.to_thread(assemble, folder, parts)
-        attestation_of(manifest)  # what lies on disk is what the log names, or nobody is told of it
+        attestations_of(manifest)  # what lies on disk is what the log names, or nobody is told of it
         payload = manifest.canonical_bytes()
         await asyncio.to_thread(write_durably, folder / manifests.MANIFEST_FILE, payload)
         self._serve(number, FileChunks(folder, manifest))
@@ -183,7 +166,8 @@ class CheckpointMaker:
     async def _tell(self, item: _Untold) -> None:
         template = self._template
         if not item.attested:
-            await template.coordinator.attest(attestation_of(manifests.parse(item.payload)))
+            for attestation in attestations_of(manifests.parse(item.payload)):
+                await template.coordinator.attest(attestation)
             item.attested = True
         if template.publishes:
             if not item.completed:
@@ -214,7 +198,7 @@ class CheckpointMaker:
             old, source = self._served.pop(0)
             self._chunks.remove_source(source)
             shutil.rmtree(self._template.folder / f"checkpoint-{old}", ignore_errors=True)
-            momentum_path(self._template.folder, old).unlink(missing_ok=True)
+            forget_momentum(self._template.folder, old, self._template.parts.spec.num_shards)
 
 
 def _is_signed(folder: Path, run_id: bytes, publication_key: bytes) -> bool:

@@ -34,6 +34,7 @@ def add_record(folder: Path, parts: CheckpointParts, manifest: CheckpointManifes
         total_tokens=manifest.total_tokens,
         state_digest=manifest.state_digest,
         log_digest=manifest.log_digest,
+        shards=manifest.shards,
         record=record,
     )
     for name, content in ((RECORD_FILE, raw), (CARD_NAME, model_card(facts).encode())):

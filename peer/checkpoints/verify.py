@@ -3,8 +3,7 @@
 The chain: run id -> run spec (it contains the organizer's key and rules, and the organizer signed it) -> publication
 key -> manifest -> every byte of every file. And besides it: the weights recompute to the anchor digest that a quorum of
 the run's replicas signed (`swarm.witness`). Decides what is an error and what a warning. Leaves opening the model to
-`peer.checkpoints.generate`, and where the right run id comes from to the person: the invite, or the organizer's own
-page.
+`peer.checkpoints.generate`, and where the right run id comes from to the person: the invite, the organizer's page.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ class Provenance:
     @property
     def witnesses(self) -> tuple[str, ...]:
         """Peer ids of the replicas that signed this state."""
-        return tuple(peer_id_of(signed.signer) for signed in self._quorum.attestations)
+        return tuple(dict.fromkeys(peer_id_of(signed.signer) for signed in self._quorum.attestations))
 
     @property
     def num_live(self) -> int:
@@ -131,6 +130,7 @@ class Report:
             "total_tokens": manifest.total_tokens,
             "state_digest": manifest.state_digest,
             "log_digest": manifest.log_digest,
+            "shards": [state.model_dump() for state in manifest.states],
             "anchor_digest": manifest.anchor.digest,
             "manifest_digest": sha256(self.provenance.publication.manifest.payload).hex(),
             "witnesses": list(self.provenance.witnesses),
@@ -158,8 +158,7 @@ def verify_folder(
     Raises `DataError` where this is no checkpoint, `VerificationError` where a signature file is wrong.
     """
     provenance = read_provenance(folder, run_id, known_roots)
-    refused = [*_mismatches(provenance)]
-    damaged: list[str] = []
+    refused, damaged = [*_mismatches(provenance)], list[str]()
     for file in provenance.manifest.files:
         try:
             problems = _file_problems(folder / file.name, file, on_bytes)
@@ -262,8 +261,7 @@ def _span(entry: object) -> tuple[int, int] | None:
 
 def _mismatches(provenance: Provenance) -> list[str]:
     """Where the manifest and the run spec contradict each other."""
-    spec, manifest = provenance.spec, provenance.manifest
-    problems = []
+    spec, manifest, problems = provenance.spec, provenance.manifest, list[str]()
     if manifest.run_name != spec.name:
         problems.append(f"the manifest calls the run {manifest.run_name!r}, the run spec {spec.name!r}")
     if manifest.data_manifest_digest != spec.data.manifest_digest:
@@ -271,6 +269,8 @@ def _mismatches(provenance: Provenance) -> list[str]:
     data = [file for file in manifest.files if file.name == manifests.DATA_FILE]
     if data and data[0].sha256 != spec.data.manifest_digest:
         problems.append(f"{manifests.DATA_FILE} is not the data manifest that the run spec names")
+    if len(manifest.states) != spec.num_shards:
+        problems.append(f"the manifest names {len(manifest.states)} shards, the run spec {spec.num_shards}")
     tokenizers = [file for file in manifest.files if file.name == TOKENIZER_NAME]
     if not tokenizers or tokenizers[0].sha256 != spec.data.tokenizer_digest:
         problems.append(f"{TOKENIZER_NAME} is not the tokenizer that the run spec names")

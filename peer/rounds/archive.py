@@ -4,6 +4,7 @@ Reads only, and believes nothing: every commit is verified against the one befor
 digest. So it can be a copy from anywhere, or the folder of a seed peer that runs. Leaves what is re-applied to
 `peer.checkpoints.audit`. Files, in the run's folder: ``genesis.sig``, ``shard-0/log`` and ``shard-0/state-0`` (as
 `peer.rounds.ledger` writes them), ``chunks``, ``momentum-R`` (the outer momentum after checkpoint round R).
+Audits are of runs of one shard; what other shards leave (``shard-1/log``, ``momentum-R-shard-1``) is not read yet.
 """
 
 from __future__ import annotations
@@ -35,13 +36,24 @@ def keep_genesis(folder: Path, signed: Signed) -> None:
     write_durably(folder / GENESIS_FILE, signed.SerializeToString(deterministic=True))
 
 
-def momentum_path(folder: Path, round_number: int) -> Path:
-    return folder / f"momentum-{round_number}"
+def momentum_path(folder: Path, round_number: int, shard: int = 0) -> Path:
+    return folder / (f"momentum-{round_number}" + (f"-shard-{shard}" if shard else ""))
+
+
+def forget_momentum(folder: Path, round_number: int, num_shards: int) -> None:
+    """Of all shards."""
+    for shard in range(num_shards):
+        momentum_path(folder, round_number, shard).unlink(missing_ok=True)
 
 
 class Archive:
     def __init__(self, folder: Path, spec: RunSpec) -> None:
         """Raises `DataError` where ``folder`` is no archive, `VerificationError` where it is one of another run."""
+        if spec.num_shards != 1:
+            raise DataError(
+                f"a run of {spec.num_shards} shards cannot be audited yet",
+                "swarm verify checks its checkpoints, and who witnessed them",
+            )
         self._folder, self._spec = folder, spec
         signed = Signed()
         try:

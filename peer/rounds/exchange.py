@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from google.protobuf.message import DecodeError
-
 from peer.p2p.spill import Spill
 from peer.rounds import resume
 from peer.rounds.branches import Branch
@@ -96,26 +94,19 @@ class Exchange:
 
     # ---- events from outside ------------------------------------------------------------------------------------
 
-    async def handle_round(self, sender: bytes, request: bytes) -> bytes:
-        """Transport handler of method ``round``: one `RoundMessage`; the answer is empty."""
+    def on_message(self, sender: bytes, message: RoundMessage, request: bytes) -> None:
+        """What ``sender`` says of this shard's rounds; ``request``: the message as it came."""
         self.hearing.heard(sender)
-        try:
-            message = RoundMessage.FromString(request)
-        except DecodeError as error:
-            raise ProtocolError("a round message cannot be read") from error
-        if message.shard != self.shard.index:
-            raise ProtocolError(f"this peer does not host shard {message.shard}")
         if message.round <= max(self.head.round, self.parts.ledger.head.round):
             raise ProtocolError(f"round {message.round} is committed here; this replica works towards {self.round}")
         if message.round > self.round:
             self._keep_early(sender, message, request)
-            return b""
+            return
         self._machine.standing = self.hearing.standing()
         try:
             self._do(self._machine.on_message(sender, message, self._now()))
         except (DivergedError, DiskFull) as error:
             self._fail(error)
-        return b""
 
     def _keep_early(self, sender: bytes, message: RoundMessage, request: bytes) -> None:
         """Others may have committed our round already: keep what they say of the next, within bounds, and ask them."""
@@ -138,6 +129,10 @@ class Exchange:
             if number >= self.round:
                 self._known_commits[number] = (holder, commit)
         return self._use_known_commit()
+
+    def at_rest(self) -> asyncio.Lock:
+        """Whoever holds it knows that the shard's state does not change. Not for those who hear of its commits."""
+        return self._state_lock
 
     async def reset_replica(self) -> None:
         """Put the replica back onto the anchor, with fresh moments; what it had offered in this round stays offered."""

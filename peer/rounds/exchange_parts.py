@@ -181,7 +181,8 @@ def choose_codec(shard: Shard, machine: RoundMachine, num_members: int, round_s:
         upload_bps=offered.get(machine.settings.me),
         num_values=shard.num_values,
         num_members=num_members,
-        round_s=round_s,
+        # All shards of a run share the uplink, one after the other.
+        round_s=None if round_s is None else round_s / shard.spec.num_shards,
         timeout_s=machine.settings.reduce_timeout_s / 2,
     )
     codec, why = choose_rung(shard.spec.rounds.ladder, uplink)

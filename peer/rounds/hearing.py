@@ -63,7 +63,7 @@ class Hearing:
         """
         asked_at = self.clock()
         try:
-            raw = await self._transport.call(peer, PING_METHOD, b"", timeout_s=PING_TIMEOUT_S, max_response_bytes=64)
+            raw = await self._call(peer, PingRequest(shard=self._head.shard))
         except NetworkError:
             self.leases.failed(peer, self.clock())
             raise
@@ -80,23 +80,19 @@ class Hearing:
     async def leave(self) -> None:
         """Vote no more, and tell the voters, so that they need not wait for our lease to run out."""
         self.leases.leave()
-        request = PingRequest(leaving=True).SerializeToString()
-        tell = [
-            self._transport.call(voter, PING_METHOD, request, timeout_s=PING_TIMEOUT_S, max_response_bytes=64)
-            for voter in self._head.voters
-            if voter != self._transport.public_key
-        ]
+        request = PingRequest(leaving=True, shard=self._head.shard)
+        tell = [self._call(voter, request) for voter in self._head.voters if voter != self._transport.public_key]
         await asyncio.gather(*tell, return_exceptions=True)  # whoever is not told waits for our lease to run out
 
-    async def handle_ping(self, caller: bytes, request: bytes) -> bytes:
-        """Transport handler of method ``ping``."""
-        try:
-            leaving = PingRequest.FromString(request).leaving
-        except DecodeError as error:
-            raise ProtocolError("a ping cannot be read") from error
+    def on_ping(self, caller: bytes, leaving: bool) -> PingReply:
+        """What a ping about this shard is answered."""
         if leaving:
             self.leases.left(caller)
         else:
             self.heard(caller)
         alive_ms = int(1000 * (self.clock() - self._began))
-        return PingReply(round=self._head.round + 1, alive_ms=alive_ms).SerializeToString()
+        return PingReply(round=self._head.round + 1, alive_ms=alive_ms)
+
+    async def _call(self, peer: bytes, request: PingRequest) -> bytes:
+        raw = request.SerializeToString()
+        return await self._transport.call(peer, PING_METHOD, raw, timeout_s=PING_TIMEOUT_S, max_response_bytes=64)

@@ -1,4 +1,4 @@
-"""A replica among the others of its shard: tells its status, sees theirs, answers newcomers, catches up, makes rounds.
+"""A replica among the others of its shard: tells its status, sees theirs, catches up, makes rounds.
 
 Decides what is said and asked how often; the exchange does the rounds. The same class runs in a volunteer, in a seed
 peer and in the simulation.
@@ -10,26 +10,25 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from google.protobuf.message import DecodeError
-
-from peer.p2p.chunk_store import CHUNK_METHOD, ChunkStore
+from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.fetch import HolderBook
 from peer.p2p.transport import Transport
 from peer.rounds.branches import fetch_branch, standing_apart
-from peer.rounds.catch_up import COMMITS_PER_PAGE, LOG_METHOD, STATE_METHOD, Newcomer, fetch_commits
-from peer.rounds.exchange import ROUND_METHOD, Exchange
-from peer.rounds.hearing import PING_METHOD
+from peer.rounds.catch_up import COMMITS_PER_PAGE, Newcomer, fetch_commits
+from peer.rounds.exchange import Exchange
 from peer.rounds.ledger import Ledger
+from peer.rounds.pace import Pace, Standing
+from peer.rounds.round_actions import View
 from peer.rounds.statuses import StatusRules, further_on, make_view, read_statuses, sign_status, status_key
 from peer.waiting import wait_for_news
 from swarm import schedule
 from swarm.errors import ProtocolError, SwarmError
 from swarm.identity import Identity
 from swarm.proto.common_pb2 import Signed
-from swarm.proto.round_pb2 import LogReply, LogRequest, Record, StateRequest, Status
+from swarm.proto.round_pb2 import LogReply, LogRequest, Record, Status
 
 CONNECT_TIMEOUT_S = 5.0
 SECOND_DIAL_S = 1.0
@@ -64,6 +63,8 @@ class MemberParts:
     words: Words
     clock: Callable[[], float]
     """unix time in seconds, corrected against the coordinator's"""
+    pace: Pace = field(default_factory=Pace)
+    """shared by the members of all shards that this peer hosts"""
 
 
 class Member:
@@ -75,15 +76,6 @@ class Member:
         """peers further on whose commits did not follow ours"""
         self._jobs: dict[str, asyncio.Task[None]] = {}
         self._rng = random.Random(parts.identity.public_key)
-
-    async def serve(self) -> None:
-        """Answer peers. Call before `run`, and before telling anybody that we are here."""
-        transport, exchange = self.parts.transport, self.parts.exchange
-        await transport.serve(ROUND_METHOD, exchange.handle_round)
-        await transport.serve(CHUNK_METHOD, self.parts.chunks.handle_chunk)
-        await transport.serve(LOG_METHOD, self._handle_log)
-        await transport.serve(STATE_METHOD, self._handle_state)
-        await transport.serve(PING_METHOD, exchange.hearing.handle_ping)
 
     async def run(self) -> None:
         """Until cancelled; raises what the exchange cannot repair."""
@@ -133,17 +125,27 @@ class Member:
         self.statuses.pop(self.parts.identity.public_key, None)
         exchange.live_peers = tuple(self.statuses)
         self._beside("connect", self._connect_to_new)
-        target = schedule.tokens_of_round(exchange.shard.spec.rounds, exchange.round)
-        if not schedule.is_finished(exchange.shard.spec, exchange.head.total_tokens):
-            # Connections come before the round: who cannot be reached yet would only be waited for.
-            reached = {peer: status for peer, status in self.statuses.items() if peer in self._connected}
-            exchange.set_view(make_view(reached, self.status(), self.parts.identity.public_key, target))
+        view = self._view()
+        # The run ends by the first shard's tokens; the others follow its rounds, and none when it opens none.
+        if exchange.shard.index or not schedule.is_finished(exchange.shard.spec, exchange.head.total_tokens):
+            exchange.set_view(view)
         for job in self._jobs.values():
             if job.done():
                 job.result()  # raises what it could not repair
         self._beside("catch up", self._catch_up)
         if standing_apart(self.statuses, self.parts.ledger, self._apart):
             self._beside("mend", self._mend)
+
+    def _view(self) -> View:
+        """Who stands where we stand, and whether it is our shard's turn."""
+        # Connections come before the round: who cannot be reached yet would only be waited for.
+        reached = {peer: status for peer, status in self.statuses.items() if peer in self._connected}
+        view = make_view(reached, self.status(), self.parts.identity.public_key)
+        rounds, shard, pace = self.parts.exchange.shard.spec.rounds, self.parts.exchange.shard.index, self.parts.pace
+        pace.note(shard, Standing(round=self.parts.exchange.round, tokens=view.tokens))
+        ready, why = pace.may_open(rounds, shard)
+        log.debug("shard %d round %d: %s: %s", shard, self.parts.exchange.round, "ready" if ready else "waits", why)
+        return replace(view, ready=ready)
 
     async def _tell_and_look_for_ever(self) -> None:
         interval_s = self.parts.exchange.shard.spec.rounds.status_interval_s
@@ -229,21 +231,9 @@ class Member:
             book=HolderBook(self._rng),
         )
 
-    async def _handle_log(self, caller: bytes, request: bytes) -> bytes:
-        try:
-            wanted = LogRequest.FromString(request)
-        except DecodeError as error:
-            raise ProtocolError("a request for the log cannot be read") from error
-        if wanted.shard != self.parts.exchange.shard.index or wanted.first_round < 1:
+    def answer_log(self, wanted: LogRequest) -> LogReply:
+        """Commits of this shard's log from a round on. Raises `ProtocolError`."""
+        if wanted.first_round < 1:
             raise ProtocolError("a request for a log that is not here")
         count = min(COMMITS_PER_PAGE, wanted.max_commits)
-        return LogReply(commits=self.parts.ledger.commits(wanted.first_round, count)).SerializeToString()
-
-    async def _handle_state(self, caller: bytes, request: bytes) -> bytes:
-        try:
-            wanted = StateRequest.FromString(request)
-        except DecodeError as error:
-            raise ProtocolError("a request for a state cannot be read") from error
-        if wanted.shard != self.parts.exchange.shard.index:
-            raise ProtocolError("a request for a state that is not here")
-        return self.parts.ledger.offer_state(wanted.after_round).SerializeToString()
+        return LogReply(commits=self.parts.ledger.commits(wanted.first_round, count))

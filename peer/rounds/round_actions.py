@@ -59,7 +59,12 @@ class View:
 
     candidates: tuple[Candidate, ...] = ()
     ready: bool = False
-    """the tokens of the round are reached"""
+    """the tokens of the round are reached, and it is the shard's turn"""
+
+    @property
+    def tokens(self) -> int:
+        """Trained towards the round, by all of them."""
+        return sum(candidate.tokens for candidate in self.candidates if candidate.trains)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,8 @@ second copy of anything (`swarm.memory_plan`).
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -33,7 +31,7 @@ from peer.rounds.round_actions import Reduce
 from peer.training.movement import Movement
 from swarm import digest, schedule
 from swarm.errors import DigestError, ProtocolError, SwarmError
-from swarm.files import Kept, disk_errors
+from swarm.files import Kept
 from swarm.proto.round_pb2 import Average, Part, PartResult, Record, Share
 from swarm.run_spec import RunSpec
 
@@ -226,16 +224,6 @@ class Shard:
         if self.feedback is None:
             return np.zeros(values.stop - values.start, np.float32)
         return self.feedback.read(values)
-
-    def anchor_on_disk(self, folder: Path) -> Float32:
-        """A copy of the anchor for those who read it for long: a file in ``folder`` that nobody else can open.
-
-        Mapped, so its pages are the system's to take back; it is gone when the array is. Raises `DiskFull`.
-        """
-        with disk_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
-            file.write(state_bytes(self.anchor))
-            file.flush()
-            return np.memmap(file, "<f4", mode="c", shape=self.anchor.shape).view(np.ndarray)
 
     def _offered(self, movement: Movement, values: slice) -> Float32:
         """Pseudo-gradient plus error feedback: made again whenever it is needed, as it would take 4 bytes a value."""

@@ -84,8 +84,8 @@ def read_statuses(values: Mapping[bytes, bytes], rules: StatusRules, now_unix_s:
     return statuses
 
 
-def make_view(statuses: Mapping[bytes, Status], mine: Status, me: bytes, target_tokens: int) -> View:
-    """Who stands where we stand, and whether they have trained the tokens of the round together."""
+def make_view(statuses: Mapping[bytes, Status], mine: Status, me: bytes) -> View:
+    """Who stands where we stand; whether their round may open is `peer.rounds.pace`'s."""
     peers = [(key, status) for key, status in statuses.items() if key != me]
     alike = [
         (key, status)
@@ -97,7 +97,7 @@ def make_view(statuses: Mapping[bytes, Status], mine: Status, me: bytes, target_
         Candidate(key=key, trains=status.trains, upload_bps=status.upload_bps, tokens=status.tokens)
         for key, status in sorted(alike, key=_key)
     )
-    return View(candidates=candidates, ready=sum(s.tokens for _, s in alike if s.trains) >= target_tokens)
+    return View(candidates=candidates)
 
 
 def further_on(statuses: Mapping[bytes, Status], round_number: int) -> list[bytes]:

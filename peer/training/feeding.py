@@ -1,7 +1,8 @@
 """What a volunteer trains: joins the trainer's thread, the token reader and the run's schedules into one replica.
 
 Decides which batch an inner step gets and at which learning rate; leaves steps to `peer.training.trainer`, what a peer
-reads to `swarm.assignment` and `swarm.removals`, and rounds to `peer.rounds.exchange`, whose `Trainer` this is.
+reads to `swarm.assignment` and `swarm.removals`, and rounds to `peer.rounds.exchange`, whose `Trainer` each shard of
+it is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from peer.rounds.codec import Float32
 from peer.training.data import TokenReader
+from peer.training.layout import slices_of
 from peer.training.movement import Movement
 from peer.training.trainer import Hooks, Limits, Replica, Stats, Trainer
 from swarm import assignment, schedule
@@ -70,11 +72,17 @@ class Training:
         """Tokens trained since the start."""
         return self.stats.tokens
 
-    async def start(self, replica: Replica, anchor: Float32, head: LogHead, on_bad: Callable[[int], None]) -> None:
-        """Begin from ``anchor``, the state after ``head``; ``on_bad`` is told of repeated bad steps."""
+    async def start(
+        self, replica: Replica, anchors: Sequence[Float32], head: LogHead, on_bad: Callable[[int], None]
+    ) -> None:
+        """Begin from ``anchors``, of all shards hosted, in order; the first one's stands at ``head``.
+
+        ``on_bad`` is told of repeated bad steps.
+        """
         loop = asyncio.get_running_loop()
         self._replica = replica
-        replica.load(anchor)
+        for anchor, values in zip(anchors, slices_of([len(anchor) for anchor in anchors]), strict=True):
+            replica.load(anchor, values)
         hooks = Hooks(
             next_batch=self._next_batch,
             learning_rate=self._learning_rate,
@@ -86,7 +94,10 @@ class Training:
         self._trainer.start()
 
     def follow(self, head: LogHead) -> None:
-        """Read for the round after ``head`` from now on, with the learning rate of its committed tokens."""
+        """Read for the round after ``head`` from now on, with the learning rate of its committed tokens.
+
+        Of several shards the first one's rounds say when.
+        """
         self._committed_tokens = head.total_tokens
         self._reading = _Reading(head.round + 1, self._attempts)
         if self._prefetching is None or self._prefetching.done():
@@ -98,18 +109,20 @@ class Training:
         if self._trainer is not None and (self._prefetching is None or self._prefetching.done()):
             self._prefetching = asyncio.get_running_loop().create_task(self._prefetch())
 
-    async def snapshot(self) -> tuple[Movement, int]:
-        """See `peer.rounds.exchange_parts.Trainer`."""
-        snapshot = await self.trainer.snapshot()
+    async def snapshot(self, values: slice | None = None) -> tuple[Movement, int]:
+        """See `peer.rounds.exchange_parts.Trainer`; ``values``: of which shard, None: all."""
+        snapshot = await self.trainer.snapshot(values)
         return snapshot.movement, snapshot.total_tokens
 
-    async def land(self, anchor: Float32, snapshot: Movement | None, round_number: int) -> None:
-        """See `peer.rounds.exchange_parts.Trainer`."""
+    async def land(
+        self, anchor: Float32, snapshot: Movement | None, round_number: int, values: slice | None = None
+    ) -> None:
+        """See `peer.rounds.exchange_parts.Trainer`; ``values``: of which shard, None: all."""
         replica = self._replica
         if replica is None or snapshot is None:
-            await self.trainer.reset(anchor)
+            await self.trainer.reset(anchor, values)
         else:
-            await self.trainer.call(lambda: replica.land(anchor, snapshot))
+            await self.trainer.call(lambda: replica.land(anchor, snapshot, values))
 
     async def evaluate(self, anchor: Float32) -> float:
         """Mean loss of ``anchor`` (nats per token) on the run's held-out sequences; always the same ones."""
@@ -182,6 +195,24 @@ class Training:
                 return
             if self._reading.round == now:
                 return
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTraining:
+    """The `peer.rounds.exchange_parts.Trainer` of one shard's rounds: ``values`` of all that is trained here."""
+
+    training: Training
+    values: slice
+
+    async def snapshot(self) -> tuple[Movement, int]:
+        return await self.training.snapshot(self.values)
+
+    async def land(self, anchor: Float32, snapshot: Movement | None, round_number: int) -> None:
+        await self.training.land(anchor, snapshot, round_number, self.values)
+
+    @property
+    def tokens(self) -> int:
+        return self.training.tokens
 
 
 def _quietly(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> None:

@@ -75,43 +75,50 @@ class Replica:
         self._microbatches = Microbatches(microbatch_sequences, device)
         self._anchor = self.read()
 
-    def load(self, anchor: Float32) -> None:
-        """Put the weights of ``anchor`` in; the optimizer's moments stay. Raises `SwarmError` for a wrong length."""
-        views = self._views(anchor)
+    def load(self, anchor: Float32, values: slice | None = None) -> None:
+        """Put the weights of ``anchor`` in; the optimizer's moments stay.
+
+        ``values``: which of the layout's ``anchor`` has (None: all); whole parameters. Raises `SwarmError` for a wrong
+        length.
+        """
+        piece = self._layout.piece(values)
+        views = views_of(piece.layout, anchor)
         with torch.no_grad():
-            for parameter, view in zip(self._parameters, views, strict=True):
+            for parameter, view in zip(piece.of(self._parameters), views, strict=True):
                 parameter.copy_(view)
-        self._anchor = anchor.copy()
+        self._anchor[piece.values] = anchor
 
-    def reset(self, anchor: Float32) -> None:
+    def reset(self, anchor: Float32, values: slice | None = None) -> None:
         """Start again from ``anchor`` with fresh moments: the way out of repeated bad steps."""
-        self.load(anchor)
-        self._optimizer = build_optimizer(self._parameters, self._inner, self._device)
+        self.load(anchor, values)
+        for parameter in self._layout.piece(values).of(self._parameters):
+            self._optimizer.state.pop(parameter, None)
 
-    def read(self) -> Float32:
+    def read(self, values: slice | None = None) -> Float32:
         """The weights now, as a fresh flat vector on the host."""
-        flat = np.empty(self._layout.num_values, np.float32)
+        piece = self._layout.piece(values)
+        flat = np.empty(piece.layout.num_values, np.float32)
         with torch.no_grad():
-            for parameter, view in zip(self._parameters, self._views(flat), strict=True):
+            for parameter, view in zip(piece.of(self._parameters), views_of(piece.layout, flat), strict=True):
                 view.copy_(parameter)
         return flat
 
-    def movement(self) -> Float32:
+    def movement(self, values: slice | None = None) -> Float32:
         """What was learned since the anchor, as a fresh flat vector on the host."""
-        moved = self.read()
-        moved -= self._anchor
+        moved = self.read(values)
+        moved -= self._anchor[values or slice(None)]
         return moved
 
-    def land(self, new_anchor: Float32, snapshot: Movement) -> None:
+    def land(self, new_anchor: Float32, snapshot: Movement, values: slice | None = None) -> None:
         """Weights = ``new_anchor`` + (movement now - ``snapshot``): what was learned since the snapshot stays."""
-        self._views(new_anchor)  # a wrong length is refused before anything changes
+        views_of(self._layout.piece(values).layout, new_anchor)  # a wrong length is refused before anything changes
         if len(snapshot) != len(new_anchor):
             raise SwarmError("a snapshot of another length than the anchor")
-        weights = self.movement()
+        weights = self.movement(values)
         weights -= snapshot[:]
         weights += new_anchor
-        self.load(weights)
-        self._anchor = new_anchor.copy()
+        self.load(weights, values)
+        self._anchor[values or slice(None)] = new_anchor
 
     def step(self, tokens: Tokens, learning_rate: float) -> StepResult:
         """One inner step on ``tokens`` [B, L+1].

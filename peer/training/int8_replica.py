@@ -23,7 +23,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -37,7 +36,7 @@ from peer.training.int8_evaluation import holding, mean_loss
 from peer.training.int8_matrix import InnerStep, Int8Matrix
 from peer.training.int8_model import materialise_vectors, replace_matrices
 from peer.training.int8_modules import Int8Linear, cross_entropy
-from peer.training.layout import Layout
+from peer.training.layout import Layout, Piece
 from peer.training.microbatches import Microbatch, Microbatches, StepResult, Tokens, Trained, check_batch
 from peer.training.movement import BLOCK_VALUES, Movement, PackedEntry, PackedWeights, ReplicaMovement
 from peer.training.passes import Passed, Passes, StepOutcome
@@ -95,50 +94,61 @@ class Int8Replica:
         self._passes = Passes(self._model, device, self._compute, self._loss if self._head is not None else None)
         self._inner_step: InnerStep | None = None
         self._microbatches = Microbatches(microbatch_sequences, device)
-        self._optimizer = self._fresh_optimizer()
+        optimised = self._vectors or [nn.Parameter(torch.zeros(1, device=device))]
+        self._optimizer = build_optimizer(optimised, inner.model_copy(update={"optimizer": "adamw"}), device)
         self._carried: PackedWeights | None = None
+        whole = layout.piece(None)
         if not is_empty:
-            self._put(initial)
-        self._begin_from_here()
+            self._put(initial, whole)
+        self._start = self._pack(whole)
 
     # ---- weights in and out -------------------------------------------------------------------------------------
 
-    def load(self, anchor: Float32) -> None:
-        """Put the weights of ``anchor`` in, in 8 bits; moments stay. Raises `SwarmError` for a wrong length."""
-        self._put(views_of(self._layout, anchor))
-        self._begin_from_here()
+    def load(self, anchor: Float32, values: slice | None = None) -> None:
+        """Put the weights of ``anchor`` in, in 8 bits; moments stay. Raises `SwarmError` for a wrong length.
 
-    def reset(self, anchor: Float32) -> None:
+        ``values``, here and below: which of the layout's it has (None: all); whole parameters.
+        """
+        piece = self._layout.piece(values)
+        self._put(views_of(piece.layout, anchor), piece)
+        self._begin_from_here(piece)
+
+    def reset(self, anchor: Float32, values: slice | None = None) -> None:
         """Start again from ``anchor`` with fresh moments: the way out of repeated bad steps."""
-        self.load(anchor)
-        for matrix in self._matrices:
-            matrix.moments.forget()
+        self.load(anchor, values)
+        for member in self._layout.piece(values).of(self._members):
+            if isinstance(member, Int8Matrix):
+                member.moments.forget()
+            else:
+                self._optimizer.state.pop(member, None)
         self._usual_shares = first_shares(len(self._matrices) + 1)
-        self._optimizer = self._fresh_optimizer()
 
     def read(self) -> Float32:
         """The dequantised weights now, as a fresh flat vector on the host."""
-        return self._pack()[:]
+        return self._pack(self._layout.piece(None))[:]
 
-    def movement(self) -> Movement:
-        """What was learned since the anchor, 1 byte a value; it stays as it is until the replica lands."""
-        return ReplicaMovement(now=self._pack(), start=self._start, carried=self._carried)
+    def movement(self, values: slice | None = None) -> Movement:
+        """What was learned since the anchor, 1 byte a value; it stays as it is until these ``values`` land."""
+        piece = self._layout.piece(values)
+        carried = None if self._carried is None else self._carried.piece(piece)
+        return ReplicaMovement(now=self._pack(piece), start=self._start.piece(piece), carried=carried)
 
-    def land(self, new_anchor: Float32, snapshot: Movement) -> None:
+    def land(self, new_anchor: Float32, snapshot: Movement, values: slice | None = None) -> None:
         """Weights = quantised (``new_anchor`` + what was learned since ``snapshot``), which is carried into the next.
 
         What is carried is itself rounded to 8 bits first, stochastically, and then used for both: so what the replica
         does from here and what its movement says agree to the bit. Tile by tile, where start and carried movement
         lie already: ``snapshot`` shares them, and is of no use afterwards.
         """
-        if len(new_anchor) != len(snapshot) or len(new_anchor) != self._layout.num_values:
+        piece = self._layout.piece(values)
+        if len(new_anchor) != len(snapshot) or len(new_anchor) != piece.layout.num_values:
             raise SwarmError("an anchor or a snapshot of another length than the layout")
         seed = torch.randint(2**62, (), generator=self._generator, device=self._device)
         host = torch.Generator().manual_seed(int(seed))
-        carried = self._carried or self._zeros()
-        anchors = views_of(self._layout, new_anchor)
-        for index, (entry, member) in enumerate(zip(self._layout.entries, self._members, strict=True)):
-            columns = anchors[index][0].numel()
+        carried = self._carried or self._start.zeros()
+        anchors = views_of(piece.layout, new_anchor)
+        for index, entry, anchor in zip(piece.indices, piece.layout.entries, anchors, strict=True):
+            member, columns = self._members[index], anchor[0].numel()
             for first, last in _row_tiles(member):
                 span = slice(first * columns, last * columns)
                 flat = slice(entry.offset + span.start, entry.offset + span.stop)
@@ -146,7 +156,7 @@ class Int8Replica:
                 learned -= snapshot[flat]
                 packed = _packed(learned, host if isinstance(member, Int8Matrix) else None)
                 moved = torch.from_numpy(packed.values(0, len(packed.codes)))
-                self._write(member, first, moved.add_(anchors[index].view(-1)[span]))
+                self._write(member, first, moved.add_(anchor.view(-1)[span]))
                 carried.entries[index].write(span.start, packed)
                 self._start.entries[index].write(span.start, self._piece(member, span))
         self._carried = carried
@@ -168,16 +178,8 @@ class Int8Replica:
             return PackedEntry(kept[0], kept[1])
         return PackedEntry(member.detach().reshape(-1)[span].to("cpu", copy=True).numpy(), None)
 
-    def _zeros(self) -> PackedWeights:
-        """No movement, in room of its own."""
-        entries = (
-            PackedEntry(np.zeros_like(e.codes), None if e.scales is None else np.zeros_like(e.scales))
-            for e in self._start.entries
-        )
-        return PackedWeights(self._layout, tuple(entries))
-
-    def _put(self, values: list[torch.Tensor]) -> None:
-        for member, value in zip(self._members, values, strict=True):
+    def _put(self, values: list[torch.Tensor], piece: Piece) -> None:
+        for member, value in zip(piece.of(self._members), values, strict=True):
             flat = value.reshape(member.shape[0], -1)
             for first, last in _row_tiles(member):
                 self._write(member, first, flat[first:last].clone())
@@ -189,13 +191,15 @@ class Int8Replica:
         else:
             member.detach().copy_(values.view(member.shape))
 
-    def _pack(self) -> PackedWeights:
-        members = zip(self._layout.entries, self._members, strict=True)
-        return PackedWeights(self._layout, tuple(self._piece(member, slice(0, e.size)) for e, member in members))
+    def _pack(self, piece: Piece) -> PackedWeights:
+        members = zip(piece.layout.entries, piece.of(self._members), strict=True)
+        return PackedWeights(piece.layout, tuple(self._piece(member, slice(0, e.size)) for e, member in members))
 
-    def _begin_from_here(self) -> None:
-        self._start = self._pack()
-        self._carried = None
+    def _begin_from_here(self, piece: Piece) -> None:
+        """Nothing was learned yet in ``piece``. A movement that somebody holds stays as it is."""
+        self._start = self._start.replaced(piece, self._pack(piece))
+        if self._carried is not None:
+            self._carried = self._carried.replaced(piece, self._start.piece(piece).zeros())
 
     # ---- steps --------------------------------------------------------------------------------------------------
 
@@ -375,10 +379,6 @@ class Int8Replica:
         moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
         matrices = [tensor for matrix in self._matrices for tensor in matrix.tensors()]
         return [self._dither.table, *matrices, *self._vectors, *moments]
-
-    def _fresh_optimizer(self) -> torch.optim.Optimizer:
-        vectors = self._vectors or [nn.Parameter(torch.zeros(1, device=self._device))]
-        return build_optimizer(vectors, self._inner.model_copy(update={"optimizer": "adamw"}), self._device)
 
 
 def _packed(values: Float32, generator: torch.Generator | None) -> PackedEntry:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peer.rounds.codec import Float32
-from peer.training.layout import Entry, Layout
+from peer.training.layout import Entry, Layout, Piece
 
 # Values that share a scale.
 BLOCK_VALUES = 256
@@ -51,6 +51,9 @@ class PackedEntry:
         if self.scales is not None and other.scales is not None:
             self.scales[first // BLOCK_VALUES :][: len(other.scales)] = other.scales
 
+    def zeros(self) -> PackedEntry:
+        return PackedEntry(np.zeros_like(self.codes), None if self.scales is None else np.zeros_like(self.scales))
+
     @property
     def size_bytes(self) -> int:
         return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
@@ -74,6 +77,19 @@ class PackedWeights:
             if _overlaps(entry, first, last)
         ]
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+    def piece(self, piece: Piece) -> PackedWeights:
+        """Those of ``piece``, without a copy."""
+        return PackedWeights(piece.layout, tuple(piece.of(self.entries)))
+
+    def zeros(self) -> PackedWeights:
+        """No movement, in room of its own."""
+        return PackedWeights(self.layout, tuple(entry.zeros() for entry in self.entries))
+
+    def replaced(self, piece: Piece, other: PackedWeights) -> PackedWeights:
+        """These weights, but for ``piece``, which is ``other``; without a copy."""
+        first, last = piece.indices.start, piece.indices.stop
+        return PackedWeights(self.layout, (*self.entries[:first], *other.entries, *self.entries[last:]))
 
     @property
     def size_bytes(self) -> int:

@@ -39,12 +39,15 @@ RATE_WINDOW_S = 10.0
 
 
 class Replica(Protocol):
-    """What the trainer needs of a replica, in 8 bits or fp32. Only the trainer's thread touches it after the start."""
+    """What the trainer needs of a replica, in 8 bits or fp32. Only the trainer's thread touches it after the start.
 
-    def load(self, anchor: Float32) -> None: ...
-    def reset(self, anchor: Float32) -> None: ...
-    def movement(self) -> Movement: ...
-    def land(self, new_anchor: Float32, snapshot: Movement) -> None: ...
+    ``values``: of which shard, in the flat vector of the whole; None: all.
+    """
+
+    def load(self, anchor: Float32, values: slice | None = None) -> None: ...
+    def reset(self, anchor: Float32, values: slice | None = None) -> None: ...
+    def movement(self, values: slice | None = None) -> Movement: ...
+    def land(self, new_anchor: Float32, snapshot: Movement, values: slice | None = None) -> None: ...
     def step(self, tokens: Tokens, learning_rate: float) -> StepResult: ...
     def evaluate(self, anchor: Float32, batches: Sequence[Tokens]) -> float: ...
 
@@ -203,9 +206,9 @@ class Trainer:
             raise DeadlineExceeded(f"the trainer did not answer within {timeout_s:.0f} s") from error
         return result
 
-    async def snapshot(self, timeout_s: float = COMMAND_TIMEOUT_S) -> Snapshot:
+    async def snapshot(self, values: slice | None = None, timeout_s: float = COMMAND_TIMEOUT_S) -> Snapshot:
         """The movement between two steps."""
-        return await self.call(self._snapshot, timeout_s)
+        return await self.call(lambda: self._snapshot(values), timeout_s)
 
     async def land(self, new_anchor: Float32, snapshot: Snapshot, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
         """Put the replica onto ``new_anchor``; what it learned since ``snapshot`` stays and is pending."""
@@ -215,9 +218,9 @@ class Trainer:
         """Put the replica onto ``anchor`` as it is; its own movement is dropped, its moments stay."""
         await self.call(lambda: self._replace(self._replica.load, anchor), timeout_s)
 
-    async def reset(self, anchor: Float32, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
+    async def reset(self, anchor: Float32, values: slice | None = None, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
         """Start again from ``anchor`` with fresh moments; nothing is pending afterwards."""
-        await self.call(lambda: self._replace(self._replica.reset, anchor), timeout_s)
+        await self.call(lambda: self._replace(lambda anchor: self._replica.reset(anchor, values), anchor), timeout_s)
 
     async def evaluate(self, anchor: Float32, batches: Sequence[Tokens], timeout_s: float = COMMAND_TIMEOUT_S) -> float:
         """Mean loss of ``anchor`` over ``batches``, in nats per token; training goes on from where it was.
@@ -305,10 +308,10 @@ class Trainer:
             if not self._commands and not self._stopping:
                 self._changed.wait(seconds)
 
-    def _snapshot(self) -> Snapshot:
+    def _snapshot(self, values: slice | None) -> Snapshot:
         stats = self._stats
         return Snapshot(
-            movement=self._replica.movement(),
+            movement=self._replica.movement(values),
             tokens=stats.pending_tokens,
             steps=stats.pending_steps,
             total_tokens=stats.tokens,

@@ -18,6 +18,7 @@ from averaging_place import PATTERN_VALUES, Place, error_of, serve, settle_in, v
 
 from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.network import Network, NetworkConfig, open_network
+from peer.rounds.answering import answer_peers
 from peer.rounds.exchange import ROUND_METHOD, Exchange
 from peer.rounds.exchange_parts import Committed, ExchangeParts
 from peer.rounds.ledger import Ledger, LedgerOptions
@@ -188,7 +189,7 @@ class _OurSide:
         )
         self._exchange = Exchange(parts, head)
         self._member = member_of(self._exchange, place, lifetime_s=30.0)
-        await self._member.serve()
+        await answer_peers([self._member])
         self._job = asyncio.create_task(self._member.run())
         return {}
 

@@ -22,6 +22,7 @@ from chaos_account import STEP
 from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.fetch import HolderBook
 from peer.p2p.network import Network
+from peer.rounds.answering import answer_peers
 from peer.rounds.blocks import BLOCK_VALUES
 from peer.rounds.catch_up import Newcomer, obtain_state
 from peer.rounds.exchange import Exchange
@@ -102,7 +103,7 @@ async def _live(orders: Connection, tell: _Teller, place: Place, rules: Rules, o
     trainer = CountingTrainer(rules.num_values, tell)
     exchange = await _stand_up(network, tell, place, rules, trainer)
     member = member_of(exchange, place, STATUS_LIFETIME_S)
-    await member.serve()
+    await answer_peers([member])
     owed = [
         -float(exchange.shard.owed(slice(s, s + BLOCK_VALUES))[0]) for s in range(0, rules.num_values, SLICE_VALUES)
     ]

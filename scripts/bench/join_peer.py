@@ -23,6 +23,7 @@ from join_world import DONORS, World
 
 from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.fetch import HolderBook
+from peer.rounds.answering import answer_peers
 from peer.rounds.catch_up import Newcomer, obtain_state
 from peer.rounds.exchange import Exchange
 from peer.rounds.exchange_parts import Committed, ExchangeParts
@@ -124,7 +125,7 @@ class _Replica:
         self._exchange = Exchange(parts, head)
         member = member_of(self._exchange, self._place, STATUS_LIFETIME_S)
         member.parts.words.trains = False
-        await member.serve()
+        await answer_peers([member])
         self._job = asyncio.create_task(member.run())
 
     async def _until_replayed(self) -> None:

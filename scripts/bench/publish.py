@@ -47,11 +47,10 @@ from peer.training.model import layout_of
 from peer.training.trainer import Hooks, Limits, Trainer
 from swarm import manifest as manifests
 from swarm import run_spec
-from swarm.log import LogHead
 from swarm.proto.checkpoint_pb2 import Attestation
 from swarm.publication import Publication
 from swarm.run_spec import Inner
-from tests.checkpoint_samples import MOMENTUM_DIGEST, ORGANIZER, make_parts, publication_of, state_digest_of
+from tests.checkpoint_samples import ORGANIZER, make_parts, publication_of, shard_parts_of
 
 TRAINED = Shape(hidden=128, inner=320, layers=2, heads=4, vocab=1024)
 LENGTH = 64
@@ -106,10 +105,6 @@ def copied(anchor: np.ndarray, folder: Path) -> np.ndarray:
         return np.memmap(file, "<f4", mode="c", shape=anchor.shape).view(np.ndarray)
 
 
-def head_of(run_id: bytes, number: int) -> LogHead:
-    return LogHead(run_id=run_id, shard=0, round=number, log_digest=b"l" * 32, voters=(b"v" * 32,), total_tokens=9)
-
-
 async def publication(maker: CheckpointMaker, ready: asyncio.Queue[int], state: StateCopy, folder: Path) -> float:
     """Seconds until the round of ``state`` is signed and served."""
     began = time.monotonic()
@@ -130,12 +125,8 @@ async def measure(root: Path, num_parameters: int, publications: int, baseline_s
     folder.mkdir()
     parts, layout = make_parts(num_values=2), layout_with(num_parameters)
     anchor = np.random.default_rng(0).standard_normal(layout.num_values, np.float32)
-    state = StateCopy(
-        head=head_of(parts.run_id, 1),
-        state_digest=state_digest_of(layout.views(anchor)),
-        momentum_digest=MOMENTUM_DIGEST,
-        anchor=anchor,
-    )
+    states = (shard_parts_of(layout.views(anchor)),)
+    state = StateCopy(round=1, total_tokens=9, states=states, anchor=anchor)
     ready: asyncio.Queue[int] = asyncio.Queue()
     template = Template(
         folder=folder,
@@ -157,7 +148,7 @@ async def measure(root: Path, num_parameters: int, publications: int, baseline_s
         for number in range(1, publications + 1):
             before = await rate_of(trainer, baseline_s)
             steps = trainer.stats.steps
-            seconds = await publication(maker, ready, replace(state, head=head_of(parts.run_id, number)), folder)
+            seconds = await publication(maker, ready, replace(state, round=number), folder)
             during = (trainer.stats.steps - steps) / seconds
             after = await rate_of(trainer, baseline_s)
             quiet = (before + after) / 2

@@ -101,7 +101,7 @@ def prepare_run(path: Path, base: Path | None = None) -> PreparedRun:
     spec, anchor = _with_base(spec, manifest, state, base)
     signed_spec = organizer.sign(run_spec.CONTEXT, spec.run_id, spec.canonical_bytes())
     _refuse_another_run(state, spec)
-    genesis = _genesis(state, spec, organizer, lambda: _first_anchor(spec, manifest) if anchor is None else anchor)
+    genesis = _genesis(state, spec, organizer, lambda: _first_anchors(spec, manifest, anchor))
     write_durably(state / "spec.sig", signed_spec.SerializeToString())
     offline = governing.begin(state, spec, organizer)
     source = RunSource(
@@ -148,10 +148,15 @@ def _with_base(spec: RunSpec, manifest: DataManifest, state: Path, base: Path | 
     return spec.model_copy(update={"base": started_spec(state).base}), None
 
 
-def _first_anchor(spec: RunSpec, manifest: DataManifest) -> Float32:
+def _first_anchors(spec: RunSpec, manifest: DataManifest, whole: Float32 | None) -> list[Float32]:
+    """The anchor of each shard; ``whole``: of a checkpoint that the run starts from."""
     from peer.training import model
+    from peer.training.cut import cut
 
-    return model.initial_anchor(model.build_config(spec, manifest.vocab_size), spec.seed)
+    config = model.build_config(spec, manifest.vocab_size)
+    if whole is None:
+        whole = model.initial_anchor(config, spec.seed)
+    return [whole[shard.values] for shard in cut(config, spec.num_shards)]
 
 
 def _refuse_another_run(state: Path, spec: RunSpec) -> None:
@@ -175,32 +180,34 @@ def _read_signed(path: Path, context: str, run_id: bytes | None = None) -> Signe
     return signed
 
 
-def _genesis(state: Path, spec: RunSpec, organizer: Identity, first_anchor: Callable[[], Float32]) -> Signed:
-    """The signed genesis; the first time, its state is built and written to the seed peer's disk."""
+def _genesis(state: Path, spec: RunSpec, organizer: Identity, first_anchors: Callable[[], list[Float32]]) -> Signed:
+    """The signed genesis; the first time, the states of all shards are built and written to the seed peer's disk."""
     path = state / "genesis.sig"
     if path.exists():
         signed = _read_signed(path, GENESIS_CONTEXT, spec.run_id)
         parse_genesis(signed, spec.run_id, organizer.public_key, spec.num_shards)
         return signed
     from peer.home import Home
-    from peer.joining import DEFAULT_DISK_BYTES, SHARD
+    from peer.joining import DEFAULT_DISK_BYTES
     from peer.p2p.chunk_store import ChunkStore
     from peer.rounds.ledger import Ledger, LedgerOptions
     from peer.rounds.shard import Shard
 
     home = Home(state / "seed")
     seed = keyfiles.load_or_create(home.key_path)
-    shard = Shard(spec, SHARD, first_anchor())
+    shards = [Shard(spec, number, anchor) for number, anchor in enumerate(first_anchors())]
     genesis = Genesis(
         run_id=spec.run_id,
         voters=[seed.public_key],
-        shards=[ShardGenesis(state_digest=shard.state_digest, num_values=shard.num_values)],
+        shards=[ShardGenesis(state_digest=shard.state_digest, num_values=shard.num_values) for shard in shards],
         created_unix_s=int(time.time()),
     )
     folder = home.run_folder(spec.run_id)
     chunks = ChunkStore(folder / "chunks", DEFAULT_DISK_BYTES)
-    ledger = Ledger(folder / f"shard-{SHARD}", genesis_head(genesis, SHARD), chunks, LedgerOptions(archive=True))
-    ledger.save_state(0, shard)
+    for shard in shards:
+        head = genesis_head(genesis, shard.index)
+        ledger = Ledger(folder / f"shard-{shard.index}", head, chunks, LedgerOptions(archive=True))
+        ledger.save_state(0, shard)
     signed = organizer.sign(GENESIS_CONTEXT, spec.run_id, genesis.SerializeToString())
     write_durably(path, signed.SerializeToString())
     return signed

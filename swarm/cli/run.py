@@ -166,6 +166,8 @@ def status(invite: InviteText, as_json: Json = False) -> None:
         return
     done = 100 * reply.total_tokens / max(1, reply.target_tokens)
     print(f"{reply.name}: round {reply.round}, {reply.total_tokens} of {reply.target_tokens} tokens ({done:.0f} %)")
+    if len(values["shards"]) > 1:
+        _table("Shards", ["shard", "round", "tokens", "replicas", "tokens/s"], values["shards"])
     _table(
         "Rounds", ["round", "tokens", "train loss", "validation loss", "contributors", "absent parts"], values["rounds"]
     )
@@ -195,6 +197,16 @@ def _progress_values(reply: GetProgressReply) -> dict[str, Any]:
         "total tokens": reply.total_tokens,
         "target tokens": reply.target_tokens,
         "initial validation loss": loss(reply.initial_validation_loss),
+        "shards": [
+            {
+                "shard": number,
+                "round": shard.round,
+                "tokens": shard.total_tokens,
+                "replicas": shard.replicas,
+                "tokens/s": round(shard.tokens_per_s),
+            }
+            for number, shard in enumerate(reply.shards)
+        ],
         "rounds": [
             {
                 "round": r.round,
@@ -269,13 +281,25 @@ class _Voice:
             sys.stdout.write(json.dumps({"event": kind, **clean}) + "\n")
             sys.stdout.flush()
         elif self._view is not None and kind.endswith(("progress", "commit")):
-            self._view.update({key: value for key, value in values.items() if key in _SHOWN})
+            self._view.update({key: _shown(value) for key, value in values.items() if key in _SHOWN})
         else:
             sys.stdout.write(f"{kind}\n" + "".join(f"  {key}: {value}\n" for key, value in values.items()))
             sys.stdout.flush()
 
 
-_SHOWN = ("round", "committed tokens", "target tokens", "my tokens", "tokens/s", "loss", "peers", "sent bytes")
+_SHOWN = frozenset(
+    {"round", "committed tokens", "target tokens", "my tokens", "tokens/s", "loss", "peers", "sent bytes", "shards"}
+)
+
+
+def _shown(value: Any) -> Any:
+    """A value of the live view; of several shards each in a few words."""
+    if not isinstance(value, list):
+        return value
+    return "; ".join(
+        f"{each['shard']}: round {each['round']}, {each['replicas']} replicas, {each['tokens/s']} tokens/s"
+        for each in value
+    )
 
 
 def _plans(values: dict[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class ReportRequest(_message.Message):
     def __init__(self, report: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
 
 class ReportPayload(_message.Message):
-    __slots__ = ("round", "train_loss", "validation_loss", "tokens_per_s", "bytes_sent", "bytes_received", "sent_unix_ms", "state_digest", "log_digest", "leaving", "seed_addresses", "device", "incident")
+    __slots__ = ("round", "train_loss", "validation_loss", "tokens_per_s", "bytes_sent", "bytes_received", "sent_unix_ms", "state_digest", "log_digest", "leaving", "seed_addresses", "device", "incident", "first_shard", "num_shards")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     TRAIN_LOSS_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +75,8 @@ class ReportPayload(_message.Message):
     SEED_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     INCIDENT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_SHARD_FIELD_NUMBER: _ClassVar[int]
+    NUM_SHARDS_FIELD_NUMBER: _ClassVar[int]
     round: int
     train_loss: float
     validation_loss: float
@@ -88,13 +90,17 @@ class ReportPayload(_message.Message):
     seed_addresses: _containers.RepeatedScalarFieldContainer[str]
     device: str
     incident: str
-    def __init__(self, round: _Optional[int] = ..., train_loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., sent_unix_ms: _Optional[int] = ..., state_digest: _Optional[bytes] = ..., log_digest: _Optional[bytes] = ..., leaving: _Optional[bool] = ..., seed_addresses: _Optional[_Iterable[str]] = ..., device: _Optional[str] = ..., incident: _Optional[str] = ...) -> None: ...
+    first_shard: int
+    num_shards: int
+    def __init__(self, round: _Optional[int] = ..., train_loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., sent_unix_ms: _Optional[int] = ..., state_digest: _Optional[bytes] = ..., log_digest: _Optional[bytes] = ..., leaving: _Optional[bool] = ..., seed_addresses: _Optional[_Iterable[str]] = ..., device: _Optional[str] = ..., incident: _Optional[str] = ..., first_shard: _Optional[int] = ..., num_shards: _Optional[int] = ...) -> None: ...
 
 class ReportReply(_message.Message):
-    __slots__ = ("next_round_wanted",)
+    __slots__ = ("next_round_wanted", "of_other_shards")
     NEXT_ROUND_WANTED_FIELD_NUMBER: _ClassVar[int]
+    OF_OTHER_SHARDS_FIELD_NUMBER: _ClassVar[int]
     next_round_wanted: int
-    def __init__(self, next_round_wanted: _Optional[int] = ...) -> None: ...
+    of_other_shards: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, next_round_wanted: _Optional[int] = ..., of_other_shards: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RecordCommitsRequest(_message.Message):
     __slots__ = ("commits",)
@@ -159,7 +165,7 @@ class PeerProgress(_message.Message):
     def __init__(self, peer_key: _Optional[bytes] = ..., round: _Optional[int] = ..., state_digest: _Optional[bytes] = ..., tokens: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., last_seen_unix_ms: _Optional[int] = ..., leaving: _Optional[bool] = ..., device: _Optional[str] = ..., log_digest: _Optional[bytes] = ...) -> None: ...
 
 class GetProgressReply(_message.Message):
-    __slots__ = ("name", "round", "total_tokens", "target_tokens", "rounds", "peers", "initial_validation_loss", "incidents")
+    __slots__ = ("name", "round", "total_tokens", "target_tokens", "rounds", "peers", "initial_validation_loss", "incidents", "shards")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +174,7 @@ class GetProgressReply(_message.Message):
     PEERS_FIELD_NUMBER: _ClassVar[int]
     INITIAL_VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
     INCIDENTS_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
     name: str
     round: int
     total_tokens: int
@@ -176,7 +183,20 @@ class GetProgressReply(_message.Message):
     peers: _containers.RepeatedCompositeFieldContainer[PeerProgress]
     initial_validation_loss: float
     incidents: _containers.RepeatedCompositeFieldContainer[Incident]
-    def __init__(self, name: _Optional[str] = ..., round: _Optional[int] = ..., total_tokens: _Optional[int] = ..., target_tokens: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundProgress, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[PeerProgress, _Mapping]]] = ..., initial_validation_loss: _Optional[float] = ..., incidents: _Optional[_Iterable[_Union[Incident, _Mapping]]] = ...) -> None: ...
+    shards: _containers.RepeatedCompositeFieldContainer[ShardProgress]
+    def __init__(self, name: _Optional[str] = ..., round: _Optional[int] = ..., total_tokens: _Optional[int] = ..., target_tokens: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundProgress, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[PeerProgress, _Mapping]]] = ..., initial_validation_loss: _Optional[float] = ..., incidents: _Optional[_Iterable[_Union[Incident, _Mapping]]] = ..., shards: _Optional[_Iterable[_Union[ShardProgress, _Mapping]]] = ...) -> None: ...
+
+class ShardProgress(_message.Message):
+    __slots__ = ("round", "total_tokens", "replicas", "tokens_per_s")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    total_tokens: int
+    replicas: int
+    tokens_per_s: float
+    def __init__(self, round: _Optional[int] = ..., total_tokens: _Optional[int] = ..., replicas: _Optional[int] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class Incident(_message.Message):
     __slots__ = ("told_unix_ms", "text", "attestations")

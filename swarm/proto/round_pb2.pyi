@@ -256,10 +256,12 @@ class RoundMessage(_message.Message):
     def __init__(self, shard: _Optional[int] = ..., round: _Optional[int] = ..., ballot: _Optional[_Union[Ballot, _Mapping]] = ..., open: _Optional[_Union[OpenRound, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, _Mapping]] = ..., average: _Optional[_Union[Average, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., promise: _Optional[_Union[Promise, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., vote: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
 
 class PingRequest(_message.Message):
-    __slots__ = ("leaving",)
+    __slots__ = ("leaving", "shard")
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
     leaving: bool
-    def __init__(self, leaving: _Optional[bool] = ...) -> None: ...
+    shard: int
+    def __init__(self, leaving: _Optional[bool] = ..., shard: _Optional[int] = ...) -> None: ...
 
 class PingReply(_message.Message):
     __slots__ = ("round", "alive_ms")

@@ -53,7 +53,7 @@ async def test_a_run_from_the_first_call_to_a_published_checkpoint(tmp_path: Pat
             assert (run.manifest_bytes, run.tokenizer_bytes) == (world.source.data_manifest, world.source.tokenizer)
             assert abs(run.clock_offset_s) < 1
             await volunteer.admit()
-            assert await volunteer.report(report_payload(round=0)) == 1
+            assert await volunteer.report(report_payload(round=0)) == (1,)
         assert await seed.record_commits(world.commits(70)) == 71
         assert await seed.record_commits([]) == 71
         await seed.attest(world.attestation(70))

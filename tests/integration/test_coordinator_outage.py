@@ -57,7 +57,7 @@ async def test_the_client_goes_on_after_the_coordinator_was_away(tmp_path: Path)
             await client.progress()
         assert "training goes on" in caught.value.advice
     async with coordinator(world, tmp_path, port=server.port):
-        assert await client.report(report_payload()) == 1
+        assert await client.report(report_payload()) == (1,)
     await client.close()
     with pytest.raises(Unreachable, match="closed"):
         await client.progress()

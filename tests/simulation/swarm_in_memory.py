@@ -19,12 +19,14 @@ import numpy as np
 
 from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.fetch import HolderBook
+from peer.rounds.answering import answer_peers
 from peer.rounds.catch_up import Newcomer, obtain_state
 from peer.rounds.exchange import Exchange
 from peer.rounds.exchange_parts import Committed, ExchangeParts
 from peer.rounds.ledger import Ledger, LedgerOptions
 from peer.rounds.member import Member, MemberParts, Words
 from peer.rounds.mending import Incident
+from peer.rounds.pace import Pace
 from peer.rounds.resume import resume
 from peer.rounds.shard import Shard
 from peer.rounds.statuses import ADMISSION_CONTEXT, StatusRules
@@ -40,7 +42,12 @@ PHASES = ("prepare", "promise", "open", "contribution", "average", "accept", "vo
 
 
 def make_spec(
-    organizer: Identity, publication: Identity, outer: dict[str, Any] | None = None, **rounds: Any
+    organizer: Identity,
+    publication: Identity,
+    outer: dict[str, Any] | None = None,
+    num_shards: int = 1,
+    total_tokens: int = 10**9,
+    **rounds: Any,
 ) -> RunSpec:
     settings = {
         "tokens_per_round": 3000,
@@ -52,7 +59,8 @@ def make_spec(
     return RunSpec(
         name="simulated",
         seed=1,
-        total_tokens=10**9,
+        num_shards=num_shards,
+        total_tokens=total_tokens,
         organizer_key=organizer.public_key.hex(),
         publication_key=publication.public_key.hex(),
         model={"family": "llama", "config": {}},
@@ -97,12 +105,15 @@ async def run_inline(work: Callable[[], Any]) -> Any:
 
 @dataclass
 class SimulatedPeer:
+    """What is not said to be of all shards is of the first."""
+
     identity: Identity
     folder: Path
     transport: MemoryTransport
-    trainer: DriftingTrainer | None
-    exchange: Exchange
-    member: Member
+    members: list[Member] = field(default_factory=list)
+    """of all shards"""
+    trainers: list[DriftingTrainer] = field(default_factory=list)
+    """of all shards; they count alike"""
     digests: dict[int, bytes] = field(default_factory=dict)
     commits: list[Committed] = field(default_factory=list)
     incidents: list[tuple[Incident, np.ndarray]] = field(default_factory=list)
@@ -114,27 +125,50 @@ class SimulatedPeer:
         return self.identity.public_key
 
     @property
+    def member(self) -> Member:
+        return self.members[0]
+
+    @property
+    def exchange(self) -> Exchange:
+        return self.member.parts.exchange
+
+    @property
+    def trainer(self) -> DriftingTrainer | None:
+        return self.trainers[0] if self.trainers else None
+
+    @property
+    def rounds(self) -> list[int]:
+        """Applied, of every shard."""
+        return [member.parts.exchange.head.round for member in self.members]
+
+    @property
     def round(self) -> int:
         return self.exchange.head.round
 
 
 class SimulatedSwarm:
-    def __init__(self, folder: Path, *, num_values: int = 50_000, **rounds: Any) -> None:
+    def __init__(self, folder: Path, *, num_values: int = 50_000, num_shards: int = 1, **rounds: Any) -> None:
+        """``num_values``: of each shard."""
         self.folder = folder
         self.network = MemoryNetwork()
         self.publication = Identity(b"p" * 32)
-        self.spec = make_spec(Identity(b"o" * 32), self.publication, **rounds)
+        self.spec = make_spec(Identity(b"o" * 32), self.publication, num_shards=num_shards, **rounds)
         self.num_values = num_values
-        self.anchor = np.random.default_rng(0).standard_normal(num_values).astype(np.float32)
+        self.first_anchors = [
+            np.random.default_rng(shard).standard_normal(num_values).astype(np.float32) for shard in range(num_shards)
+        ]
         self.seed_identity = Identity(b"s" * 32)
-        state = Shard(self.spec, 0, self.anchor.copy())
+        states = [Shard(self.spec, shard, anchor.copy()) for shard, anchor in enumerate(self.first_anchors)]
         self.genesis = Genesis(
             run_id=self.spec.run_id,
             voters=[self.seed_identity.public_key],
-            shards=[ShardGenesis(state_digest=state.state_digest, num_values=num_values)],
+            shards=[ShardGenesis(state_digest=state.state_digest, num_values=num_values) for state in states],
         )
         self.peers: dict[str, SimulatedPeer] = {}
-        self.history: dict[int, set[bytes]] = {}
+        self.history: dict[tuple[int, int], set[bytes]] = {}
+        """state digests, by shard and round"""
+        self.committed_at_s: dict[tuple[int, int], float] = {}
+        """when a round was first applied, by shard and round"""
         self.anchors: dict[bytes, np.ndarray] = {}
         """by log digest"""
         self.slept_s: dict[str, float] = {}
@@ -164,6 +198,11 @@ class SimulatedSwarm:
         peer.transport.alive = False
         for task in peer.tasks:
             task.cancel()
+
+    def trained(self, name: str) -> int:
+        """Tokens, since its start."""
+        trainer = self.peers[name].trainer
+        return trainer.tokens if trainer is not None else 0
 
     def name_of(self, key: bytes) -> str:
         return next(name for name, peer in self.peers.items() if peer.key == key)
@@ -198,7 +237,7 @@ class SimulatedSwarm:
                 for task in self.peers[name].tasks:
                     if task.done() and not task.cancelled():
                         task.result()
-            return all(self.peers[name].round >= round_number for name in names)
+            return all(min(self.peers[name].rounds) >= round_number for name in names)
 
         await self.until(reached, f"round {round_number} by {names}", at_most_s=at_most_s)
 
@@ -214,75 +253,90 @@ class SimulatedSwarm:
     def assert_equal_states(self) -> None:
         """The property of the whole system: replicas that applied a round hold equal state digests."""
         assert self.history, "no round was applied"
-        for round_number, digests in self.history.items():
-            assert len(digests) == 1, f"round {round_number}: {len(digests)} different states"
+        for (shard, number), digests in self.history.items():
+            assert len(digests) == 1, f"shard {shard}, round {number}: {len(digests)} different states"
 
     async def _start(self, name: str, identity: Identity, *, trains: bool, upload_bps: int = 10**7) -> SimulatedPeer:
         folder = self.folder / name
-        transport = self.network.join(identity)
+        peer = SimulatedPeer(identity, folder, self.network.join(identity))
         chunks = ChunkStore(folder / "chunks", 1 << 30, read_in_thread=False)
-        ledger = Ledger(folder / "shard-0", genesis_head(self.genesis, 0), chunks, LedgerOptions(archive=not trains))
-        head, shard = await self._state(name, transport, ledger, chunks)
-        trainer = DriftingTrainer(int.from_bytes(identity.public_key[:4], "big")) if trains else None
-        peer: SimulatedPeer
+        words = Words(trains=trains, upload_bps=upload_bps, admission=self._admission(identity))
+        pace = Pace(self.spec.num_shards)
+        exchanges = [
+            await self._exchange(name, peer, chunks, shard, trains=trains) for shard in range(self.spec.num_shards)
+        ]
+        peer.members += [
+            Member(
+                MemberParts(
+                    identity=identity,
+                    transport=peer.transport,
+                    exchange=exchange,
+                    ledger=exchange.parts.ledger,
+                    chunks=chunks,
+                    rules=self.rules,
+                    words=words,
+                    clock=lambda: asyncio.get_running_loop().time(),
+                    pace=pace,
+                )
+            )
+            for exchange in exchanges
+        ]
+        self.peers[name] = peer
+        await answer_peers(peer.members)
+        peer.tasks += [asyncio.ensure_future(member.run()) for member in peer.members]
+        for trainer, exchange in zip(peer.trainers, exchanges, strict=False):
+            trainer.moved = np.zeros_like(exchange.shard.anchor)
+            peer.tasks.append(asyncio.ensure_future(trainer.run()))
+        return peer
+
+    async def _exchange(
+        self, name: str, peer: SimulatedPeer, chunks: ChunkStore, shard: int, *, trains: bool
+    ) -> Exchange:
+        """The replica of one shard, with a log and a trainer of its own."""
+        options = LedgerOptions(archive=not trains)
+        ledger = Ledger(peer.folder / f"shard-{shard}", genesis_head(self.genesis, shard), chunks, options)
+        head, state = await self._state(peer.transport, ledger, chunks, shard)
+        if trains:
+            peer.trainers.append(DriftingTrainer(int.from_bytes(peer.key[:4], "big") + shard))
 
         async def on_commit(committed: Committed) -> None:
-            peer.commits.append(committed)
-            peer.digests[committed.head.round] = committed.state_digest
-            self.anchors[committed.head.log_digest] = peer.exchange.shard.anchor.copy()
-            self.history.setdefault(committed.head.round, set()).add(committed.state_digest)
+            key = (shard, committed.head.round)
+            self.history.setdefault(key, set()).add(committed.state_digest)
+            self.committed_at_s.setdefault(key, asyncio.get_running_loop().time())
+            if shard == 0:
+                peer.commits.append(committed)
+                peer.digests[committed.head.round] = committed.state_digest
+                self.anchors[committed.head.log_digest] = peer.exchange.shard.anchor.copy()
 
         def on_incident(incident: Incident) -> None:
             owed = peer.exchange.shard.owed(slice(0, self.num_values))
             peer.incidents.append((incident, owed))
 
-        exchange = Exchange(
-            ExchangeParts(
-                identity=identity,
-                transport=transport,
-                shard=shard,
-                ledger=ledger,
-                chunks=chunks,
-                founders=tuple(self.genesis.voters),
-                trainer=trainer,
-                run_blocking=run_inline,
-                on_commit=on_commit,
-                on_incident=on_incident,
-                lease_clock=lambda: asyncio.get_running_loop().time() + self.slept_s.get(name, 0.0),
-            ),
-            head,
+        parts = ExchangeParts(
+            identity=peer.identity,
+            transport=peer.transport,
+            shard=state,
+            ledger=ledger,
+            chunks=chunks,
+            founders=tuple(self.genesis.voters),
+            trainer=peer.trainers[shard] if trains else None,
+            run_blocking=run_inline,
+            on_commit=on_commit,
+            on_incident=on_incident,
+            lease_clock=lambda: asyncio.get_running_loop().time() + self.slept_s.get(name, 0.0),
         )
-        member = Member(
-            MemberParts(
-                identity=identity,
-                transport=transport,
-                exchange=exchange,
-                ledger=ledger,
-                chunks=chunks,
-                rules=self.rules,
-                words=Words(trains=trains, upload_bps=upload_bps, admission=self._admission(identity)),
-                clock=lambda: asyncio.get_running_loop().time(),
-            )
-        )
-        peer = SimulatedPeer(identity, folder, transport, trainer, exchange, member)
-        self.peers[name] = peer
-        await member.serve()
-        peer.tasks.append(asyncio.ensure_future(member.run()))
-        if trainer is not None:
-            trainer.moved = np.zeros_like(shard.anchor)
-            peer.tasks.append(asyncio.ensure_future(trainer.run()))
-        return peer
+        return Exchange(parts, head)
 
     async def _state(
-        self, name: str, transport: MemoryTransport, ledger: Ledger, chunks: ChunkStore
+        self, transport: MemoryTransport, ledger: Ledger, chunks: ChunkStore, shard: int
     ) -> tuple[LogHead, Shard]:
         newcomer = Newcomer(
             transport=transport,
             ledger=ledger,
             chunks=chunks,
             spec=self.spec,
-            shard=0,
-            genesis_digest=self.genesis.shards[0].state_digest,
+            shard=shard,
+            genesis_digest=self.genesis.shards[shard].state_digest,
             num_values=self.num_values,
             book=HolderBook(random.Random(0)),
         )
@@ -290,11 +344,11 @@ class SimulatedSwarm:
             peer.key for peer in self.peers.values() if peer.transport.alive and peer.key != transport.public_key
         ]
         with contextlib.suppress(NotFound):
-            head, shard = await obtain_state(newcomer, holders)
-            return resume(ledger, head, shard, transport.public_key, lambda head, shard: None), shard
-        shard = Shard(self.spec, 0, self.anchor.copy())
-        ledger.save_state(0, shard)
-        return ledger.head, shard
+            head, state = await obtain_state(newcomer, holders)
+            return resume(ledger, head, state, transport.public_key, lambda head, shard: None), state
+        state = Shard(self.spec, shard, self.first_anchors[shard].copy())
+        ledger.save_state(0, state)
+        return ledger.head, state
 
     def _admission(self, identity: Identity) -> Any:
         admission = Admission(peer_key=identity.public_key, expires_unix_s=2**40)

@@ -43,7 +43,7 @@ def test_a_flood_of_openings_is_answered_with_few_encodings(tmp_path: Path, monk
         monkeypatch.setattr(Shard, "encode", counting)
         for number in range(1, 300):
             message = opening(victim, number, leader.key)
-            await victim.exchange.handle_round(leader.key, message.SerializeToString())
+            victim.exchange.on_message(leader.key, message, message.SerializeToString())
         assert len(victim.exchange._tasks) < 400
         await asyncio.sleep(5)
         assert 1 <= len(encoded) <= 5
@@ -73,7 +73,7 @@ def test_a_stranger_cannot_leave_messages_for_the_next_round(tmp_path: Path) -> 
             message = RoundMessage(round=exchange.round + 1)
             message.contribution.encoded = bytes(1000)
             with pytest.raises(ProtocolError, match="do not know you"):
-                await exchange.handle_round(b"?" * 32, message.SerializeToString())
+                exchange.on_message(b"?" * 32, message, message.SerializeToString())
         assert exchange._early.size_bytes == 0
 
     run(scenario())

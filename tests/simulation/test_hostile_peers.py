@@ -297,7 +297,7 @@ def test_a_flood_for_the_next_round_takes_bounded_memory(tmp_path: Path) -> None
         message.contribution.encoded = bytes(20_000)
         for _ in range(300):
             message.round = victim.round + 2
-            await victim.exchange.handle_round(bad.key, message.SerializeToString())
+            victim.exchange.on_message(bad.key, message, message.SerializeToString())
         kept = victim.exchange._early.size_bytes
         shard = victim.exchange.shard
         assert 0 < kept <= shard.round_bytes + (1 << 20)

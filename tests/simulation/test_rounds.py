@@ -46,7 +46,7 @@ def test_healthy_rounds_commit_and_leave_all_replicas_equal(tmp_path: Path) -> N
 def test_a_round_moves_the_anchor_by_the_weighted_average(tmp_path: Path) -> None:
     async def scenario() -> None:
         swarm = await start(tmp_path)
-        before = swarm.anchor
+        before = swarm.first_anchors[0]
         await swarm.until_round(1, ["seed"])
         moved = swarm.peers["seed"].exchange.shard.anchor - before
         # the replicas of one round drift by noise of a known size; an average that averaged nothing would not move
@@ -253,7 +253,7 @@ def test_a_hostile_contribution_is_left_out_and_harms_nobody(tmp_path: Path, hos
                     # its own part is the one place where its contribution did not travel
                     assert len(part.shares) >= 1
         honest = swarm.peers["v0"].exchange.shard.anchor
-        assert np.isfinite(honest).all() and float(np.abs(honest - swarm.anchor).max()) < 1.0
+        assert np.isfinite(honest).all() and float(np.abs(honest - swarm.first_anchors[0]).max()) < 1.0
 
     run(scenario())
 

@@ -13,7 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from peer.checkpoints.publishing import StateCopy
+from peer.checkpoints.gathering import Gathering
 from peer.checkpoints.verify import verify_folder
 from peer.p2p.chunk_store import ChunkStore
 from peer.rounds import archive as archives
@@ -103,17 +103,16 @@ class Run:
         shard.apply(record, {result.digest: data})
 
     def _publish(self, ledger: Ledger, shard: Shard) -> None:
-        copy = StateCopy.of(shard, ledger.head, self.archive, archive=True)
+        copy = Gathering(self.archive, [shard.num_values], archive=True).add(ledger.head, shard)
+        assert copy is not None
         parts = replace(
             PARTS,
-            round=copy.head.round,
-            total_tokens=copy.head.total_tokens,
-            state_digest=copy.state_digest,
-            momentum_digest=copy.momentum_digest,
-            log_digest=copy.head.log_digest,
+            round=copy.round,
+            total_tokens=copy.total_tokens,
+            states=copy.states,
             tensors=LAYOUT.views(copy.anchor),
         )
-        signed_checkpoint(self.checkpoint(copy.head.round), parts)
+        signed_checkpoint(self.checkpoint(copy.round), parts)
 
     def audit(self, later: int, earlier: int | None = None) -> dict[str, object]:
         """What ``--json`` prints, and the error that ends the command."""
@@ -209,7 +208,7 @@ def test_a_commit_that_no_voter_signed_ends_the_audit(run: Run) -> None:
 
 
 def test_another_log_than_the_checkpoints_is_refused(run: Run) -> None:
-    parts = replace(PARTS, round=6, log_digest=b"l" * 32)
+    parts = replace(PARTS, round=6, states=(replace(PARTS.states[0], log_digest=b"l" * 32),))
     signed_checkpoint(run.folder / "checkpoint-6", parts)
     with pytest.raises(VerificationError, match="not the one that the checkpoint names"):
         run.audit(6)

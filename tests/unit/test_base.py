@@ -159,8 +159,8 @@ def test_the_model_card_says_where_the_weights_came_from() -> None:
         data=parts.data,
         round=parts.round,
         total_tokens=parts.total_tokens,
-        state_digest=parts.state_digest.hex(),
-        log_digest=parts.log_digest.hex(),
+        state_digest=parts.states[0].state_digest.hex(),
+        log_digest=parts.states[0].log_digest.hex(),
         num_parameters=2,
     )
     assert f"| base model | random weights, seed {parts.spec.seed} |" in model_card(facts)

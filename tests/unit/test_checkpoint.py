@@ -45,7 +45,7 @@ def test_the_folder_holds_the_hugging_face_layout_and_the_manifest_lists_it(tmp_
         name: sha256(data).hex() for name, data in contents(tmp_path / "c").items()
     }
     assert (manifest.round, manifest.total_tokens, manifest.run_id) == (10, 500, parts.run_id.hex())
-    assert manifest.state_digest == parts.state_digest.hex()
+    assert manifest.state_digest == parts.states[0].state_digest.hex()
     assert np.array_equal(load_file(tmp_path / "c" / "model.safetensors")["w"], parts.tensors["w"])
 
 

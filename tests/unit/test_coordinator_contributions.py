@@ -158,7 +158,7 @@ def test_progress_tells_rounds_losses_shares_and_peers(store: Store) -> None:
     for who, loss in [(ANNA, 2.0), (BORIS, 4.0)]:
         membership.admit(run, store, world.admit_request(who), NOW_UNIX_MS)
         membership.report(run, store, world.report_request(who, train_loss=loss), NOW_UNIX_MS)
-    reply = contributions.progress(run, ledger.head, store)
+    reply = contributions.progress(run, [ledger.head], store, NOW_UNIX_MS)
     assert (reply.name, reply.round, reply.total_tokens, reply.target_tokens) == ("test-run", 2, 600, 100_000)
     first, second = reply.rounds
     assert (first.round, first.total_tokens, first.train_loss, first.absent_parts) == (1, 300, 3.0, 1)
@@ -176,7 +176,7 @@ def test_progress_tells_rounds_losses_shares_and_peers(store: Store) -> None:
 
 def test_progress_of_a_run_that_has_not_begun_is_empty(store: Store) -> None:
     world = World()
-    reply = contributions.progress(world.run, Ledger(world.run, store).head, store)
+    reply = contributions.progress(world.run, [Ledger(world.run, store).head], store, NOW_UNIX_MS)
     assert (reply.round, list(reply.rounds), list(reply.peers)) == (0, [], [])
 
 
@@ -185,4 +185,4 @@ def test_progress_shows_the_newest_rounds_only(store: Store, monkeypatch: pytest
     world = World()
     ledger = Ledger(world.run, store)
     ledger.record(world.commits(5), NOW_UNIX_MS)
-    assert [row.round for row in contributions.progress(world.run, ledger.head, store).rounds] == [4, 5]
+    assert [row.round for row in contributions.progress(world.run, [ledger.head], store, NOW_UNIX_MS).rounds] == [4, 5]

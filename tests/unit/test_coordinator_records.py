@@ -58,7 +58,7 @@ def test_a_record_is_made_once_also_over_a_restart(world: World, store: Store, t
 
 def test_who_asks_to_be_named_no_more_is_not(world: World, store: Store) -> None:
     membership.admit(world.run, store, world.admit_request(ANNA, name=""), NOW)
-    assert records.make(store, 2).contributors == ()
+    assert records.make(store, 2, 1).contributors == ()
 
 
 def test_there_is_no_record_of_a_round_that_is_not_recorded(world: World, store: Store) -> None:

@@ -50,7 +50,7 @@ class Recording(FakeReplica):
         time.sleep(0.001)
         return super().step(tokens, learning_rate)
 
-    def reset(self, anchor: np.ndarray) -> None:
+    def reset(self, anchor: np.ndarray, values: slice | None = None) -> None:
         self.resets += 1
         super().reset(anchor)
 
@@ -97,7 +97,7 @@ async def until(condition: Callable[[], Any], what: str) -> None:
 def with_training(source: Source, test: Callable[[Training, Recording], Coroutine[Any, Any, None]]) -> None:
     async def main() -> None:
         training, replica = Training(SPEC, ME, source.reader, Limits()), Recording()
-        await training.start(replica, ANCHOR, head_after(0), lambda count: None)
+        await training.start(replica, [ANCHOR], head_after(0), lambda count: None)
         try:
             await test(training, replica)
         finally:

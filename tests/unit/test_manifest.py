@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from swarm import manifest as manifests
-from swarm.digest import sha256
+from swarm.digest import over_shards, sha256
 from swarm.errors import SignatureError, VerificationError
 from tests.checkpoint_samples import ORGANIZER, PUBLISHER, small_checkpoint
 
@@ -24,13 +24,44 @@ def listed(name: str, size_bytes: int = 0, num_chunks: int | None = None) -> dic
 def values(**changes: Any) -> dict[str, Any]:
     digests = dict.fromkeys(("state_digest", "log_digest", "data_manifest_digest"), DIGEST)
     base = {"run_id": "ab" * 20, "run_name": "r", "round": 1, "total_tokens": 0, "files": [listed("config.json")]}
-    anchor = {"digest": DIGEST, "momentum_digest": DIGEST, "parameters": [{"name": "a", "shape": [2, 3]}]}
-    return {**base, **digests, "anchor": anchor, **changes}
+    return {**base, **digests, "anchor": anchor_of(), **changes}
+
+
+def anchor_of(**changes: str) -> dict[str, Any]:
+    parameters = [{"name": "a", "shape": [2, 3]}]
+    return {"digest": DIGEST, "momentum_digest": DIGEST, "parameters": parameters, **changes}
 
 
 def test_a_manifest_reads_back_from_its_own_bytes() -> None:
     manifest = manifests.parse(json.dumps(values()).encode())
     assert manifests.parse(manifest.canonical_bytes()) == manifest
+
+
+def sharded(*digests: str, **changes: Any) -> dict[str, Any]:
+    """A manifest of shards of three values each that have one of these as all of their digests."""
+    over = over_shards([bytes.fromhex(each) for each in digests]).hex()
+    names = ("state_digest", "log_digest", "anchor_digest", "momentum_digest")
+    shards = [{**dict.fromkeys(names, each), "num_values": 3} for each in digests]
+    anchor = anchor_of(digest=over, momentum_digest=over)
+    return values(**{"shards": shards, "state_digest": over, "log_digest": over, "anchor": anchor, **changes})
+
+
+def resized(*sizes: int) -> dict[str, Any]:
+    manifest = sharded("01" * 32, "02" * 32)
+    shards = [{**shard, "num_values": size} for shard, size in zip(manifest["shards"], sizes, strict=True)]
+    return {**manifest, "shards": shards}
+
+
+def test_a_manifest_of_several_shards_names_each_and_reads_back() -> None:
+    manifest = manifests.parse(json.dumps(sharded("01" * 32, "02" * 32)).encode())
+    assert [state.state_digest for state in manifest.states] == ["01" * 32, "02" * 32]
+    assert manifests.parse(manifest.canonical_bytes()) == manifest
+
+
+def test_the_manifest_of_one_shard_has_the_bytes_that_it_always_had() -> None:
+    manifest = manifests.parse(json.dumps(values()).encode())
+    assert b"shards" not in manifest.canonical_bytes()
+    assert [state.state_digest for state in manifest.states] == [DIGEST]
 
 
 GOOD_NAMES = ["config.json", "README.md", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "a.txt"]
@@ -42,6 +73,18 @@ def test_names_of_the_hugging_face_layout_are_accepted(name: str) -> None:
 
 
 BAD = {
+    "one shard in a list": sharded("01" * 32),
+    "another state than the shards'": sharded("01" * 32, "02" * 32, state_digest=DIGEST),
+    "another log than the shards'": sharded("01" * 32, "02" * 32, log_digest=DIGEST),
+    "another anchor than the shards'": sharded(
+        "01" * 32, "02" * 32, anchor=anchor_of(momentum_digest=over_shards([b"\1" * 32, b"\2" * 32]).hex())
+    ),
+    "another momentum than the shards'": sharded(
+        "01" * 32, "02" * 32, anchor=anchor_of(digest=over_shards([b"\1" * 32, b"\2" * 32]).hex())
+    ),
+    "shards of more values than the anchor": resized(3, 4),
+    "shards of fewer values than the anchor": resized(3, 2),
+    "shards in another order": {**sharded("02" * 32, "01" * 32), "shards": sharded("01" * 32, "02" * 32)["shards"]},
     "parent folder": values(files=[listed("../config.json")]),
     "absolute": values(files=[listed("/etc/x.json")]),
     "folder": values(files=[listed("a/b.json")]),

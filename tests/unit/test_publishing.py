@@ -20,17 +20,15 @@ from swarm import manifest as manifests
 from swarm import run_spec
 from swarm.energy import estimate
 from swarm.errors import NotFound, Unreachable
-from swarm.log import LogHead
 from swarm.proto.checkpoint_pb2 import Attestation
 from swarm.publication import Publication
 from swarm.run_record import Contributor, RunRecord
 from tests.checkpoint_samples import (
-    MOMENTUM_DIGEST,
     ORGANIZER,
     PUBLISHER,
     make_parts,
     publication_of,
-    state_digest_of,
+    shard_parts_of,
 )
 
 PARTS = make_parts(num_values=1000)
@@ -82,12 +80,8 @@ def make(
 
 
 def state(round_number: int) -> StateCopy:
-    head = LogHead(
-        run_id=PARTS.run_id, shard=0, round=round_number, log_digest=b"l" * 32, voters=(b"v" * 32,), total_tokens=9
-    )
     anchor = np.full(LAYOUT.num_values, round_number, np.float32)
-    state_digest = state_digest_of(LAYOUT.views(anchor))
-    return StateCopy(head=head, state_digest=state_digest, momentum_digest=MOMENTUM_DIGEST, anchor=anchor)
+    return StateCopy(round=round_number, total_tokens=9, states=(shard_parts_of(LAYOUT.views(anchor)),), anchor=anchor)
 
 
 async def until(maker: CheckpointMaker, done: Callable[[], bool]) -> None:
@@ -201,8 +195,8 @@ def test_every_replica_attests_the_state_of_its_checkpoint_once(tmp_path: Path, 
 
     asyncio.run(main())
     attestation = coordinator.attested[0]
-    assert (attestation.round, attestation.state_digest) == (10, copy.state_digest)
-    assert attestation.log_digest == copy.head.log_digest
+    assert (attestation.round, attestation.state_digest) == (10, copy.states[0].state_digest)
+    assert attestation.log_digest == copy.states[0].log_digest
 
 
 def test_a_state_that_is_not_the_one_of_its_digest_is_not_told(tmp_path: Path) -> None:

@@ -25,13 +25,13 @@ class FakeCoordinator:
         self.recorded = 0
         self.renewals = 0
 
-    async def report(self, report: ReportPayload) -> int:
+    async def report(self, report: ReportPayload) -> tuple[int, ...]:
         if self.away:
             raise Unreachable("away")
         if not self.admits:
             raise NotAdmitted("only admitted peers report")
         self.reports.append(report)
-        return self.recorded + 1
+        return (self.recorded + 1,)
 
     async def record_commits(self, commits: list[Commit]) -> int:
         self.recorded += len(commits)
@@ -50,7 +50,7 @@ def scenario(tmp_path: Path, rounds: int) -> tuple[FakeCoordinator, Reporter]:
     ledger = open_ledger(tmp_path)
     fill(ledger, rounds)
     coordinator = FakeCoordinator()
-    return coordinator, Reporter(coordinator, ledger, describe, coordinator.renew)
+    return coordinator, Reporter(coordinator, (ledger,), describe, coordinator.renew)
 
 
 async def running(reporter: Reporter, seconds: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,7 +160,7 @@ def test_checkpoints_of_rounds_on_the_disk_are_due_again(tmp_path: Path, monkeyp
         commit(ledger, shard)
         digests.append(shard.state_digest)
 
-    async def from_the_beginning(joined: Any) -> tuple[LogHead, Shard]:
+    async def from_the_beginning(joined: Any, number: int) -> tuple[LogHead, Shard]:
         return genesis, make_shard()
 
     monkeypatch.setattr(joining, "_starting_state", from_the_beginning)
@@ -167,8 +168,12 @@ def test_checkpoints_of_rounds_on_the_disk_are_due_again(tmp_path: Path, monkeyp
     identity = SimpleNamespace(public_key=ME)
     options = SimpleNamespace(trains=False)
     run = SimpleNamespace(spec=spec)
-    joined: Any = SimpleNamespace(run=run, ledger=ledger, folder=tmp_path, identity=identity, options=options)
+    joined: Any = SimpleNamespace(run=run, ledgers=(ledger,), folder=tmp_path, identity=identity, options=options)
+    joined.is_checkpoint_round = functools.partial(joining.Joined.is_checkpoint_round, joined)
     start = asyncio.run(joining.find_start(joined))
-    assert start.head == ledger.head and start.shard.state_digest == shard.state_digest
-    assert [(copy.head.round, copy.state_digest) for copy in start.due] == [(2, digests[2]), (4, digests[4])]
+    assert start.shards[0].head == ledger.head and start.shards[0].shard.state_digest == shard.state_digest
+    assert [(copy.round, copy.states[0].state_digest) for copy in start.due] == [
+        (2, digests[2]),
+        (4, digests[4]),
+    ]
     assert not np.array_equal(start.due[0].anchor, start.due[1].anchor), "each is of its own round"

@@ -94,7 +94,6 @@ def test_defaults_fill_what_a_file_leaves_out() -> None:
         ("deeply nested", MINIMAL + "config = {x = " + "[" * 5000 + "]" * 5000 + "}\n", "run.toml: "),
         ("too large", MINIMAL + "#" * 300_000, "larger than"),
         ("vocabulary", MINIMAL + "config = {vocab_size = 7}\n", "vocab_size comes from the data's tokenizer"),
-        ("more shards", "num_shards = 2\n" + MINIMAL, "set it to 1"),
         (
             "sequence too long",
             MINIMAL + "config = {max_position_embeddings = 64}\n",

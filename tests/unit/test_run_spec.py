@@ -163,7 +163,6 @@ def test_a_payload_that_is_no_spec_is_refused(name: str, payload: bytes, match: 
             {"rounds": {"token_per_round": 1}},
             "unknown key 'rounds.token_per_round' (did you mean 'tokens_per_round'?)",
         ),
-        ({"num_shards": 2}, "num_shards: this version trains a run as one shard; set it to 1"),
         ({"total_tokens": 0}, "total_tokens: Input should be greater than or equal to 1, not 0"),
         ({"name": "a/b"}, "name: String should match pattern"),
         ({"seed": 2**63}, "seed: Input should be less than"),

@@ -9,30 +9,37 @@ from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from peer import joining as peer_joining
 from peer import runtime
+from peer.checkpoints.gathering import Gathering
+from peer.checkpoints.publishing import StateCopy
 from peer.coordinator_client import RunInfo
 from peer.home import Home, locked_identity
-from peer.joining import Joined, PeerOptions, Start
+from peer.joining import Joined, PeerOptions, ShardStart, Start
 from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.fetch import HolderBook
 from peer.rounds.exchange import ROUND_METHOD
+from peer.rounds.exchange_parts import Committed
 from peer.rounds.ledger import Ledger, LedgerOptions
 from peer.rounds.shard import Shard
 from peer.runtime import MAX_DIVERGENCES, News, Peer, run_peer
 from peer.training import device, model
+from peer.training.cut import cut
 from swarm.digest import sha256
-from swarm.errors import DivergedError, NotFound, Unreachable
+from swarm.errors import DivergedError, NotFound, ResourceError, Unreachable
 from swarm.identity import Identity
 from swarm.invite import Invite
 from swarm.log import genesis_head
 from swarm.proto.common_pb2 import Genesis, ShardGenesis, Signed
 from swarm.proto.coordinator_pb2 import ReportPayload
-from swarm.proto.round_pb2 import Commit
+from swarm.proto.round_pb2 import Commit, Record
 from swarm.run_spec import RunSpec
+from swarm.sharding import Span
 from tests.simulation.memory_transport import MemoryNetwork, MemoryTransport
 from tests.unit.small_models import small_spec
 from tests.unit.test_data_reader import Data
@@ -162,8 +169,8 @@ class Transport(MemoryTransport):
 class Coordinator:
     """Takes every report, and publishes nothing."""
 
-    async def report(self, report: ReportPayload) -> int:
-        return 0
+    async def report(self, report: ReportPayload) -> tuple[int, ...]:
+        return (0,)
 
     async def record_commits(self, commits: list[Commit]) -> int:
         return 0
@@ -175,26 +182,29 @@ class Coordinator:
         return None
 
 
-def make_state() -> tuple[RunSpec, Data, Shard]:
-    """A small run, its data, and its state of round 0."""
+def make_state(num_shards: int = 1) -> tuple[RunSpec, Data, list[Shard]]:
+    """A small run, its data, and its states of round 0."""
     data = Data([1000], [1000])
     named = {
         "tokenizer_digest": sha256(TOKENIZER).hex(),
         "manifest_digest": sha256(data.manifest.canonical_bytes()).hex(),
     }
     spec = small_spec("llama")
-    spec = spec.model_copy(update={"data": spec.data.model_copy(update=named)})
-    shard = Shard(spec, 0, model.initial_anchor(model.build_config(spec, data.manifest.vocab_size), spec.seed))
-    return spec, data, shard
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update=named), "num_shards": num_shards})
+    config = model.build_config(spec, data.manifest.vocab_size)
+    anchors = [model.initial_anchor(config, spec.seed, shard.span) for shard in cut(config, num_shards)]
+    return spec, data, [Shard(spec, number, anchor) for number, anchor in enumerate(anchors)]
 
 
-def make_peer(folder: Path, transport: Transport, identity: Identity, run_of: tuple[RunSpec, Data, Shard]) -> Peer:
+def make_peer(
+    folder: Path, transport: Transport, identity: Identity, run_of: tuple[RunSpec, Data, list[Shard]]
+) -> Peer:
     """All of a peer but libp2p, the coordinator, and a trainer."""
-    spec, data, shard = run_of
-    state = ShardGenesis(state_digest=shard.state_digest, num_values=shard.num_values)
-    genesis = Genesis(run_id=spec.run_id, voters=[identity.public_key], shards=[state])
+    spec, data, shards = run_of
+    states = [ShardGenesis(state_digest=shard.state_digest, num_values=shard.num_values) for shard in shards]
+    genesis = Genesis(run_id=spec.run_id, voters=[identity.public_key], shards=states)
     chunks = ChunkStore(folder / "chunks", 1 << 28)
-    head = genesis_head(genesis, 0)
+    starts = tuple(ShardStart(head=genesis_head(genesis, shard.index), shard=shard) for shard in shards)
     run = RunInfo(
         spec=spec,
         signed_spec=Signed(),
@@ -217,10 +227,13 @@ def make_peer(folder: Path, transport: Transport, identity: Identity, run_of: tu
         admission=Signed(),
         folder=folder,
         chunks=chunks,
-        ledger=Ledger(folder / "shard-0", head, chunks, LedgerOptions()),
+        ledgers=tuple(
+            Ledger(folder / f"shard-{start.shard.index}", start.head, chunks, LedgerOptions()) for start in starts
+        ),
         book=HolderBook(random.Random(0)),
     )
-    return Peer(joined, Start(head=head, shard=shard, due=()), unheard, None)
+    gathering = Gathering(folder, [shard.num_values for shard in shards])
+    return Peer(joined, Start(shards=starts, due=(), gathering=gathering), unheard, None)
 
 
 async def until(condition: Callable[[], Any], what: str) -> None:
@@ -258,3 +271,73 @@ def test_a_peer_serves_rounds_and_says_that_it_is_here_only_once_its_trainer_is_
         await life
 
     in_time(main())
+
+
+# ---- several shards -------------------------------------------------------------------------------------------------
+
+
+def commits_of(peer: Peer, total_tokens: dict[int, int]) -> Callable[[int, int], Coroutine[Any, Any, None]]:
+    """Has a shard of ``peer`` commit a round: moves it there, and tells. ``total_tokens``: by round, of each shard."""
+
+    async def commit(shard: int, number: int) -> None:
+        exchange, ledger = peer.hosted.exchanges[shard], peer.joined.ledgers[shard]
+        head = replace(
+            exchange.head, round=number, log_digest=bytes([shard, number]) * 16, total_tokens=total_tokens[number]
+        )
+        exchange.shard.anchor[:] = 10 * shard + number
+        exchange.head = head
+        ledger.heads.append(head)
+        async with exchange.at_rest():
+            await peer._on_commit(
+                shard, Committed(record=Record(), head=head, state_digest=exchange.shard.state_digest, counted=False)
+            )
+
+    return commit
+
+
+ORDERS = [
+    ("in turn", [(0, 1), (1, 1), (0, 2), (1, 2), (0, 3), (1, 3)]),
+    ("the first shard a round ahead", [(0, 1), (0, 2), (1, 1), (0, 3), (1, 2), (1, 3)]),
+    ("the second heard of its last round first", [(0, 1), (1, 1), (0, 2), (1, 2), (1, 3), (0, 3)]),
+]
+
+
+@pytest.mark.parametrize("order", [case[1] for case in ORDERS], ids=[case[0] for case in ORDERS])
+def test_checkpoints_of_two_shards_hold_each_at_the_round_and_the_run_ends_at_the_same(
+    tmp_path: Path, order: list[tuple[int, int]]
+) -> None:
+    """At the cadence (round 2), and when the first shard has the tokens of the run (round 3)."""
+    spec, data, shards = make_state(2)
+    cadence = spec.checkpoints.model_copy(update={"every_rounds": 2})
+    spec = spec.model_copy(update={"checkpoints": cadence, "total_tokens": 300})
+
+    async def main() -> None:
+        transport = Transport(MemoryNetwork(), identity := Identity(b"i" * 32))
+        peer = make_peer(tmp_path, transport, identity, (spec, data, [Shard(spec, s.index, s.anchor) for s in shards]))
+        offered: list[StateCopy] = []
+        peer.checkpoints.offer = offered.append  # type: ignore[method-assign]
+        commit, ends = commits_of(peer, {1: 100, 2: 200, 3: 300}), []
+        for shard, number in order:
+            await commit(shard, number)
+            ends.append(peer._finished.is_set())
+        assert [copy.round for copy in offered] == [2, 3]
+        for copy in offered:
+            starts = [0, shards[0].num_values]
+            assert [int(copy.anchor[start]) for start in starts] == [copy.round, 10 + copy.round]
+            assert [state.log_digest for state in copy.states] == [bytes([shard, copy.round]) * 16 for shard in (0, 1)]
+        assert ends == [False] * (len(order) - 1) + [True]
+
+    in_time(main())
+
+
+def test_a_machine_that_holds_a_part_of_the_model_is_told_so_before_it_joins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = Span(first=0, last=2, num_layers=7)
+    hosting = SimpleNamespace(choice=SimpleNamespace(plan=SimpleNamespace(span=part)))
+    monkeypatch.setattr(peer_joining, "choose_hosting", lambda *arguments: hosting)
+    spec, data, _ = make_state(3)
+    run: Any = SimpleNamespace(spec=spec, manifest_bytes=data.manifest.canonical_bytes())
+    with pytest.raises(ResourceError, match=r"only layers 0-1 \+ embedding fits here") as told:
+        in_time(peer_joining.choose(make_options(tmp_path), run))  # type: ignore[arg-type]
+    assert "--memory" in told.value.advice

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -293,16 +292,6 @@ def test_a_peer_that_contributes_nothing_keeps_no_debt() -> None:
     record, parts = committed(first, {0: by_part(first, snapshot)[0]}, {0: [ME]})
     seed.apply(record, parts)
     assert seed.feedback is None and not seed.owed(ALL).any()
-
-
-def test_a_copy_of_the_anchor_on_disk_stays_as_it_was_and_leaves_no_file(tmp_path: Path) -> None:
-    shard = make_shard()
-    before = shard.anchor.copy()
-    copy = shard.anchor_on_disk(tmp_path)
-    shard.anchor += 1
-    np.testing.assert_array_equal(copy, before)
-    copy[0] = 7  # whoever reads it may write: it is theirs alone
-    assert list(tmp_path.iterdir()) == []
 
 
 def buffers_of(shard: Shard) -> StateBuffers:

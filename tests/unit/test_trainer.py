@@ -44,17 +44,17 @@ class FakeReplica:
     inside: threading.Event = field(default_factory=threading.Event)
     threads: set[str] = field(default_factory=set)
 
-    def load(self, anchor: np.ndarray) -> None:
+    def load(self, anchor: np.ndarray, values: slice | None = None) -> None:
         self.weights, self.anchor = anchor.copy(), anchor.copy()
 
-    def reset(self, anchor: np.ndarray) -> None:
+    def reset(self, anchor: np.ndarray, values: slice | None = None) -> None:
         self.load(anchor)
 
-    def movement(self) -> np.ndarray:
+    def movement(self, values: slice | None = None) -> np.ndarray:
         self.threads.add(threading.current_thread().name)
         return self.weights - self.anchor
 
-    def land(self, new_anchor: np.ndarray, snapshot: np.ndarray) -> None:
+    def land(self, new_anchor: np.ndarray, snapshot: np.ndarray, values: slice | None = None) -> None:
         self.weights, self.anchor = new_anchor + (self.movement() - snapshot), new_anchor.copy()
 
     def step(self, tokens: np.ndarray, learning_rate: float) -> Result:

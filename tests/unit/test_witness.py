@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from peer.checkpoints.checkpoint import describe_file, write_signed
-from peer.checkpoints.verify import verify_folder
+from peer.checkpoints.anchor import anchor_problem
+from peer.checkpoints.checkpoint import CheckpointParts, describe_file, write_signed
+from peer.checkpoints.verify import open_regular, verify_folder
 from swarm import manifest as manifests
 from swarm import witness
 from swarm.digest import ChunkRoot, chunk_digests, join_subtrees, merkle_root, sha256
-from swarm.errors import SwarmError, VerificationError
+from swarm.errors import DataError, SwarmError, VerificationError
 from swarm.proto.checkpoint_pb2 import Attestation, Witnesses
 from swarm.proto.common_pb2 import Signed
 from swarm.publication import Publication
@@ -29,6 +30,7 @@ from tests.checkpoint_samples import (
     SignedCheckpoint,
     make_parts,
     publication_of,
+    shard_parts_of,
     signed_checkpoint,
     small_checkpoint,
     with_tensors,
@@ -74,7 +76,7 @@ def witnesses_of(made: SignedCheckpoint) -> Witnesses:
 
 
 def attestation(made: SignedCheckpoint, **changes: Any) -> Attestation:
-    said = witness.attestation_of(made.manifest)
+    (said,) = witness.attestations_of(made.manifest)
     return Attestation(**{field.name: value for field, value in said.ListFields()} | changes)
 
 
@@ -163,6 +165,35 @@ def test_the_anchor_is_recomputed_from_the_weights_wherever_they_lie(tmp_path: P
     assert report.ok and report.as_json()["anchor_digest"] == made.manifest.anchor.digest
     flat = np.concatenate([tensor.reshape(-1) for tensor in parts.tensors.values()])
     assert made.manifest.anchor.digest == merkle_root(chunk_digests(flat.data.cast("B"))).hex()
+
+
+def sharded_parts(*sizes: int) -> CheckpointParts:
+    """The sample's values as shards of these sizes, which do not end where parameters do."""
+    parts = make_parts(num_values=1000)
+    flat = np.concatenate([tensor.reshape(-1) for tensor in parts.tensors.values()])
+    shards = [shard_parts_of({"": values}) for values in np.split(flat, np.cumsum(sizes)[:-1])]
+    return replace(parts, states=tuple(shards))
+
+
+def test_the_anchor_of_each_shard_is_recomputed_from_the_weights(tmp_path: Path) -> None:
+    made = signed_checkpoint(tmp_path / "c", sharded_parts(300, 707))
+    report = verify_folder(made.folder, made.run_id)
+    assert report.problems == ("the manifest names 2 shards, the run spec 1",)  # and nothing else is wrong
+    assert report.as_json()["shards"] == [state.model_dump() for state in made.manifest.shards]
+    assert anchor_problem(made.folder, made.manifest, open_regular) is None
+    first, second = made.manifest.shards
+    assert [attestation.shard for attestation in witness.attestations_of(made.manifest)] == [0, 1]
+    moved = (first.model_copy(update={"num_values": 301}), second.model_copy(update={"num_values": 706}))
+    cut_elsewhere = made.manifest.model_copy(update={"shards": moved})
+    assert "anchor digest" in str(anchor_problem(made.folder, cut_elsewhere, open_regular))
+
+
+@pytest.mark.parametrize("sizes", [(300, 708), (300, 700)])
+def test_shards_that_are_not_the_weights_make_no_checkpoint(tmp_path: Path, sizes: tuple[int, int]) -> None:
+    parts = sharded_parts(300, 707)
+    states = tuple(replace(state, num_values=size) for state, size in zip(parts.states, sizes, strict=True))
+    with pytest.raises(DataError, match="values than the shards"):
+        signed_checkpoint(tmp_path / "c", replace(parts, states=states))
 
 
 def test_a_publication_key_alone_cannot_pass_off_other_weights(tmp_path: Path) -> None:
