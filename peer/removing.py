@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from swarm import removals
-from swarm.errors import SwarmError
+from swarm.errors import NetworkError, SwarmError
 from swarm.proto.common_pb2 import Signed
 from swarm.removals import Removal, RemovalList
 
@@ -53,5 +53,7 @@ class RemovalWatch:
             if removals.supersedes(found, self._followed):
                 self._followed = found
                 self._reader.remove(found.removals)
+        except NetworkError as error:
+            logger.info("the removal list was not asked for: %s", error)  # training goes on without a coordinator
         except SwarmError as error:
             logger.warning("the removal list was not followed: %s", error)
