@@ -59,6 +59,8 @@ def publish(run: Run, store: Store, request: Signed, hearing: Hearing) -> Public
             signed_manifest=run.publish(manifest.CONTEXT, payload).SerializeToString(),
             signed_witnesses=signed_quorum.SerializeToString(),
         )
+        # What researchers would refuse must not take the round's place: it is published once.
+        vouching.publication_of(run, published).verified(run.run_id, run.spec, run.source.offline.roots)
         vouching.add(run, store, published)
     elif published.manifest_digest != manifest_digest:
         raise VerificationError(f"round {checkpoint.round} is published with another manifest")

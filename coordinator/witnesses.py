@@ -36,6 +36,7 @@ _logger = logging.getLogger(__name__)
 def attest(run: Run, store: Store, signed: Signed, now_unix_ms: int) -> None:
     """Keep what an admitted replica says about a recorded checkpoint round; asked again, nothing changes.
 
+    What others say, who by the log did not hold its state, is passed over: they would crowd out the replicas.
     Raises `SignatureError`, `ProtocolError`, `NotAdmitted`, and `NotFound` while the round is not recorded.
     """
     attestation = witness.parse_attestation(signed, run.run_id)
@@ -48,6 +49,8 @@ def attest(run: Run, store: Store, signed: Signed, now_unix_ms: int) -> None:
         raise NotFound(f"{witness.named(attestation)} is not recorded yet", "record its commit first")
     if not schedule.is_checkpoint_round(run.spec, row.round, row.total_tokens):
         raise ProtocolError(f"round {row.round} has no checkpoint")
+    if signed.signer not in _replicas(run, store, row.round):
+        return
     kept = AttestationRow(
         round=row.round,
         peer_key=signed.signer,
@@ -75,12 +78,12 @@ def gather(
     """
     expected = [witness.said(attestation) for attestation in witness.attestations_of(checkpoint)]
     known = _replicas(run, store, checkpoint.round)
-    agreeing: list[list[Signed]] = [[] for _ in expected]
+    agreeing: list[dict[bytes, Signed]] = [{} for _ in expected]  # by signer: one may say the same in several ways
     attested: set[bytes] = set()
     for signed, attestation in _kept(run, store, checkpoint.round):
         attested.add(signed.signer)
         if signed.signer in known and witness.said(attestation) == expected[attestation.shard]:
-            agreeing[attestation.shard].append(signed)
+            agreeing[attestation.shard].setdefault(signed.signer, signed)
     live = known & attested | _awaited(run, store, checkpoint.round, known, hearing)
     wanted, fewest = witness.needed(len(live), run.spec.checkpoints), min(len(of_shard) for of_shard in agreeing)
     if fewest < wanted:
@@ -93,7 +96,7 @@ def gather(
         round=checkpoint.round,
         manifest_digest=manifest_digest,
         replicas=sorted(live),
-        attestations=[signed for of_shard in agreeing for signed in of_shard],
+        attestations=[signed for of_shard in agreeing for signed in of_shard.values()],
     )
 
 

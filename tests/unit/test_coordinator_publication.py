@@ -183,6 +183,39 @@ def test_strangers_to_the_log_are_no_witnesses(bare: World, store: Store) -> Non
         _publish(bare, store, bare.manifest(1))
 
 
+def test_what_strangers_say_is_not_kept_and_raises_no_incident(bare: World, store: Store) -> None:
+    _attest(bare, store, SEED, 1)
+    for who in (STRANGER, ORGANIZER):
+        _attest(bare, store, who, 1, **OTHER_ANCHOR)
+    assert [row.peer_key for row in store.published.attestations(1, 10)] == [SEED.public_key]
+    assert incidents.newest(store) == []
+
+
+def test_a_replica_that_says_the_same_in_several_ways_counts_once(bare: World, store: Store) -> None:
+    unknown_fields = (b"\xa2\x06\x01a", b"\xa2\x06\x01b")  # a reader passes over them
+    _attest(bare, store, BORIS, 1)
+    for added in unknown_fields:
+        payload = bare.attestation(1).SerializeToString() + added
+        witnesses.attest(bare.run, store, BORIS.sign("attestation", bare.run_id, payload), NOW_UNIX_MS)
+    assert len(store.published.attestations(1, 10)) == 3
+    store.admit(ANNA.public_key, NOW_UNIX_MS + 10**9, NOW_UNIX_MS, 100)
+    with pytest.raises(NotFound, match="1 of 2"):
+        _publish(bare, store, bare.manifest(1))
+    _attest(bare, store, ANNA, 1)
+    published = _publish(bare, store, bare.manifest(1))
+    assert published.verified(bare.run_id, bare.spec).round == 1
+
+
+def test_a_publication_that_researchers_would_refuse_is_not_stored(
+    world: World, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(witnesses, "gather", lambda *_: Witnesses(round=2, manifest_digest=b"d" * 32))
+        with pytest.raises(VerificationError, match="another manifest"):
+            _publish(world, store, world.manifest(2))
+    assert _publish(world, store, world.manifest(2)).verified(world.run_id, world.spec).round == 2
+
+
 def test_replicas_that_signed_another_state_are_no_witnesses_and_the_incident_names_them(
     bare: World, store: Store
 ) -> None:
