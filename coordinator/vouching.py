@@ -36,7 +36,8 @@ def add(run: Run, store: Store, row: CheckpointRow) -> None:
     """Publish a checkpoint, and say so."""
     online = _online(store)
     known = metadata.entries(online.checkpoints).values() if online is not None else ()
-    signed = _sign(run, online, [*known, _entry(row)], row.published_unix_ms, _is_ended(run, [row]))
+    ended = _is_ended(run, [row, *store.published.newest_checkpoints(1)])  # an earlier round may be published last
+    signed = _sign(run, online, [*known, _entry(row)], row.published_unix_ms, ended)
     store.published.add_checkpoint(row, asdict(signed))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tuf.api.metadata import Timestamp
 
 from coordinator import incidents, publication, vouching, witnesses
 from coordinator.contributions import Ledger
@@ -18,7 +19,7 @@ from coordinator.run import Run, open_run
 from coordinator.store import Store
 from coordinator.witnesses import ATTEST_WITHIN_MS, Hearing
 from peer.checkpoints import trusted
-from swarm import governance
+from swarm import governance, metadata
 from swarm.digest import join_subtrees, sha256
 from swarm.errors import ConfigError, NotAdmitted, NotFound, ProtocolError, SignatureError, VerificationError
 from swarm.identity import Identity
@@ -288,6 +289,20 @@ def test_a_day_later_the_timestamp_is_signed_anew(world: World, store: Store) ->
     assert vouching.current_files(world.run, store, now + day_ms // 2) == first
     later = vouching.current_files(world.run, store, now + day_ms + 1000)
     assert {name for name in first if later[name] != first[name]} == {"timestamp.json"}
+
+
+def test_an_earlier_round_that_is_published_after_the_last_leaves_the_metadata_of_an_ended_run(
+    bare: World, store: Store
+) -> None:
+    Ledger(bare.run, store).record([bare.commit(tokens=bare.spec.total_tokens)], NOW_UNIX_MS)
+    expiries = []
+    for number in (2, 1):
+        for replica in (SEED, ANNA, BORIS):
+            _attest(bare, store, replica, number)
+        _publish(bare, store, bare.manifest(number))
+        raw = vouching.current_files(bare.run, store, NOW_UNIX_MS)["timestamp.json"]
+        expiries.append(metadata.read(raw, Timestamp).signed.expires)
+    assert expiries[0] == expiries[1]
 
 
 def test_after_a_change_of_keys_everything_is_signed_anew_and_clients_follow(
