@@ -160,6 +160,10 @@ class CheckpointMaker:
                     break
                 except SwarmError as error:
                     log.warning("round %d: not published: %s", item.round, error)
+                except OSError as error:
+                    log.warning("round %d: its files cannot be read or written: %s", item.round, error)
+                    if item.folder.exists():
+                        continue
                 self._untold.remove(item)
             await asyncio.sleep(RETRY_S)
 
@@ -169,7 +173,7 @@ class CheckpointMaker:
             for attestation in attestations_of(manifests.parse(item.payload)):
                 await template.coordinator.attest(attestation)
             item.attested = True
-        if template.publishes:
+        if template.publishes and item.folder.exists():  # newer ones may have taken its place on disk meanwhile
             if not item.completed:
                 await self._complete_card(item)
                 item.completed = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -181,6 +182,44 @@ def test_a_checkpoint_that_lacks_witnesses_does_not_hold_up_the_next(tmp_path: P
         await task
 
     asyncio.run(main())
+
+
+def test_a_checkpoint_that_newer_ones_replaced_on_disk_before_it_was_told_is_attested_only(tmp_path: Path) -> None:
+    coordinator, ready = FakeCoordinator(), list[int]()
+    coordinator.failures = 10**6
+
+    async def main() -> None:
+        maker = make(tmp_path, coordinator, ready)
+        for number in (10, 20, 30):
+            maker.offer(state(number))
+        await until(maker, lambda: len(maker._untold) == 3)
+        coordinator.failures = 0
+        await until(maker, lambda: ready == [20, 30])
+
+    asyncio.run(main())
+    assert coordinator.published == [20, 30]
+    assert [attestation.round for attestation in coordinator.attested] == [10, 20, 30]
+
+
+def test_files_that_go_while_the_coordinator_is_asked_do_not_hold_up_the_next(tmp_path: Path) -> None:
+    coordinator, ready = FakeCoordinator(), list[int]()
+    publish = coordinator.publish
+
+    async def publish_slowly(manifest_bytes: bytes) -> Publication:
+        publication = await publish(manifest_bytes)
+        shutil.rmtree(tmp_path / "checkpoint-10", ignore_errors=True)
+        return publication
+
+    coordinator.publish = publish_slowly  # type: ignore[method-assign]
+
+    async def main() -> None:
+        maker = make(tmp_path, coordinator, ready)
+        maker.offer(state(10))
+        maker.offer(state(20))
+        await until(maker, lambda: ready == [20] and not maker._untold)
+
+    asyncio.run(main())
+    assert coordinator.published == [10, 20]
 
 
 @pytest.mark.parametrize("publishes", [True, False], ids=["seed peer", "volunteer"])
