@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from google.protobuf.message import DecodeError
-
 from swarm import manifest as manifests
 from swarm.errors import NetworkError, NotFound, ProtocolError, SwarmError
 from swarm.file_ranges import FileChunks
 from swarm.manifest import CheckpointManifest
-from swarm.proto.common_pb2 import Signed
+from swarm.publication import published_manifest
+from swarm.run_spec import RunSpec
 
 MAX_PIECE_BYTES = 1 << 20
 MAX_READS_AT_ONCE = 4
@@ -34,14 +33,13 @@ class PublishedFolder:
     manifest: CheckpointManifest
 
 
-def published_folders(folder: Path, run_id: bytes, publication_key: bytes) -> Iterator[PublishedFolder]:
+def published_folders(folder: Path, run_id: bytes, spec: RunSpec) -> Iterator[PublishedFolder]:
     """The signed checkpoints in ``folder``, oldest first; what is unfinished or of another run is passed over."""
     found = []
     for path in sorted(folder.glob("checkpoint-*"))[:MAX_FOLDERS]:
         try:
-            signed = Signed.FromString((path / manifests.SIGNATURE_FILE).read_bytes())
-            manifest = manifests.parse_signed(signed, run_id, publication_key)
-        except (OSError, DecodeError, SwarmError):
+            manifest = published_manifest(path, run_id, spec)
+        except (OSError, SwarmError):
             continue
         found.append(PublishedFolder(path=path, manifest=manifest))
     yield from sorted(found, key=lambda one: one.manifest.round)
@@ -50,8 +48,8 @@ def published_folders(folder: Path, run_id: bytes, publication_key: bytes) -> It
 class CheckpointFiles:
     """Pieces of the chunks of signed checkpoints in ``folder`` (None: there are none). Safe to use from threads."""
 
-    def __init__(self, folder: Path | None, run_id: bytes, publication_key: bytes) -> None:
-        self._folder, self._run_id, self._key = folder, run_id, publication_key
+    def __init__(self, folder: Path | None, run_id: bytes, spec: RunSpec) -> None:
+        self._folder, self._run_id, self._spec = folder, run_id, spec
         self._lock = threading.Lock()
         self._seen: tuple[int, ...] = ()
         self._chunks: dict[str, FileChunks] = {}
@@ -93,5 +91,5 @@ class CheckpointFiles:
         self._seen = seen
         self._chunks = {
             one.path.name: FileChunks(one.path, one.manifest)
-            for one in published_folders(self._folder, self._run_id, self._key)
+            for one in published_folders(self._folder, self._run_id, self._spec)
         }

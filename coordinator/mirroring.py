@@ -18,6 +18,7 @@ from pathlib import Path
 from coordinator.checkpoint_files import PublishedFolder, published_folders
 from swarm.errors import NetworkError, SwarmError
 from swarm.manifest import MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE, WITNESSES_FILE, mirror_folder
+from swarm.run_spec import RunSpec
 from swarm.storage import Storage
 
 LOOK_INTERVAL_S = 2.0
@@ -46,7 +47,7 @@ class _Target:
 
 
 async def keep_mirrors(
-    folder: Path, run_id: bytes, publication_key: bytes, urls: Sequence[str], on_news: Callable[[Mirrored], object]
+    folder: Path, run_id: bytes, spec: RunSpec, urls: Sequence[str], on_news: Callable[[Mirrored], object]
 ) -> None:
     """Write every signed checkpoint of ``folder``, now and later, to every target, until cancelled.
 
@@ -55,7 +56,7 @@ async def keep_mirrors(
     targets = [_Target(Storage(url)) for url in urls]
 
     async def look() -> None:
-        found = await asyncio.to_thread(lambda: list(published_folders(folder, run_id, publication_key)))
+        found = await asyncio.to_thread(lambda: list(published_folders(folder, run_id, spec)))
         await asyncio.gather(*(_catch_up(target, found, on_news) for target in targets))
 
     while targets:

@@ -60,8 +60,7 @@ class Service:
         Blocks while the log head is rebuilt from ``store``.
         """
         outlets = outlets or Outlets()
-        key = bytes.fromhex(run.spec.publication_key)
-        self._files = CheckpointFiles(outlets.checkpoints, run.run_id, key)
+        self._files = CheckpointFiles(outlets.checkpoints, run.run_id, run.spec)
         self._mirrors = outlets.mirrors
         self._run = run
         self._store = store

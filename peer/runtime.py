@@ -135,7 +135,7 @@ class Peer:
 
     async def live(self, stop: asyncio.Event) -> None:
         """Serve, train and make rounds, until the run ends or the person does."""
-        newest = self.checkpoints.resume(self.spec.run_id, bytes.fromhex(self.spec.publication_key))
+        newest = self.checkpoints.resume(self.spec.run_id)
         self.words.checkpoint_round = newest
         for copy in self._due:
             if copy.round > newest:

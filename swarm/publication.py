@@ -1,13 +1,14 @@
 """A checkpoint as it is published: what is signed about it, and by whose authority.
 
 Decides which publication key may have signed it (the run spec's, or the one that the organizers' roots lead to), and
-that manifest, witnesses and roots belong together. Pure; the files themselves are `peer.checkpoints.verify`'s.
+that manifest, witnesses and roots belong together. The files themselves are `peer.checkpoints.verify`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
@@ -55,6 +56,20 @@ class Publication:
         if list(own[:shared]) != list(known_roots[:shared]):
             raise VerificationError("the checkpoint's roots are not those that are trusted on this machine")
         return governance.publication_key(run_id, spec, max(own, known_roots, key=len))
+
+
+def published_manifest(folder: Path, run_id: bytes, spec: RunSpec) -> CheckpointManifest:
+    """The manifest in a checkpoint's folder on this machine, once the key that its own roots lead to signed it.
+
+    Whether organizers replaced that key later, and who witnessed, is not asked. Raises `OSError`, too.
+    """
+    path = folder / manifest.ROOTS_FILE
+    try:
+        roots = parse_roots(Signed.FromString(path.read_bytes()) if path.exists() else None, run_id, spec)
+        signed = Signed.FromString((folder / manifest.SIGNATURE_FILE).read_bytes())
+    except DecodeError as error:
+        raise ProtocolError(f"a signature in {folder} cannot be read") from error
+    return manifest.parse_signed(signed, run_id, governance.publication_key(run_id, spec, roots))
 
 
 def parse_roots(signed: Signed | None, run_id: bytes, spec: RunSpec) -> tuple[bytes, ...]:

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from google.protobuf.message import DecodeError
-
 from peer.checkpoints.checkpoint import CheckpointParts, ShardParts, assemble, write_signed
 from peer.checkpoints.recording import add_record
 from peer.p2p.chunk_store import ChunkStore
@@ -29,7 +27,8 @@ from swarm.file_ranges import FileChunks
 from swarm.files import write_durably
 from swarm.proto.checkpoint_pb2 import Attestation
 from swarm.proto.common_pb2 import Signed
-from swarm.publication import Publication
+from swarm.publication import Publication, published_manifest
+from swarm.run_spec import RunSpec
 from swarm.witness import attestations_of
 
 RETRY_S = 1.0
@@ -86,7 +85,7 @@ class CheckpointMaker:
         self._served: list[tuple[int, FileChunks]] = []
         self._untold: list[_Untold] = []
 
-    def resume(self, run_id: bytes, publication_key: bytes) -> int:
+    def resume(self, run_id: bytes) -> int:
         """Serve the checkpoints that lie here from before; the newest's round (0: none).
 
         A whole one that the coordinator may not have taken yet is told now; one that was not finished goes away.
@@ -99,7 +98,7 @@ class CheckpointMaker:
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
             self._served.append((manifest.round, FileChunks(folder, manifest)))
-            if not _is_signed(folder, run_id, publication_key):
+            if not _is_signed(folder, run_id, self._template.parts.spec):
                 self._untold.append(_Untold(round=manifest.round, folder=folder, payload=payload))
         self._served.sort(key=_round_of)
         for _, chunks in self._served:
@@ -205,11 +204,10 @@ class CheckpointMaker:
             forget_momentum(self._template.folder, old, self._template.parts.spec.num_shards)
 
 
-def _is_signed(folder: Path, run_id: bytes, publication_key: bytes) -> bool:
+def _is_signed(folder: Path, run_id: bytes, spec: RunSpec) -> bool:
     try:
-        signed = Signed.FromString((folder / manifests.SIGNATURE_FILE).read_bytes())
-        manifests.parse_signed(signed, run_id, publication_key)
-    except (OSError, DecodeError, SwarmError):
+        published_manifest(folder, run_id, spec)
+    except (OSError, SwarmError):
         return False
     return True
 

@@ -270,8 +270,7 @@ async def write_mirrors(prepared: PreparedRun, say: Callable[[str, dict[str, Any
         values = {"round": what.round, "mirror": what.url}
         say("mirrored" if not what.error else "not mirrored", values | ({"error": what.error} if what.error else {}))
 
-    key = bytes.fromhex(prepared.spec.publication_key)
-    await keep_mirrors(prepared.checkpoints, prepared.spec.run_id, key, prepared.mirrors.write, tell)
+    await keep_mirrors(prepared.checkpoints, prepared.spec.run_id, prepared.spec, prepared.mirrors.write, tell)
 
 
 def _remembered_port(path: Path) -> int:

@@ -34,7 +34,7 @@ from swarm.errors import (
     VerificationError,
 )
 from swarm.proto.common_pb2 import Signed
-from tests.checkpoint_samples import PUBLISHER, small_checkpoint
+from tests.checkpoint_samples import make_parts, small_checkpoint
 from tests.coordinator_server import client_of, coordinator, in_loop, invite_to
 from tests.coordinator_world import ANNA, ORGANIZER, SEED, STRANGER, TOKEN, World, address_of, report_payload
 
@@ -229,7 +229,7 @@ async def test_a_volunteers_wrong_clock_is_corrected(tmp_path: Path) -> None:
 async def test_chunks_and_mirrors_come_over_the_same_connection(tmp_path: Path) -> None:
     world = World()
     made = small_checkpoint(tmp_path / "home" / "checkpoint-10")
-    files = CheckpointFiles(tmp_path / "home", made.run_id, PUBLISHER.public_key)
+    files = CheckpointFiles(tmp_path / "home", made.run_id, make_parts().spec)
     digest = sha256((made.folder / "model.safetensors").read_bytes())
     outlets = Outlets(checkpoints=tmp_path / "home", mirrors=("https://host/runs",))
     async with coordinator(world, tmp_path / "state", outlets=outlets) as server:

@@ -116,7 +116,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     made = signed_checkpoint(tmp_path / "home" / "checkpoint-10", make_parts())
     write_mirror(Storage(f"file://{tmp_path}/www"), PublishedFolder(path=made.folder, manifest=made.manifest))
-    coordinator = Coordinator(made, CheckpointFiles(tmp_path / "home", made.run_id, PUBLISHER.public_key))
+    coordinator = Coordinator(made, CheckpointFiles(tmp_path / "home", made.run_id, make_parts().spec))
 
     async def connect(invite: Invite) -> Coordinator:
         return coordinator
@@ -154,7 +154,7 @@ def test_mirrors_that_the_coordinator_tells_and_the_person_names_serve_beside_it
 
 def test_a_lying_mirror_and_a_coordinator_that_lacks_chunks_end_in_not_found(place: Place, tmp_path: Path) -> None:
     place.mirror.spoil = lambda data: bytes(len(data))
-    place.coordinator.files = CheckpointFiles(None, place.made.run_id, PUBLISHER.public_key)
+    place.coordinator.files = CheckpointFiles(None, place.made.run_id, make_parts().spec)
     result = run("download", place.invite, "--out", tmp_path / "got", "--mirror", place.mirror.url)
     assert isinstance(result.exception, NotFound)
     assert [path.name for path in (tmp_path / "got").iterdir()] == [".partial-10"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,26 @@ import pytest
 from coordinator import mirroring
 from coordinator.checkpoint_files import MAX_PIECE_BYTES, MAX_READS_AT_ONCE, CheckpointFiles, published_folders
 from coordinator.mirroring import Mirrored, keep_mirrors
+from peer.checkpoints.checkpoint import write_signed
 from swarm.digest import sha256
 from swarm.errors import ConfigError, NetworkError, NotFound, ProtocolError
-from swarm.manifest import SIGNATURE_FILE
+from swarm.manifest import ROOTS_FILE, SIGNATURE_FILE
+from swarm.proto.checkpoint_pb2 import Roots
+from swarm.publication import ROOTS_CONTEXT
 from swarm.storage import Storage
 from tests.checkpoint_samples import (
+    ORGANIZER,
     PUBLISHER,
+    WITNESSES,
     SignedCheckpoint,
     make_parts,
+    publication_of,
     signed_checkpoint,
     small_checkpoint,
 )
+from tests.metadata_samples import Repository
 
-KEY = PUBLISHER.public_key
+SPEC = make_parts().spec
 
 
 @pytest.fixture
@@ -49,7 +57,7 @@ def mirror_until(home: Path, run_id: bytes, urls: list[str], count: int) -> list
             if len(heard) >= count:
                 enough.set()
 
-        keeping = asyncio.create_task(keep_mirrors(home, run_id, KEY, urls, tell))
+        keeping = asyncio.create_task(keep_mirrors(home, run_id, SPEC, urls, tell))
         waiting = asyncio.create_task(enough.wait())
         await asyncio.wait((keeping, waiting), timeout=30, return_when=asyncio.FIRST_COMPLETED)
         keeping.cancel()
@@ -77,8 +85,23 @@ def test_every_signed_checkpoint_reaches_every_target(home: Path, tmp_path: Path
 def test_what_another_key_signed_or_another_run_made_is_not_mirrored(home: Path) -> None:
     made = checkpoint(home, 10)
     small_checkpoint(home / "checkpoint-11", round_number=11, name="other")
-    assert [one.manifest.round for one in published_folders(home, made.run_id, KEY)] == [10]
-    assert list(published_folders(home, made.run_id, b"k" * 32)) == []
+    assert [one.manifest.round for one in published_folders(home, made.run_id, SPEC)] == [10]
+    other = SPEC.model_copy(update={"publication_key": ORGANIZER.public_key.hex()})
+    assert list(published_folders(home, made.run_id, other)) == []
+
+
+def test_what_a_new_publication_key_signed_is_served_and_mirrored_beside_what_the_old_one_did(home: Path) -> None:
+    checkpoint(home, 10)
+    made = checkpoint(home, 20)
+    repository = Repository(SPEC, (ORGANIZER,), PUBLISHER)
+    repository.change([ORGANIZER], publisher=WITNESSES[0])
+    payload, roots = made.signed_manifest.payload, Roots(roots=repository.offline.roots).SerializeToString()
+    signed_roots = WITNESSES[0].sign(ROOTS_CONTEXT, made.run_id, roots)
+    renewed = replace(publication_of(payload, made.run_id, publisher=WITNESSES[0]), roots=signed_roots)
+    write_signed(made.folder, renewed, made.signed_spec)
+    assert [one.manifest.round for one in published_folders(home, made.run_id, SPEC)] == [10, 20]
+    (made.folder / ROOTS_FILE).unlink()
+    assert [one.manifest.round for one in published_folders(home, made.run_id, SPEC)] == [10]
 
 
 def test_a_target_that_fails_is_tried_again_and_then_told(
@@ -113,7 +136,7 @@ def test_a_target_that_is_none_is_a_config_error_at_once(home: Path) -> None:
 
 def test_chunks_of_signed_checkpoints_are_served_in_pieces_as_they_come_and_go(home: Path) -> None:
     made = signed_checkpoint(home / "checkpoint-10", make_parts())
-    files = CheckpointFiles(home, made.run_id, KEY)
+    files = CheckpointFiles(home, made.run_id, SPEC)
     weights = next(file for file in made.manifest.files if file.name == "model.safetensors")
     digest = bytes.fromhex(weights.chunks[1])
     pieces = [files.piece(digest, offset, MAX_PIECE_BYTES) for offset in range(0, 4 << 20, MAX_PIECE_BYTES)]
@@ -128,7 +151,7 @@ def test_chunks_of_signed_checkpoints_are_served_in_pieces_as_they_come_and_go(h
 
 def test_a_request_for_more_than_a_piece_is_refused(home: Path) -> None:
     made = checkpoint(home, 10)
-    files = CheckpointFiles(home, made.run_id, KEY)
+    files = CheckpointFiles(home, made.run_id, SPEC)
     digest = bytes.fromhex(made.manifest.files[0].chunks[0])
     for bad in ((digest, 0, MAX_PIECE_BYTES + 1), (digest, 0, 0), (b"short", 0, 1), (digest, 5 << 20, 1)):
         with pytest.raises(ProtocolError):
@@ -136,12 +159,12 @@ def test_a_request_for_more_than_a_piece_is_refused(home: Path) -> None:
     with pytest.raises(NotFound):
         files.piece(b"u" * 32, 0, 1)
     with pytest.raises(NotFound):
-        CheckpointFiles(None, made.run_id, KEY).piece(digest, 0, 1)
+        CheckpointFiles(None, made.run_id, SPEC).piece(digest, 0, 1)
 
 
 def test_too_many_readers_at_once_are_sent_elsewhere(home: Path) -> None:
     made = checkpoint(home, 10)
-    files = CheckpointFiles(home, made.run_id, KEY)
+    files = CheckpointFiles(home, made.run_id, SPEC)
     files._reading = MAX_READS_AT_ONCE
     with pytest.raises(NetworkError, match="busy"):
         files.piece(bytes.fromhex(made.manifest.files[0].chunks[0]), 0, 1)

@@ -26,7 +26,6 @@ from swarm.publication import Publication
 from swarm.run_record import Contributor, RunRecord
 from tests.checkpoint_samples import (
     ORGANIZER,
-    PUBLISHER,
     make_parts,
     publication_of,
     shard_parts_of,
@@ -277,7 +276,7 @@ def test_after_a_restart_published_checkpoints_are_served_and_others_are_gone(tm
         (unsigned / "config.json").write_text("{}")
         chunks = ChunkStore(tmp_path / "chunks", 1 << 26)
         again = CheckpointMaker(maker._template, chunks, ready.append)
-        assert again.resume(PARTS.run_id, PUBLISHER.public_key) == 10
+        assert again.resume(PARTS.run_id) == 10
         assert chunks.get(chunk_of(tmp_path, 10)) is not None
         assert not unsigned.exists()
 
@@ -293,7 +292,7 @@ def test_a_checkpoint_that_was_made_but_not_published_is_published_after_a_resta
         first.offer(state(10))
         await until(first, lambda: (tmp_path / "checkpoint-10" / manifests.MANIFEST_FILE).exists())
         second = make(tmp_path, back, ready)
-        second.resume(PARTS.run_id, PUBLISHER.public_key)
+        second.resume(PARTS.run_id)
         await until(second, lambda: ready == [10])
 
     asyncio.run(main())
