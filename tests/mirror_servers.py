@@ -23,7 +23,10 @@ Spoil = Callable[[bytes], bytes]
 
 @dataclass
 class WebMirror:
-    """What a server was asked for, and how it misbehaves: ``spoil`` changes bodies, ``status`` replaces 206."""
+    """What a server was asked for, and how it misbehaves: ``spoil`` changes bodies, ``status`` replaces 206.
+
+    ``passwords``: what it was sent to prove who asks; ``sends_on_to``: another server, to which it redirects.
+    """
 
     url: str = ""
     ranges: list[tuple[str, int, int]] = field(default_factory=list)
@@ -31,6 +34,8 @@ class WebMirror:
     spoil: Spoil = lambda data: data
     status: int = 206
     bytes_per_s: float | None = None
+    passwords: list[str] = field(default_factory=list)
+    sends_on_to: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -62,6 +67,14 @@ def web_mirror(folder: Path) -> Iterator[WebMirror]:
 def _answer(handler: http.server.BaseHTTPRequestHandler, folder: Path, mirror: WebMirror) -> None:
     path = folder / handler.path.lstrip("/")
     asked = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range", ""))
+    if "Authorization" in handler.headers:
+        mirror.passwords.append(handler.headers["Authorization"])
+    if mirror.sends_on_to:
+        handler.send_response(302)
+        handler.send_header("Location", mirror.sends_on_to + handler.path)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+        return
     if not path.is_file():
         handler.send_error(404)
         return

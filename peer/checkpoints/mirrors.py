@@ -2,7 +2,7 @@
 
 Decides which URLs are mirrors (`https:`, `http:`, and any that `swarm.storage` opens; of those that the coordinator
 tells, none that reads this machine), and where a checkpoint lies there (``URL/checkpoint-ROUND/FILE``). A mirror is
-trusted with nothing: every chunk is checked by whoever asked.
+trusted with nothing: every chunk is checked by whoever asked, and no password of this machine (netrc) is sent to it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
@@ -41,19 +42,20 @@ async def open_mirrors(named: Sequence[str], told: Sequence[str], round_number: 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=SILENCE_TIMEOUT_S)
     threads = ThreadPoolExecutor(LIMITS.total, thread_name_prefix="mirror")
     try:
-        async with aiohttp.ClientSession(timeout=timeout, trust_env=True, auto_decompress=False) as session:
+        async with aiohttp.ClientSession(timeout=timeout, auto_decompress=False) as session:
 
-            def opened(url: str) -> Source:
+            def opened(url: str, max_redirects: int) -> Source:
                 base = f"{url.rstrip('/')}/{mirror_folder(round_number)}"
-                if urlsplit(url).scheme in _HTTP:
-                    return HttpMirror(session, base)
+                if _is_http(url):
+                    return HttpMirror(session=session, name=base, max_redirects=max_redirects, proxy=_proxy(url))
                 return StorageMirror(Storage(base), threads)
 
-            sources = [opened(url) for url in dict.fromkeys(named)]
+            sources = [opened(url, MAX_REDIRECTS) for url in dict.fromkeys(named)]
             for url in _usable(told):
                 with suppress(ConfigError):
                     if url not in named:
-                        sources.append(opened(url))
+                        # A redirect would take the question to a place that `_usable` has not seen.
+                        sources.append(opened(url, 0))
             yield sources[:MAX_MIRRORS]
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
@@ -62,26 +64,58 @@ async def open_mirrors(named: Sequence[str], told: Sequence[str], round_number: 
 def _usable(urls: Iterable[str]) -> Iterator[str]:
     """Of the URLs that a coordinator tells, those that may be asked."""
     for url in urls:
-        if len(url) <= MAX_URL_CHARACTERS and url.isprintable() and "::" not in url:
+        if len(url) <= MAX_URL_CHARACTERS and url.isprintable() and "::" not in url and _is_plain(url):
             with suppress(ValueError):
                 if urlsplit(url).scheme in _TOLD and urlsplit(url).netloc:
                     yield url
 
 
-@dataclass(frozen=True, slots=True)
+def _is_http(url: str) -> bool:
+    """Whether this is a web server's URL. Raises `ConfigError` for one that no file's name can follow."""
+    try:
+        is_http = urlsplit(url).scheme in _HTTP
+    except ValueError as error:
+        raise ConfigError(f"{url[:100]!r} is no URL: {error}", "name a mirror as URL/PATH") from error
+    if is_http and not _is_plain(url):
+        raise ConfigError("a mirror's URL holds no password, no ? and no #", "name the folder: https://HOST/PATH")
+    return is_http
+
+
+def _is_plain(url: str) -> bool:
+    """Neither user info nor query nor fragment: these would make a question about a file any question at all."""
+    authority = url.partition("://")[2].partition("/")[0]
+    return not {"?", "#", "\\"} & set(url) and "@" not in authority
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names. Asked here, since aiohttp takes it only together with netrc's passwords."""
+    parts = urlsplit(url)
+    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HttpMirror:
     """A checkpoint's folder on a web server that answers ranges. ``name``: its URL."""
 
     session: aiohttp.ClientSession
     name: str
+    max_redirects: int = MAX_REDIRECTS
+    proxy: str | None = None
     kind: str = MIRROR
 
     async def read(self, chunk: Chunk, start: int) -> AsyncIterator[bytes]:
         first, last = chunk.offset + start, chunk.offset + chunk.length - 1
         headers = {"Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
         url = f"{self.name}/{chunk.file}"
+        asking = self.session.get(
+            url,
+            headers=headers,
+            allow_redirects=self.max_redirects > 0,
+            max_redirects=self.max_redirects,
+            proxy=self.proxy,
+        )
         try:
-            async with self.session.get(url, headers=headers, max_redirects=MAX_REDIRECTS) as response:
+            async with asking as response:
                 if response.status in _GONE:
                     raise NotFound(f"{url}: {response.status} {response.reason}")
                 whole = response.status == 200 and first == 0 and response.content_length == chunk.length

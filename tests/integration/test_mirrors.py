@@ -13,9 +13,9 @@ from coordinator.mirroring import write_mirror
 from peer.checkpoints.download import Order, download
 from peer.checkpoints.filling import Fetching
 from peer.checkpoints.mirrors import HttpMirror, StorageMirror, open_mirrors
-from peer.checkpoints.sources import Tally
+from peer.checkpoints.sources import Chunk, Tally
 from peer.p2p.fetch import FetchLimits
-from swarm.errors import ConfigError, NotFound
+from swarm.errors import ConfigError, NetworkError, NotFound
 from swarm.manifest import SIGNATURE_FILE
 from swarm.storage import Storage
 from tests.checkpoint_samples import SignedCheckpoint, make_parts, signed_checkpoint, small_checkpoint
@@ -143,9 +143,58 @@ def test_a_url_that_is_no_mirror_is_a_config_error(url: str, tmp_path: Path) -> 
         get(small_checkpoint(tmp_path / "made"), tmp_path / "out", url)
 
 
+@pytest.mark.parametrize("url", ["https://host/x?key=1", "https://host/x#", "https://me:word@host/x", "http://[broken"])
+def test_a_named_url_that_no_file_can_follow_is_a_config_error(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no password|no URL"):
+        get(small_checkpoint(tmp_path / "made"), tmp_path / "out", url)
+
+
+def test_no_mirror_gets_a_password_of_this_machine(
+    made: SignedCheckpoint, web: WebMirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password word\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    get(made, tmp_path / "out", web.url)
+    assert web.ranges and web.passwords == []
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_only_a_mirror_that_the_person_named_may_send_on_to_another_place(
+    is_named: bool, made: SignedCheckpoint, web: WebMirror, tmp_path: Path
+) -> None:
+    with web_mirror(tmp_path / "nothing") as sender:
+        sender.sends_on_to = web.url
+
+        async def first_piece() -> bytes:
+            named, told = ([sender.url], []) if is_named else ([], [sender.url])
+            async with open_mirrors(named, told, made.manifest.round) as found:
+                chunk = Chunk(digest=b"", file="config.json", offset=0, length=4)
+                return await anext(found[0].read(chunk, 0))
+
+        if is_named:
+            assert asyncio.run(first_piece()) == (made.folder / "config.json").read_bytes()[:4]
+        else:
+            with pytest.raises(NetworkError, match="302"):
+                asyncio.run(first_piece())
+            assert web.ranges == []
+
+
+def test_a_proxy_that_the_environment_names_is_used(
+    made: SignedCheckpoint, web: WebMirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(NotFound, match="could not be reached"):
+        get(made, tmp_path / "out", web.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert same(made, get(made, tmp_path / "out", web.url))
+
+
 TOLD = [
     *("http://host/runs", "https://host", "file:///etc", "local:///etc", "/etc", "simplecache::https://host/x"),
     *("https://", "https://host/\x1b[2J", "https://" + "h" * 2000, "memory://x", "http://[broken", "ftp://host/x"),
+    *("http://host/do?what=", "http://host/do?", "http://host/do#", "http://name:word@host/", "http://host\\@other/x"),
+    *("s3://host/x?versionId=1", "hf://host@name/x"),
 ]
 
 
