@@ -20,7 +20,15 @@ from pathlib import Path
 
 from peer.checkpoints.checkpoint import write_signed
 from peer.checkpoints.filling import Fetching, fill
-from peer.checkpoints.verify import Provenance, Report, check_provenance, read_provenance, verify_folder
+from peer.checkpoints.verify import (
+    KnownRoots,
+    Provenance,
+    Report,
+    check_provenance,
+    no_roots,
+    read_provenance,
+    verify_folder,
+)
 from peer.p2p.fetch import MAX_HOLDERS
 from peer.p2p.transport import Transport
 from peer.rounds.statuses import StatusRules, read_statuses, status_key
@@ -44,6 +52,7 @@ class Order:
     publication: Publication
     target: Path
     any_round: bool = False
+    known_roots: KnownRoots = no_roots
 
 
 def round_folder(target: Path, round_number: int) -> Path:
@@ -58,7 +67,7 @@ async def download(order: Order, fetching: Fetching) -> Report:
     Raises `VerificationError` (signature, rollback), `ConfigError` (the target holds another run), `AlreadyRunning`,
     `DiskFull`, `NotFound` (run it again later: it resumes).
     """
-    provenance = check_provenance(order.signed_spec, order.publication, order.run_id)
+    provenance = check_provenance(order.signed_spec, order.publication, order.run_id, order.known_roots)
     manifest = provenance.manifest
     final = round_folder(order.target, manifest.round)
     partial = order.target / f".partial-{manifest.round}"
@@ -67,7 +76,7 @@ async def download(order: Order, fetching: Fetching) -> Report:
     complete = await asyncio.to_thread(_complete_report, final, provenance)
     if complete is not None:
         fetching.tally.on_progress(manifest.size_bytes, manifest.size_bytes)
-        return complete
+        return await asyncio.to_thread(_signed_anew, complete, provenance, order)
     with disk_errors(order.target):
         order.target.mkdir(parents=True, exist_ok=True)
         with locked(order.target), disk_errors(partial):
@@ -141,6 +150,15 @@ def _complete_report(final: Path, wanted: Provenance) -> Report | None:
     except (DataError, VerificationError):
         return None
     return report if report.ok and report.provenance.manifest == wanted.manifest else None
+
+
+def _signed_anew(complete: Report, offered: Provenance, order: Order) -> Report:
+    """The report once the folder holds the signatures on offer: a key that was replaced has others than before."""
+    if complete.provenance.publication == offered.publication:
+        return complete
+    with disk_errors(order.target), locked(order.target):
+        write_signed(complete.folder, order.publication, order.signed_spec)
+        return replace(complete, provenance=read_provenance(complete.folder, order.run_id, order.known_roots))
 
 
 @contextmanager

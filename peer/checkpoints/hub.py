@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peer.checkpoints.export_hf import ORIGIN_NAME
-from peer.checkpoints.verify import verify_folder
+from peer.checkpoints.verify import KnownRoots, no_roots, verify_folder
 from swarm.digest import sha256
 from swarm.errors import ConfigError, DataError, DigestError, NetworkError
 from swarm.files import file_sha256
@@ -42,13 +42,13 @@ def parse_target(text: str) -> str:
     return found[1]
 
 
-def describe_folder(folder: Path, run_id: bytes | None) -> str:
+def describe_folder(folder: Path, run_id: bytes | None, known_roots: KnownRoots = no_roots) -> str:
     """One line on what is pushed, once every byte that its list names is right.
 
     Raises `DataError` where the folder is neither a checkpoint nor a derived set, `VerificationError`.
     """
     if (folder / MANIFEST_FILE).exists():
-        report = verify_folder(folder, run_id)
+        report = verify_folder(folder, run_id, known_roots=known_roots)
         report.require_ok()
         listed = report.provenance
         digest = sha256(listed.publication.manifest.payload).hex()

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swarm.cli import output
-from swarm.cli.download import Folder, Json, Run, parse_run
+from swarm.cli.download import Folder, Json, Run, parse_run, verified
 
 if TYPE_CHECKING:
     from peer.checkpoints.audit import AuditReport
-    from peer.checkpoints.verify import Provenance
 
 
 def audit(
@@ -35,8 +34,8 @@ def audit(
     from peer.checkpoints import audit as auditing
     from peer.rounds.archive import Archive
 
-    later = _verified(folder, parse_run(run))
-    start = None if earlier is None else (earlier, _verified(earlier, later.run_id))
+    later = verified(folder, parse_run(run)).provenance
+    start = None if earlier is None else (earlier, verified(earlier, later.run_id).provenance)
     first = 0 if start is None else start[1].manifest.round
     with output.progress(max(1, later.manifest.round - first), "rounds", "auditing") as advance:
         report = auditing.audit(Archive(archive, later.spec), later, start, lambda _round: advance())
@@ -48,14 +47,6 @@ def audit(
             f"{folder}: equal, bit for bit, to the signed log re-applied from {start_text} to round {report.to_round}"
         )
     report.require_equal()
-
-
-def _verified(folder: Path, run_id: bytes | None) -> Provenance:
-    from peer.checkpoints.verify import verify_folder
-
-    report = verify_folder(folder, run_id)
-    report.require_ok()
-    return report.provenance
 
 
 def _values(folder: Path, report: AuditReport) -> dict[str, Any]:

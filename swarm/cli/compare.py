@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from swarm.cli import output
-from swarm.cli.download import Folder, Json, Run, parse_run, verified
+from swarm.cli.download import Folder, Json, Run, known_roots, parse_run, verified
 
 
 def diff(
@@ -29,7 +29,7 @@ def diff(
     if not no_verify:
         verified(a, None)
         verified(b, None)
-    facts_a, facts_b = read_facts(a, None), read_facts(b, None)
+    facts_a, facts_b = read_facts(a, None, known_roots), read_facts(b, None, known_roots)
     difference = compare(facts_a, facts_b).as_json()
     if as_json:
         output.print_json(difference)
@@ -56,7 +56,7 @@ def lineage(folder: Folder, run: Run = None, as_json: Json = False) -> None:
     """Show where a checkpoint comes from: run, start, rounds, data, software, and who signed."""
     from peer.checkpoints.facts import read_facts
 
-    facts = read_facts(folder, parse_run(run))
+    facts = read_facts(folder, parse_run(run), known_roots)
     found = facts.lineage()
     if as_json:
         output.print_json(found)

@@ -144,7 +144,7 @@ def _verify(folder: Path, run_id: bytes | None) -> Report:
     from peer.checkpoints.verify import verify_folder
 
     with output.progress(_folder_megabytes(folder), "MB", "verifying") as advance:
-        return verify_folder(folder, run_id, _in_megabytes(advance), _known_roots)
+        return verify_folder(folder, run_id, _in_megabytes(advance), known_roots)
 
 
 def trusted_folder(run_id: bytes) -> Path:
@@ -154,7 +154,8 @@ def trusted_folder(run_id: bytes) -> Path:
     return data_home() / "trusted" / run_id.hex()
 
 
-def _known_roots(run_id: bytes, spec: RunSpec) -> tuple[bytes, ...]:
+def known_roots(run_id: bytes, spec: RunSpec) -> tuple[bytes, ...]:
+    """The run's roots that this machine trusts, for whoever checks a checkpoint's signatures."""
     from peer.checkpoints import trusted
 
     return trusted.known_roots(trusted_folder(run_id), run_id, spec)
@@ -177,6 +178,7 @@ async def download_checkpoint(
             publication=publication,
             target=out if out is not None else Path(run.spec.name),
             any_round=force or round_number > 0,
+            known_roots=known_roots,
         )
         wanted = manifest.parse(publication.manifest.payload)
         tally = Tally()
@@ -216,20 +218,37 @@ async def repair_checkpoint(folder: Path, run: str | None, where: Where, tally: 
         advance = stack.enter_context(output.progress(_folder_megabytes(folder), "MB", "repairing"))
         tally.on_progress = _cumulative(advance, tally)
         if invite is None:
-            provenance = read_provenance(folder, parse_run(run), _known_roots)
+            provenance = read_provenance(folder, parse_run(run), known_roots)
             opening = mirrors.open_mirrors(where.named, (), provenance.manifest.round)
             found = await stack.enter_async_context(opening)
         else:
             client = await stack.enter_async_context(coordinator(invite))
             try:
-                provenance = read_provenance(folder, invite.run_id, _known_roots)
+                provenance = read_provenance(folder, invite.run_id, known_roots)
             except SwarmError:
                 if round_number == 0:
                     raise
+                _refuse_other_run(folder, invite.run_id)
                 known, publication = await client.get_run(), await _publication(client, invite, round_number)
-                provenance = check_provenance(known.signed_spec, publication, invite.run_id, _known_roots)
+                provenance = check_provenance(known.signed_spec, publication, invite.run_id, known_roots)
             found = await stack.enter_async_context(_sources(client, invite, provenance.manifest.round, where))
         return await repair(folder, provenance, _fetching(found, tally, where))
+
+
+def _refuse_other_run(folder: Path, run_id: bytes) -> None:
+    """Raise `ConfigError` where ``folder`` holds a checkpoint of another run: it is not damaged, but something else."""
+    from peer.checkpoints.verify import read_provenance
+    from swarm.errors import ConfigError, SwarmError
+
+    try:
+        found = read_provenance(folder, None)
+    except SwarmError:
+        return
+    if found.run_id != run_id:
+        raise ConfigError(
+            f"{folder} holds a checkpoint of another run ({found.manifest.run_name}, {found.run_id.hex()})",
+            "name that run with --run; nothing was changed",
+        )
 
 
 def _invite_of(run: str | None) -> tuple[Invite | None, int]:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from swarm.cli import output
-from swarm.cli.download import Folder, Json, Run, parse_run, verified
+from swarm.cli.download import Folder, Json, Run, known_roots, parse_run, verified
 
 
 def evaluate(
@@ -52,7 +52,7 @@ def evaluate(
     harness.plan_tasks(options.tasks)  # a file that is none is told before the weights are read
     if not no_verify:
         verified(folder, parse_run(run))
-    provenance = read_provenance(folder, parse_run(run))
+    provenance = read_provenance(folder, parse_run(run), known_roots)
     made = harness.evaluate(folder, provenance, options, output.progress)
     path, signed = evaluations.record(folder, made, load_or_create(Home((home or data_home()).absolute()).key_path))
     if as_json:

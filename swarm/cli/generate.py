@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from swarm.cli import output
-from swarm.cli.download import Folder, Json, Run, parse_run
+from swarm.cli.download import Folder, Json, Run, known_roots, parse_run
 
 
 def generate(
@@ -38,6 +38,7 @@ def generate(
         seed=seed,
         device=device,
         run_id=parse_run(run),
+        known_roots=known_roots,
         verify=not no_verify,
     )
     text = sys.stdin.read(generation.MAX_PROMPT_CHARACTERS) if prompt == "-" else prompt

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli import output
-from swarm.cli.download import Json
+from swarm.cli.download import Json, known_roots
 
 if TYPE_CHECKING:
     from peer.checkpoints.leaderboard import Row
@@ -63,7 +63,7 @@ def _rows(source: str) -> list[Row]:
     from swarm.invite import parse
 
     if Path(source).is_dir():
-        return [row_of_folder(read_facts(Path(source), None))]
+        return [row_of_folder(read_facts(Path(source), None, known_roots))]
     return asyncio.run(_rows_of_run(parse(source)))
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from swarm.cli import output
-from swarm.cli.download import Folder, Json, Run, parse_run, verified
+from swarm.cli.download import Folder, Json, Run, known_roots, parse_run, verified
 
 
 def push(
@@ -26,7 +26,7 @@ def push(
     from peer.checkpoints import hub
 
     repository = hub.parse_target(target)
-    summary = hub.describe_folder(folder, parse_run(run))
+    summary = hub.describe_folder(folder, parse_run(run), known_roots)
     url = hub.push(folder, summary, hub.PushOptions(repository=repository, private=private, revision=revision))
     if as_json:
         output.print_json({"folder": str(folder), "repository": repository, "pushed": summary, "commit": url})

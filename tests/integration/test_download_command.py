@@ -5,14 +5,16 @@ No peer can be reached here, as from a network that lets nothing but the web and
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import typer
@@ -22,18 +24,33 @@ from coordinator.checkpoint_files import CheckpointFiles, PublishedFolder
 from coordinator.mirroring import write_mirror
 from peer.checkpoints.verify import verify_folder
 from peer.coordinator_client import CoordinatorClient, RunInfo
+from swarm.cli import compare, push
 from swarm.cli import download as commands
-from swarm.errors import ConfigError, NotFound, RefusedCheckpoint, SwarmError, Unreachable
-from swarm.invite import Invite
+from swarm.cli.audit import audit
+from swarm.cli.generate import generate
+from swarm.cli.leaderboard import leaderboard
+from swarm.errors import ConfigError, NotFound, RefusedCheckpoint, SignatureError, SwarmError, Unreachable
+from swarm.identity import Identity
+from swarm.invite import Invite, parse
 from swarm.manifest import MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE
+from swarm.proto.checkpoint_pb2 import Roots
 from swarm.proto.common_pb2 import Genesis
 from swarm.publication import Publication
 from swarm.storage import Storage
-from tests.checkpoint_samples import ORGANIZER, PUBLISHER, SignedCheckpoint, make_parts, signed_checkpoint
+from tests.checkpoint_samples import (
+    ORGANIZER,
+    PUBLISHER,
+    SignedCheckpoint,
+    make_parts,
+    publication_of,
+    signed_checkpoint,
+)
 from tests.metadata_samples import Repository
 from tests.mirror_servers import WebMirror, web_mirror
 
 PEER = b"a" * 32
+NEW_PUBLISHER = Identity(b"n" * 32)
+NOW = datetime.now(timezone.utc)
 
 app = typer.Typer()
 for command in (commands.download, commands.verify):
@@ -59,6 +76,8 @@ class Coordinator:
     made: SignedCheckpoint
     files: CheckpointFiles
     urls: tuple[str, ...] = ()
+    has_new_key: bool = False
+    renewed: Publication | None = None
 
     async def get_run(self) -> RunInfo:
         return RunInfo(
@@ -73,14 +92,28 @@ class Coordinator:
         )
 
     async def metadata(self) -> dict[str, bytes]:
-        repository = Repository((await self.get_run()).spec, (ORGANIZER,), PUBLISHER)
-        repository.publish(self.made.publication, self.made.manifest.round)
-        return repository.files
+        return (await self._repository()).files
+
+    async def _repository(self) -> Repository:
+        repository = Repository((await self.get_run()).spec, (ORGANIZER,), PUBLISHER, now=NOW)
+        if self.has_new_key:
+            repository.change([ORGANIZER], publisher=NEW_PUBLISHER)
+        repository.publish(await self.checkpoint(0), self.made.manifest.round)
+        return repository
 
     async def checkpoint(self, round_number: int) -> Publication:
         if round_number not in (0, self.made.manifest.round):
             raise NotFound(f"no checkpoint of round {round_number}")
-        return self.made.publication
+        return self.renewed or self.made.publication
+
+    async def replace_key(self) -> None:
+        """The organizer replaces the publication key; what is published is signed anew."""
+        self.has_new_key = True
+        payload = Roots(roots=(await self._repository()).offline.roots).SerializeToString()
+        self.renewed = replace(
+            publication_of(self.made.signed_manifest.payload, self.made.run_id, publisher=NEW_PUBLISHER),
+            roots=NEW_PUBLISHER.sign("roots", self.made.run_id, payload),
+        )
 
     async def mirrors(self) -> tuple[str, ...]:
         return self.urls
@@ -166,6 +199,35 @@ def test_a_rate_limit_is_kept_by_the_command(place: Place) -> None:
     assert time.monotonic() - started >= 0.9 * place.size_bytes * 8 / 80e6
 
 
+READERS: dict[str, tuple[Callable[..., None], tuple[object, ...]]] = {
+    "verify": (commands.verify, ()),
+    "generate": (generate, ("hello",)),
+    "audit": (audit, ("--archive", "nowhere")),
+    "lineage": (compare.lineage, ()),
+    "leaderboard": (leaderboard, ()),
+    "push": (push.push, ("hf://somebody/model",)),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_command_refuses_a_replaced_key_once_this_machine_knows(name: str, place: Place) -> None:
+    folder = downloaded(place)
+    asyncio.run(place.coordinator.replace_key())
+    asyncio.run(commands._publication(cast(CoordinatorClient, place.coordinator), parse(place.invite), 0))
+    one = typer.Typer()
+    one.command()(READERS[name][0])
+    result = CliRunner().invoke(one, [str(folder), *map(str, READERS[name][1])])
+    assert isinstance(result.exception, SignatureError) and "newest root" in str(result.exception)
+
+
+def test_a_download_gives_a_complete_checkpoint_the_new_keys_signatures(place: Place) -> None:
+    folder = downloaded(place)
+    asyncio.run(place.coordinator.replace_key())
+    got = run_json("download", place.invite, "--out", place.folder / "got")
+    assert got["ok"] and got["chunks_fetched"] == 0
+    assert run_json("verify", folder)["ok"]
+
+
 # ---- repair ---------------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +296,14 @@ def test_repair_from_a_mirror_alone_needs_the_folders_own_signature(place: Place
     folder = downloaded(place)
     flip(folder / SIGNATURE_FILE, 100)
     assert isinstance(run("verify", folder, "--repair", "--mirror", place.mirror.url).exception, SwarmError)
+
+
+def test_repair_leaves_a_checkpoint_of_another_run_alone(place: Place) -> None:
+    other = signed_checkpoint(place.folder / "other", make_parts(name="other"))
+    before = {path.name: path.read_bytes() for path in other.folder.iterdir()}
+    result = run("verify", other.folder, "--repair", "--run", place.invite)
+    assert isinstance(result.exception, ConfigError) and "another run" in str(result.exception)
+    assert {path.name: path.read_bytes() for path in other.folder.iterdir()} == before
 
 
 def test_repair_never_writes_through_a_link(place: Place) -> None:
