@@ -7,7 +7,9 @@ check. Made once a round, when the seed peer asks, and kept: two seed peers get 
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from coordinator.run import Run
@@ -17,9 +19,11 @@ from swarm.digest import sha256
 from swarm.energy import PeerWork, estimate
 from swarm.errors import NotFound, ProtocolError, VerificationError
 from swarm.manifest import CheckpointManifest
-from swarm.run_record import MAX_CONTRIBUTORS, NAME_PATTERN, RECORD_FILE, Contributor, RunRecord
+from swarm.run_record import MAX_CONTRIBUTORS, NAME_PATTERN, RECORD_FILE, Contributor, Energy, RunRecord
 
 MAX_COUNT = 2**63 - 1
+
+logger = logging.getLogger(__name__)
 
 
 def check_display_name(name: str) -> None:
@@ -67,8 +71,17 @@ def make(store: Store, round_number: int, num_shards: int) -> RunRecord:
         contributors=tuple(sorted(named, key=lambda item: (-item.tokens, item.name))[:MAX_CONTRIBUTORS]),
         software=tuple(sorted({told[peer.key].agent for peer in known if peer.key in told})[:MAX_CONTRIBUTORS]),
         validation_loss=losses.validation if losses else None,
-        energy=estimate(work),
+        energy=_energy(work),
     )
+
+
+def _energy(work: Sequence[PeerWork]) -> Energy:
+    """The estimate; where the reports fit into none, no energy is known: publication goes on."""
+    try:
+        return estimate(work)
+    except ValueError as error:  # what pydantic raises is one
+        logger.warning("energy is not estimated from what peers reported: %s", error)
+        return estimate(replace(peer, device="") for peer in work)
 
 
 def check(store: Store, checkpoint: CheckpointManifest) -> None:

@@ -42,6 +42,7 @@ GPU_WATTS = (
     ("Apple", 60.0),
 )
 UNKNOWN_GPU_WATTS = 300.0
+MIN_BELIEVABLE_TOKENS_PER_S = 1.0  # peers that have just begun, or lie, report less
 METHOD = (
     "estimate: tokens that the signed log credits, over the tokens/s that each peer reported, times the rated power of "
     f"its device ({WATTS_PER_CPU_THREAD:g} W per CPU thread and {DEFAULT_CPU_WATTS:g} W for unknown CPUs as codecarbon "
@@ -75,7 +76,7 @@ def estimate(work: Iterable[PeerWork]) -> Energy:
     seconds: dict[str, list[float]] = {}
     unknown = 0
     for peer in work:
-        if not peer.device or peer.tokens_per_s <= 0:
+        if not peer.device or not peer.tokens_per_s >= MIN_BELIEVABLE_TOKENS_PER_S:
             unknown += peer.tokens
         elif peer.tokens:
             counts[peer.device] = counts.get(peer.device, 0) + 1

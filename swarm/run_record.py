@@ -49,7 +49,7 @@ class Energy(Section):
     kwh: float = Field(ge=0)
     co2_kg: float = Field(ge=0)
     unknown_tokens: int = Field(ge=0)
-    """credited to peers that reported no device or no speed: their energy is not in the sum"""
+    """credited to peers that reported no device or no believable speed: their energy is not in the sum"""
     method: str = Field(max_length=1024)
 
 

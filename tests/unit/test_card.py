@@ -154,6 +154,13 @@ def test_energy_is_seconds_times_watts_whatever_the_order_of_peers() -> None:
     assert (found.kwh, found.co2_kg, found.unknown_tokens) == (0.024, 0.0114, 5_000)
 
 
+@pytest.mark.parametrize("rate", [1e-300, 1e-200, 0.9, 0.0, -1.0, float("nan")])
+def test_tokens_of_a_rate_that_nobody_can_believe_have_no_known_energy(rate: float) -> None:
+    found = estimate([*WORK, PeerWork(tokens=100_000_000, device="CPU, 1 thread", tokens_per_s=rate)])
+    assert found.devices == estimate(WORK).devices and found.kwh == estimate(WORK).kwh
+    assert found.unknown_tokens == 100_005_000
+
+
 def test_a_record_is_read_back_and_bad_ones_are_refused() -> None:
     raw = RECORD.canonical_bytes()
     assert run_record.parse(raw) == RECORD

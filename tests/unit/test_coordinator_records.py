@@ -11,7 +11,7 @@ from coordinator import membership, publication, records
 from coordinator.contributions import Ledger
 from coordinator.store import Store
 from coordinator.witnesses import Hearing
-from swarm import run_record
+from swarm import energy, run_record
 from swarm.digest import sha256
 from swarm.errors import NotFound, ProtocolError, VerificationError
 from swarm.run_record import RECORD_FILE, Contributor
@@ -46,6 +46,17 @@ def test_a_record_names_who_asked_for_it_and_estimates_what_can_be(world: World,
     (use,) = found.energy.devices
     assert (use.device, use.training_s, use.watts) == ("CPU, 2 threads", 20.0, 8.0)
     assert found.energy.unknown_tokens == 400  # Boris reported nothing
+
+
+def test_reports_that_fit_into_no_estimate_do_not_stop_publication(
+    world: World, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = world.report_request(BORIS, device="CPU, 2 threads", tokens_per_s=1e-300)
+    membership.report(world.run, store, tiny, NOW)
+    assert records.make(store, 2, 1).energy.unknown_tokens == 400
+    monkeypatch.setattr(energy, "watts_of", lambda device: float("inf"))
+    found = run_record.parse(records.get(world.run, store, 2))
+    assert (found.energy.devices, found.energy.kwh, found.energy.unknown_tokens) == ((), 0.0, 600)
 
 
 def test_a_record_is_made_once_also_over_a_restart(world: World, store: Store, tmp_path: Path) -> None:
