@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -41,12 +41,19 @@ class _Reading:
     first_step: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Unread:
+    """A removal list, and what it leaves to read by round; replaced as a whole: the trainer's thread reads it too."""
+
+    removals: tuple[Removal, ...] = ()
+    left: dict[int, Left] = field(default_factory=dict)
+
+
 class Training:
     def __init__(self, spec: RunSpec, peer_key: bytes, reader: TokenReader, limits: Limits) -> None:
         self._spec, self._peer_key, self._reader, self._limits = spec, peer_key, reader, limits
         self._all = Left(counts=tuple(reader.sequences_per_shard()), kept={})
-        self._removals: tuple[Removal, ...] = ()
-        self._left: dict[int, Left] = {}
+        self._unread = _Unread()
         self._reading = _Reading(1, 0)
         self._attempts = 0
         self._committed_tokens = 0
@@ -105,7 +112,7 @@ class Training:
 
     def remove(self, removals: Sequence[Removal]) -> None:
         """Read these documents no more, each from its round on."""
-        self._removals, self._left = tuple(removals), {}
+        self._unread = _Unread(tuple(removals))
         if self._trainer is not None and (self._prefetching is None or self._prefetching.done()):
             self._prefetching = asyncio.get_running_loop().create_task(self._prefetch())
 
@@ -140,9 +147,9 @@ class Training:
         """In the trainer's thread: the batch of this step, or None while its token shard is not here."""
         self._attempts = attempts
         reading = self._reading
-        if self._token_shard(reading.round) not in self._readable:
+        left = self._left_in(reading.round, self._unread)  # once: another list may come before the draw
+        if self._token_shard(reading.round, left) not in self._readable:
             return None
-        left = self._left_in(reading.round)
         chosen = assignment.reading(
             self._spec.seed,
             self._peer_key,
@@ -158,29 +165,28 @@ class Training:
     def _learning_rate(self) -> float:
         return schedule.learning_rate(self._spec.inner, self._committed_tokens, self._spec.total_tokens)
 
-    def _token_shard(self, round_number: int) -> int:
-        left = self._left_in(round_number)
+    def _token_shard(self, round_number: int, left: Left) -> int:
         return assignment.token_shard_of(self._spec.seed, self._peer_key, round_number, left.counts)
 
-    def _left_in(self, round_number: int) -> Left:
+    def _left_in(self, round_number: int, unread: _Unread) -> Left:
         """What may be read in a round; the same for everybody who has the same list."""
-        removals = self._removals
-        if not any(removal.from_round <= round_number for removal in removals):
+        if not any(removal.from_round <= round_number for removal in unread.removals):
             return self._all
-        found = self._left.get(round_number)
+        found = unread.left.get(round_number)
         if found is None:
             manifest, length = self._reader.manifest, self._spec.data.sequence_length
-            found = left_to_read(manifest, length, removals, round_number)
-            # One replacement, as the trainer's thread reads it too: this round's and the next one's are enough.
-            self._left = {round_number: found, **dict(list(self._left.items())[:1])}
+            found = left_to_read(manifest, length, unread.removals, round_number)
+            unread.left[round_number] = found
+            for past in [number for number in tuple(unread.left) if number < round_number - 1]:
+                unread.left.pop(past, None)
         return found
 
     async def _prefetch(self) -> None:
         """Make the token shard of this round readable, then that of the next; retried until it works."""
         while True:
-            now = self._reading.round
-            shards = [self._token_shard(now), self._token_shard(now + 1)]
+            now, unread = self._reading.round, self._unread
             try:
+                shards = [self._token_shard(number, self._left_in(number, unread)) for number in (now, now + 1)]
                 for shard in dict.fromkeys(shards):
                     await self._reader.ensure(shard)
                     self._readable = (self._readable | {shard}) & set(shards)
@@ -189,11 +195,11 @@ class Training:
                 log.warning("token shard not yet here: %s", error)
                 await asyncio.sleep(RETRY_S)
                 continue
-            except SwarmError as error:  # a full disk, say: training cannot go on without the person
+            except SwarmError as error:  # a full disk, or nothing left to read: this needs the person
                 self.failure = error
                 self.failed.set()
                 return
-            if self._reading.round == now:
+            if self._reading.round == now and self._unread is unread:
                 return
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -16,7 +17,7 @@ from peer.training.data import ReaderOptions, TokenReader
 from peer.training.feeding import Training
 from peer.training.trainer import Limits
 from swarm import assignment
-from swarm.errors import DiskFull, NotFound, Unreachable
+from swarm.errors import DataError, DiskFull, NotFound, Unreachable
 from swarm.log import LogHead
 from swarm.removals import Removal, left_to_read
 from tests.unit.small_models import LENGTH, small_spec
@@ -242,6 +243,110 @@ def test_a_removed_document_is_read_no_more_from_its_round_on(tmp_path: Path) ->
         allowed = {tokens[i * LENGTH : i * LENGTH + LENGTH + 1].tobytes() for i in left.kept[shard]}
         rows = [row for batch in replica.batches[before + 2 :] for row in batch]
         assert {np.asarray(row, tokens.dtype).tobytes() for row in rows} <= allowed
+
+    with_training(source, test)
+
+
+def removed_from(document: int, start: int, from_round: int = 1, num_tokens: int = LENGTH * 3) -> Removal:
+    return Removal(document=f"{document:064x}", reason="r", from_round=from_round, start=start, num_tokens=num_tokens)
+
+
+def list_that_moves_round_1(source: Source, readable: set[int]) -> list[Removal]:
+    """A list by which the first round's token shard is none of ``readable``."""
+    for start in range(0, 6 * SEQUENCES * LENGTH, LENGTH * 40):
+        found = [removed_from(1, start)]
+        left = left_to_read(source.data.manifest, LENGTH, found, 1)
+        if assignment.token_shard_of(SPEC.seed, ME, 1, left.counts) not in readable:
+            return found
+    raise AssertionError("no list moves it")
+
+
+def first_shards(source: Source) -> set[int]:
+    """The token shards that are fetched at the beginning, while nothing is removed."""
+    counts = source.reader.sequences_per_shard()
+    return {assignment.token_shard_of(SPEC.seed, ME, number, counts) for number in (1, 2)}
+
+
+def test_a_list_that_arrives_while_a_token_shard_is_fetched_does_not_stop_training(tmp_path: Path) -> None:
+    source = Source(tmp_path, [])
+    source.open.clear()
+
+    async def test(training: Training, replica: Recording) -> None:
+        await until(lambda: bool(source.asked), "the first fetch is under way")
+        training.remove(list_that_moves_round_1(source, first_shards(source)))
+        source.open.set()
+        await until(lambda: bool(replica.batches), "a step")
+
+    with_training(source, test)
+
+
+def test_a_list_that_arrives_between_a_steps_check_and_its_draw_counts_from_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Source(tmp_path, [])
+    shard_of, arrive = assignment.token_shard_of, threading.Event()
+
+    async def test(training: Training, replica: Recording) -> None:
+        await until(lambda: len(replica.batches) > 1 and len(source.asked) == len(first_shards(source)), "steps")
+        loop, moved = asyncio.get_running_loop(), list_that_moves_round_1(source, first_shards(source))
+
+        def racing(*arguments: Any) -> int:
+            found = shard_of(*arguments)
+            if threading.current_thread() is not threading.main_thread() and not arrive.is_set():
+                done = threading.Event()
+                loop.call_soon_threadsafe(lambda: (training.remove(moved), done.set()))
+                done.wait(WITHIN_S)
+                arrive.set()
+            return found
+
+        monkeypatch.setattr(assignment, "token_shard_of", racing)
+        await until(arrive.is_set, "the list arrived during a step")
+        before = len(replica.batches)
+        await until(lambda: len(replica.batches) > before + 2 or training.failed.is_set(), "more steps")
+        assert not training.failed.is_set()
+
+    with_training(source, test)
+
+
+def test_what_an_older_list_leaves_is_not_kept_for_a_newer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newer list arrives while it is counted what the older one leaves."""
+    source = Source(tmp_path, [])
+    source.open.clear()
+    size = SEQUENCES * LENGTH + 1
+    newer = [removed_from(index, index * size, 1, size // 2) for index in range(6)]
+    arrived: list[int] = []
+
+    async def test(training: Training, replica: Recording) -> None:
+        def counting(*arguments: Any) -> Any:
+            found = left_to_read(*arguments)
+            if not arrived:
+                arrived.append(1)
+                training.remove(newer)
+            return found
+
+        await until(lambda: bool(source.asked), "the first fetch is under way")
+        monkeypatch.setattr(feeding, "left_to_read", counting)
+        training.remove([removed_from(99, 0)])
+        source.open.set()
+        await until(lambda: len(replica.batches) >= 20, "steps")
+        left = left_to_read(source.data.manifest, LENGTH, newer, 1)
+        shard = assignment.token_shard_of(SPEC.seed, ME, 1, left.counts)
+        tokens = source.data.tokens[source.data.manifest.train[shard].file]
+        allowed = {tokens[i * LENGTH : i * LENGTH + LENGTH + 1].tobytes() for i in left.kept[shard]}
+        rows = {np.asarray(row, tokens.dtype).tobytes() for batch in replica.batches[2:] for row in batch}
+        assert rows <= allowed
+
+    with_training(source, test)
+
+
+def test_a_list_that_leaves_nothing_to_read_ends_training_by_name(tmp_path: Path) -> None:
+    source = Source(tmp_path, [])
+
+    async def test(training: Training, replica: Recording) -> None:
+        await until(lambda: bool(replica.batches), "a step")
+        training.remove([removed_from(1, 0, 2, 1 << 30)])  # the next round: no step fails by it
+        await asyncio.wait_for(training.failed.wait(), WITHIN_S)
+        assert isinstance(training.failure, DataError)
 
     with_training(source, test)
 
