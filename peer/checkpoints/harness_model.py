@@ -7,7 +7,7 @@ metrics to the harness.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from peer.checkpoints.generate import GenerateOptions, draw_tokens
+from swarm.errors import DataError
 
 MAX_GENERATED_TOKENS = 256  # the harness's own default
 
@@ -94,7 +95,12 @@ class CheckpointModel(TemplateLM):  # type: ignore[misc]  # the library is untyp
                 yield float(total), bool((log_NV.argmax(-1) == targets_N).all())
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Text that follows each context, up to the first stop of the request."""
+        """Text that follows each context, up to the first stop of the request.
+
+        Raises `DataError` before anything is drawn where a task wants as many tokens as the model reads, or more.
+        """
+        for request in requests:
+            self._refuse_without_prompt(request)
         texts = []
         with self._on_progress(len(requests), "requests", "texts") as advance:
             for request in requests:
@@ -103,10 +109,20 @@ class CheckpointModel(TemplateLM):  # type: ignore[misc]  # the library is untyp
                 advance(1)
         return texts
 
+    def _refuse_without_prompt(self, request: Any) -> None:
+        # No room is left for the question then: what would be scored is no answer to it.
+        most = _max_generated(request.args[1])
+        if most >= self.max_length:
+            raise DataError(
+                f"the task {request.task_name} wants up to {most} tokens (max_gen_toks) of a model that reads "
+                f"{self.max_length} in all",
+                "leave the task out, or copy its file and lower max_gen_toks there",
+            )
+
     def _until(self, context: str, wishes: dict[str, Any]) -> str:
         stops = wishes.get("until") or []
         stops = [stops] if isinstance(stops, str) else [stop for stop in stops if stop]
-        most = min(int(wishes.get("max_gen_toks", MAX_GENERATED_TOKENS)), self.max_length - 1)
+        most = _max_generated(wishes)
         sampled = bool(wishes.get("do_sample"))
         options = GenerateOptions(
             temperature=float(wishes.get("temperature", 1.0)) if sampled else 0.0,
@@ -124,3 +140,7 @@ class CheckpointModel(TemplateLM):  # type: ignore[misc]  # the library is untyp
         for stop in stops:
             text = text.split(stop)[0]
         return text
+
+
+def _max_generated(wishes: Mapping[str, Any]) -> int:
+    return int(wishes.get("max_gen_toks", MAX_GENERATED_TOKENS))

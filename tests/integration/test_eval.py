@@ -181,6 +181,16 @@ def test_generated_text_ends_before_the_first_stop(model: Any) -> None:
     assert cut == whole.split(stop)[0]
 
 
+def test_a_task_that_leaves_no_room_for_its_question_is_refused_by_name(model: Any) -> None:
+    asked = SimpleNamespace(args=("The quick", {"max_gen_toks": model.max_length}), task_name="long_answers")
+    with pytest.raises(
+        DataError, match=rf"long_answers wants up to {model.max_length} tokens .* {model.max_length} in"
+    ):
+        model.generate_until([asked])
+    text = model.generate_until([SimpleNamespace(args=("The quick", {"max_gen_toks": model.max_length - 1}))])
+    assert len(text) == 1
+
+
 def test_the_named_sets_are_names_of_the_harness() -> None:
     """Only the folders of these tasks are indexed: all of the harness's take a minute on a busy machine."""
     import lm_eval.tasks
