@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,7 +63,7 @@ def _rows(source: str) -> list[Row]:
     from peer.checkpoints.leaderboard import row_of_folder
     from swarm.invite import parse
 
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # Path.is_dir raises where a name is too long, as invites can be
         return [row_of_folder(read_facts(Path(source), None, known_roots))]
     return asyncio.run(_rows_of_run(parse(source)))
 

@@ -106,6 +106,18 @@ def test_a_run_and_a_folder_of_it_are_compared_and_drawn(
     assert "2.5000" in plain.stdout and "0.2500" in plain.stdout
 
 
+def test_an_invite_longer_than_any_name_of_a_folder_is_an_invite(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect(invite: Invite) -> FakeClient:
+        return FakeClient()
+
+    monkeypatch.setattr(CoordinatorClient, "connect", connect)
+    addresses = tuple(f"{'a' * 200}{number}.example:1" for number in range(3))
+    invite = Invite(run_id=b"r" * 20, tls_pin=b"t" * 32, addresses=addresses).encode()
+    assert len(invite) > 255
+    done = CliRunner().invoke(app, [invite, "--json"], catch_exceptions=False)
+    assert [found["round"] for found in json.loads(done.stdout)["checkpoints"]] == [5, 10]
+
+
 def test_what_cannot_be_drawn_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no picture"):
         plot([row("a", 1, x=1.0)], tmp_path / "a.txt")
