@@ -18,6 +18,7 @@ from swarm import run_spec, witness
 from swarm.data_manifest import DataManifest, Source, TokenShard
 from swarm.digest import join_subtrees, sha256
 from swarm.errors import DeadlineExceeded, ProtocolError, Unreachable
+from swarm.evaluation import Evaluation, Result
 from swarm.identity import Identity
 from swarm.proto.checkpoint_pb2 import Witnesses
 from swarm.proto.common_pb2 import Signed
@@ -192,3 +193,19 @@ class FakeTransport:
 
 
 Answer = Callable[[bytes, bytes], Awaitable[bytes]]
+
+
+def evaluation(made: SignedCheckpoint, value: float, limit: int | None = None) -> Evaluation:
+    """Of the checkpoint, with one result."""
+    return Evaluation(
+        run_id=made.run_id.hex(),
+        round=made.manifest.round,
+        manifest_digest=sha256(made.signed_manifest.payload).hex(),
+        asked=("tiny",),
+        results=(Result(task="tiny", metric="acc", value=value, num_fewshot=5, num_samples=4),),
+        versions={"lm_eval": "0.4.13"},
+        seed=0,
+        limit=limit,
+        batch_size=1,
+        device="cpu",
+    )

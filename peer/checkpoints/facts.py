@@ -27,8 +27,9 @@ _MAX_SIGNED_BYTES = evaluation.MAX_EVALUATION_BYTES + 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignedEvaluation:
-    """``signer``: the public key of whoever measured."""
+    """``name``: of its two files, without their endings. ``signer``: the public key of whoever measured."""
 
+    name: str
     evaluation: Evaluation
     signer: bytes
 
@@ -134,7 +135,7 @@ def _read_evaluation(path: Path, provenance: Provenance) -> SignedEvaluation:
     parsed = evaluation.parse_signed(signed, provenance.run_id)
     if parsed.manifest_digest != manifest_digest(provenance):
         raise VerificationError("it is of another checkpoint")
-    return SignedEvaluation(evaluation=parsed, signer=signed.signer)
+    return SignedEvaluation(name=path.stem, evaluation=parsed, signer=signed.signer)
 
 
 def _listed(folder: Path, provenance: Provenance, name: str, max_bytes: int) -> bytes | None:

@@ -1,7 +1,8 @@
 """Uploading a checkpoint folder to a model repository of the Hugging Face Hub: a door to ``huggingface_hub``.
 
 Decides which folders are uploaded (a published checkpoint, or a set derived from one, each checked against its own list
-first) and what a failure means. Leaves credentials to the library: ``HF_TOKEN``, or what ``hf auth login`` stored.
+first), that nothing but what was checked is, and what a failure means. Leaves credentials to the library: ``HF_TOKEN``,
+or what ``hf auth login`` stored.
 """
 
 from __future__ import annotations
@@ -12,16 +13,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peer.checkpoints.export_hf import ORIGIN_NAME
-from peer.checkpoints.verify import KnownRoots, no_roots, verify_folder
+from peer.checkpoints.facts import read_evaluations
+from peer.checkpoints.model_signature import SIGNATURE_NAME
+from peer.checkpoints.verify import KnownRoots, Provenance, no_roots, verify_folder
 from swarm.digest import sha256
 from swarm.errors import ConfigError, DataError, DigestError, NetworkError
+from swarm.evaluation import FOLDER as EVALUATIONS
+from swarm.evaluation import Evaluation
 from swarm.files import file_sha256
-from swarm.manifest import MANIFEST_FILE
+from swarm.manifest import MANIFEST_FILE, SIGNED_FILES
 
 MAX_ORIGIN_BYTES = 1 << 20
 _TARGET = re.compile(r"hf://([A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})")
-# No dot files, no half-written ones: what a checkpoint, its evaluations and its model signature consist of.
-_UPLOADED = ("*.json", "*.safetensors", "*.txt", "*.sig", "*.md", "evaluations/*.json", "evaluations/*.sig")
+# The library reads names as patterns: no wildcard, no separator, and no dot file may be among them.
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pushed:
+    """``summary``: one line on it. ``names``: the files that were checked, and no other, go out."""
+
+    summary: str
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +55,8 @@ def parse_target(text: str) -> str:
     return found[1]
 
 
-def describe_folder(folder: Path, run_id: bytes | None, known_roots: KnownRoots = no_roots) -> str:
-    """One line on what is pushed, once every byte that its list names is right.
+def describe_folder(folder: Path, run_id: bytes | None, known_roots: KnownRoots = no_roots) -> Pushed:
+    """What is pushed, once every byte that its list names is right.
 
     Raises `DataError` where the folder is neither a checkpoint nor a derived set, `VerificationError`.
     """
@@ -52,19 +65,23 @@ def describe_folder(folder: Path, run_id: bytes | None, known_roots: KnownRoots 
         report.require_ok()
         listed = report.provenance
         digest = sha256(listed.publication.manifest.payload).hex()
-        return f"{listed.manifest.run_name}, round {listed.manifest.round} (manifest {digest[:16]})"
+        return Pushed(
+            summary=f"{listed.manifest.run_name}, round {listed.manifest.round} (manifest {digest[:16]})",
+            names=_names(folder, listed),
+        )
     origin, files = _origin(folder)
     for name, wanted in files.items():
         path = folder / name
         if path.is_symlink() or not path.is_file() or file_sha256(path) != wanted:
             raise DigestError(f"{path} is not what {ORIGIN_NAME} lists", "export the set again")
-    return (
-        f"{origin['run_name']}, round {origin['round']}, {origin['dtype']} (from manifest "
-        f"{origin['manifest_digest'][:16]})"
+    return Pushed(
+        summary=f"{origin['run_name']}, round {origin['round']}, {origin['dtype']} (from manifest "
+        f"{origin['manifest_digest'][:16]})",
+        names=(*files, ORIGIN_NAME),
     )
 
 
-def push(folder: Path, summary: str, options: PushOptions) -> str:
+def push(folder: Path, pushed: Pushed, options: PushOptions) -> str:
     """Upload; the address of the commit. Raises `ConfigError` without the right to, `NetworkError` otherwise."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -75,8 +92,8 @@ def push(folder: Path, summary: str, options: PushOptions) -> str:
         done = api.upload_folder(
             repo_id=options.repository,
             folder_path=folder,
-            allow_patterns=list(_UPLOADED),
-            commit_message=f"Add {summary}",
+            allow_patterns=list(pushed.names),
+            commit_message=f"Add {pushed.summary}",
             revision=options.revision,
         )
     except LocalTokenNotFoundError as error:
@@ -92,6 +109,28 @@ def push(folder: Path, summary: str, options: PushOptions) -> str:
     return str(done.commit_url)
 
 
+def _names(folder: Path, provenance: Provenance) -> tuple[str, ...]:
+    """The listed files, those that sign them, and the evaluations whose signatures are right."""
+    names = [file.name for file in provenance.manifest.files]
+    names += [name for name in sorted({*SIGNED_FILES, SIGNATURE_NAME}) if _is_plain_file(folder / name)]
+    found, _ = read_evaluations(folder, provenance)
+    for item in found:
+        table = folder / EVALUATIONS / f"{item.name}.json"
+        if _PLAIN_NAME.fullmatch(item.name) and _holds(table, item.evaluation):
+            names += [f"{EVALUATIONS}/{item.name}.json", f"{EVALUATIONS}/{item.name}.sig"]
+    return tuple(names)
+
+
+def _is_plain_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _holds(path: Path, evaluation: Evaluation) -> bool:
+    """Whether the file is the evaluation that was signed, and nothing besides."""
+    wanted = evaluation.canonical_bytes()
+    return _is_plain_file(path) and path.stat().st_size == len(wanted) and path.read_bytes() == wanted
+
+
 def _origin(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     """What a derived set says of itself, and the digests of its files by name."""
     path = folder / ORIGIN_NAME
@@ -104,6 +143,6 @@ def _origin(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
         raise DataError(
             f"{folder} is neither a checkpoint nor a set that `swarm export` made", "name such a folder"
         ) from error
-    if any(Path(name).name != name for name in files):
-        raise DataError(f"{path} names files outside its folder", "export the set again")
+    if not all(_PLAIN_NAME.fullmatch(name) for name in files):
+        raise DataError(f"{path} names what is no plain file of its folder", "export the set again")
     return plain, files

@@ -26,12 +26,12 @@ def push(
     from peer.checkpoints import hub
 
     repository = hub.parse_target(target)
-    summary = hub.describe_folder(folder, parse_run(run), known_roots)
-    url = hub.push(folder, summary, hub.PushOptions(repository=repository, private=private, revision=revision))
+    pushed = hub.describe_folder(folder, parse_run(run), known_roots)
+    url = hub.push(folder, pushed, hub.PushOptions(repository=repository, private=private, revision=revision))
     if as_json:
-        output.print_json({"folder": str(folder), "repository": repository, "pushed": summary, "commit": url})
+        output.print_json({"folder": str(folder), "repository": repository, "pushed": pushed.summary, "commit": url})
     else:
-        print(f"{url}: {summary}")
+        print(f"{url}: {pushed.summary}")
 
 
 def sign(

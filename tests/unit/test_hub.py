@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 
 from peer.checkpoints import hub, model_signature
+from peer.checkpoints.evaluations import record
 from peer.checkpoints.verify import verify_folder
 from swarm.digest import sha256
 from swarm.errors import ConfigError, DataError, NetworkError, VerificationError
-from tests.checkpoint_samples import SignedCheckpoint, small_checkpoint
+from swarm.identity import Identity
+from swarm.manifest import MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE, WITNESSES_FILE
+from tests.checkpoint_samples import SignedCheckpoint, evaluation, small_checkpoint
 
 REPOSITORY = "volunteers/sample"
 
@@ -98,17 +101,24 @@ def made(tmp_path: Path) -> SignedCheckpoint:
 def test_every_file_of_a_checkpoint_is_uploaded_as_it_is_and_nothing_else(
     fake: Hub, made: SignedCheckpoint, tmp_path: Path
 ) -> None:
-    (made.folder / ".hidden").write_text("x")
-    (made.folder / "evaluations").mkdir()
-    (made.folder / "evaluations" / "a.json").write_text("{}")
-    summary = hub.describe_folder(made.folder, made.run_id)
-    hub.push(made.folder, summary, hub.PushOptions(repository=REPOSITORY, endpoint=fake.url))
-    assert fake.message == f"Add {summary}" and "round 10" in summary
+    measured, _ = record(made.folder, evaluation(made, 0.25), Identity.generate())
+    altered, _ = record(made.folder, evaluation(made, 0.5), Identity.generate())
+    altered.write_text("{}")
+    model_signature.sign(made.folder, model_signature.load_or_create_key(tmp_path / "key.pem"))
+    private = (".hidden", "notes/private.md", ".ssh/keys.json", "evaluations/a.json", "evaluations/old/b.json")
+    for name in (*private, "evaluations/forged.sig"):
+        (made.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (made.folder / name).write_text("{}")
+    pushed = hub.describe_folder(made.folder, made.run_id)
+    hub.push(made.folder, pushed, hub.PushOptions(repository=REPOSITORY, endpoint=fake.url))
+    assert fake.message == f"Add {pushed.summary}" and "round 10" in pushed.summary
+    signed = {MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE, WITNESSES_FILE, "model.sig"}
+    measurement = {f"evaluations/{measured.stem}{ending}" for ending in (".json", ".sig")}
+    assert set(fake.files) == {file.name for file in made.manifest.files} | signed | measurement
     for name, content in fake.files.items():
         (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "copy" / name).write_bytes(content)
     assert fake.card == (made.folder / "README.md").read_text()
-    assert ".hidden" not in fake.files and "evaluations/a.json" in fake.files
     assert verify_folder(tmp_path / "copy", made.run_id).ok
 
 
@@ -126,12 +136,18 @@ def test_a_derived_set_is_checked_against_its_own_list(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"weights")
     origin = {**ORIGIN, "files": {"w.safetensors": sha256(b"weights").hex()}}
     (tmp_path / "origin.json").write_text(json.dumps(origin))
-    assert "bf16" in hub.describe_folder(tmp_path, None)
+    (tmp_path / "notes.md").write_text("private")
+    pushed = hub.describe_folder(tmp_path, None)
+    assert "bf16" in pushed.summary and set(pushed.names) == {"w.safetensors", "origin.json"}
     (tmp_path / "w.safetensors").write_bytes(b"weighed")
     with pytest.raises(VerificationError):
         hub.describe_folder(tmp_path, None)
-    (tmp_path / "origin.json").write_text(json.dumps({**ORIGIN, "files": {"../w": "a" * 64}}))
-    with pytest.raises(DataError, match="outside"):
+
+
+@pytest.mark.parametrize("name", ["../w", "*", "[a-z]*", ".env.json", "a/b", "a\\", ""])
+def test_a_derived_set_cannot_list_what_is_no_plain_file_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / "origin.json").write_text(json.dumps({**ORIGIN, "files": {name: "a" * 64}}))
+    with pytest.raises(DataError, match="no plain file"):
         hub.describe_folder(tmp_path, None)
 
 
@@ -144,7 +160,11 @@ def test_a_folder_that_is_neither_is_refused(tmp_path: Path) -> None:
 def test_refusals_are_named(fake: Hub, made: SignedCheckpoint, status: int, error: type[Exception]) -> None:
     fake.refuse = status
     with pytest.raises(error):
-        hub.push(made.folder, "x", hub.PushOptions(repository=REPOSITORY, endpoint=fake.url))
+        hub.push(
+            made.folder,
+            hub.Pushed(summary="x", names=("config.json",)),
+            hub.PushOptions(repository=REPOSITORY, endpoint=fake.url),
+        )
 
 
 @pytest.mark.parametrize("text", ["org/name", "hf://name", "hf://a/b/c", "hf://../x", "https://x/y", "hf://a/b?c"])

@@ -13,33 +13,16 @@ import typer
 from typer.testing import CliRunner
 
 from peer.checkpoints.evaluations import record
-from peer.checkpoints.facts import manifest_digest, read_facts
 from peer.checkpoints.leaderboard import VALIDATION_LOSS, Row, merged, metrics_of, plot, scores_of
 from peer.coordinator_client import CoordinatorClient
 from swarm.cli.leaderboard import leaderboard
 from swarm.errors import ConfigError
-from swarm.evaluation import Evaluation, Result
 from swarm.identity import Identity
 from swarm.invite import Invite
-from tests.checkpoint_samples import SignedCheckpoint, small_checkpoint
+from tests.checkpoint_samples import SignedCheckpoint, evaluation, small_checkpoint
 
 app = typer.Typer()
 app.command()(leaderboard)
-
-
-def evaluation(made: SignedCheckpoint, value: float, limit: int | None = None) -> Evaluation:
-    return Evaluation(
-        run_id=made.run_id.hex(),
-        round=made.manifest.round,
-        manifest_digest=manifest_digest(read_facts(made.folder, None).provenance),
-        asked=("tiny",),
-        results=(Result(task="tiny", metric="acc", value=value, num_fewshot=5, num_samples=4),),
-        versions={"lm_eval": "0.4.13"},
-        seed=0,
-        limit=limit,
-        batch_size=1,
-        device="cpu",
-    )
 
 
 @pytest.fixture
