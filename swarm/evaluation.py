@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
@@ -62,6 +63,15 @@ class Evaluation(Section):
         """The file's name without its ending: what was asked for, and a digest that keeps two apart."""
         asked = re.sub(r"[^a-z0-9]+", "-", "-".join(self.asked).lower()).strip("-")[:40] or "tasks"
         return f"{asked}-{sha256(self.canonical_bytes()).hex()[:12]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignedEvaluation:
+    """``name``: of its two files, without their endings. ``signer``: the public key of whoever measured."""
+
+    name: str
+    evaluation: Evaluation
+    signer: bytes
 
 
 def parse(raw: bytes) -> Evaluation:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from swarm.data_manifest import DataManifest
 from swarm.errors import DataError
-from swarm.evaluation import Evaluation
+from swarm.evaluation import Result, SignedEvaluation
+from swarm.identity import peer_id_of
 from swarm.manifest import ShardState
 from swarm.run_record import RunRecord
 from swarm.run_spec import RunSpec
@@ -69,7 +70,7 @@ class CardFacts:
     """of each, where the run has several"""
     dtype: str = "float32"
     record: RunRecord | None = None
-    evaluations: tuple[Evaluation, ...] = ()
+    evaluations: tuple[SignedEvaluation, ...] = ()
     derived_from: str | None = None
     """manifest digest of the published checkpoint, where this is a set derived from it"""
 
@@ -126,8 +127,9 @@ def _front_matter(facts: CardFacts) -> str:
             metric_name=f"{result.metric} ({result.num_fewshot}-shot)",
             metric_value=result.value,
         )
-        for evaluation in facts.evaluations
-        for result in evaluation.results
+        for item in facts.evaluations
+        if item.evaluation.limit is None  # the Hub shows a trial on a few documents as a score like any other
+        for result in item.evaluation.results
     ][:MAX_ROWS]
     base = facts.spec.base.name if facts.spec.base is not None else None
     listed = licence in _LICENCES
@@ -246,30 +248,41 @@ def _energy(record: RunRecord | None) -> str:
     return f"{text}\n\nMethod: {energy.method}"
 
 
-def _evaluation(evaluations: Sequence[Evaluation]) -> str:
+def _evaluation(evaluations: Sequence[SignedEvaluation]) -> str:
     if not evaluations:
         return "None is recorded here. `swarm eval FOLDER --tasks leaderboard` makes one."
     return _results(evaluations)
 
 
-def _results(evaluations: Sequence[Evaluation]) -> str:
+def _results(evaluations: Sequence[SignedEvaluation]) -> str:
+    """What was measured, and by whom; a trial on a few documents only of tasks that nobody measured whole."""
+    whole = {result.task for item in evaluations if item.evaluation.limit is None for result in item.evaluation.results}
     rows = [
-        (
-            cell(result.task),
-            cell(result.metric),
-            f"{result.value:.4g}" + ("" if result.stderr is None else f" ± {result.stderr:.2g}"),
-            result.num_fewshot,
-            result.num_samples,
-            cell(evaluation.versions.get("lm_eval", "-")),
-        )
-        for evaluation in evaluations
-        for result in evaluation.results
+        _row(item, result)
+        for item in evaluations
+        for result in item.evaluation.results
+        if item.evaluation.limit is None or result.task not in whole
     ]
-    return _table(("task", "metric", "value", "few-shot", "samples", "lm-evaluation-harness"), rows)
+    columns = ("task", "metric", "value", "few-shot", "samples", "of all", "lm-evaluation-harness", "measured by")
+    return _table(columns, rows)
 
 
-def _bias(evaluations: Sequence[Evaluation]) -> str:
-    about_bias = [item for item in evaluations if "bias" in item.asked]
+def _row(item: SignedEvaluation, result: Result) -> tuple[object, ...]:
+    limit = item.evaluation.limit
+    return (
+        cell(result.task),
+        cell(result.metric),
+        f"{result.value:.4g}" + ("" if result.stderr is None else f" ± {result.stderr:.2g}"),
+        result.num_fewshot,
+        result.num_samples,
+        "yes" if limit is None else f"no, {limit} a task at most",
+        cell(item.evaluation.versions.get("lm_eval", "-")),
+        f"`{peer_id_of(item.signer)}`",
+    )
+
+
+def _bias(evaluations: Sequence[SignedEvaluation]) -> str:
+    about_bias = [item for item in evaluations if "bias" in item.evaluation.asked]
     if not about_bias:
         return "Not evaluated yet; `swarm eval FOLDER --tasks bias` does (CrowS-Pairs, BBQ, Winogender, ToxiGen)."
     return _results(about_bias)

@@ -17,21 +17,12 @@ from peer.checkpoints.verify import KnownRoots, Provenance, no_roots, read_prove
 from peer.checkpoints.weights import Weights
 from swarm import data_manifest, digest, evaluation, manifest, run_record
 from swarm.errors import DataError, SwarmError, VerificationError
-from swarm.evaluation import Evaluation
+from swarm.evaluation import SignedEvaluation
 from swarm.identity import peer_id_of
 from swarm.proto.common_pb2 import Signed
 
 MAX_EVALUATIONS = 1000
 _MAX_SIGNED_BYTES = evaluation.MAX_EVALUATION_BYTES + 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SignedEvaluation:
-    """``name``: of its two files, without their endings. ``signer``: the public key of whoever measured."""
-
-    name: str
-    evaluation: Evaluation
-    signer: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +102,7 @@ def read_facts(folder: Path, run_id: bytes | None, known_roots: KnownRoots = no_
         shards=listed.shards,
         num_parameters=Weights(folder, listed).num_parameters,
         record=run_record.parse(raw_record) if raw_record is not None else None,
-        evaluations=tuple(item.evaluation for item in found),
+        evaluations=found,
     )
     return FolderFacts(folder=folder, provenance=provenance, card=card, evaluations=found, ignored=ignored)
 

@@ -122,8 +122,8 @@ def test_the_signed_record_lies_beside_the_checkpoint_which_still_verifies(
     assert (report.ok, report.warnings) == (True, ())
     facts = read_facts(folder, None)
     assert [item.signer.hex() for item in facts.evaluations] == [told["signer"]]
-    assert len(facts.card.evaluations[0].results) == 3
-    assert Path(told["path"]).read_bytes() == facts.card.evaluations[0].canonical_bytes()
+    assert len(facts.card.evaluations[0].evaluation.results) == 3
+    assert Path(told["path"]).read_bytes() == facts.card.evaluations[0].evaluation.canonical_bytes()
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from peer.checkpoints.card import CardFacts, model_card, read_card
 from swarm import energy, run_record
 from swarm.energy import PeerWork, estimate, watts_of
 from swarm.errors import DataError, VerificationError
-from swarm.evaluation import Evaluation, Result
+from swarm.evaluation import Evaluation, Result, SignedEvaluation
+from swarm.identity import Identity
 from swarm.run_record import Contributor, RunRecord
 from tests.checkpoint_samples import data_manifest, make_spec
 
@@ -48,8 +49,11 @@ def facts(**changes: object) -> CardFacts:
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
-def evaluation(asked: str = "tiny", value: float = 0.25) -> Evaluation:
-    return Evaluation(
+SIGNER = Identity(b"e" * 32)
+
+
+def evaluation(asked: str = "tiny", value: float = 0.25, limit: int | None = None) -> SignedEvaluation:
+    made = Evaluation(
         run_id=make_spec(data_manifest()).run_id.hex(),
         round=10,
         manifest_digest="a" * 64,
@@ -57,9 +61,11 @@ def evaluation(asked: str = "tiny", value: float = 0.25) -> Evaluation:
         results=(Result(task=f"{asked}_task", metric="acc", value=value, stderr=0.01, num_samples=40),),
         versions={"lm_eval": "0.4.13"},
         seed=1,
+        limit=limit,
         batch_size=8,
         device="cpu",
     )
+    return SignedEvaluation(name=made.name, evaluation=made, signer=SIGNER.public_key)
 
 
 def test_huggingface_hub_reads_the_card_and_its_evaluation() -> None:
@@ -70,6 +76,18 @@ def test_huggingface_hub_reads_the_card_and_its_evaluation() -> None:
     (result,) = data.eval_results or []
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("tiny_task", "acc", 0.25)
     assert data.co2_eq_emissions["emissions"] == pytest.approx(11.4)
+
+
+def test_a_trial_on_a_few_documents_is_no_score_of_the_card() -> None:
+    """It is marked in the table where nobody measured the task whole, and nowhere in the front matter."""
+    trials = (evaluation("tiny", 0.75, limit=3), evaluation("other", 0.875, limit=5))
+    card = model_card(facts(evaluations=(*trials, evaluation("tiny", 0.25))))
+    results = read_card(card)["model-index"][0]["results"]  # type: ignore[index]
+    assert [result["metrics"][0]["value"] for result in results] == [0.25]
+    assert "0.75" not in card
+    (row,) = [line for line in card.splitlines() if "0.875" in line]
+    assert "no, 5 a task at most" in row and SIGNER.peer_id in row
+    assert "model-index" not in read_card(model_card(facts(evaluations=trials)))
 
 
 def test_every_section_and_figure_is_on_the_card() -> None:
