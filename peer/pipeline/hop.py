@@ -45,6 +45,10 @@ class _Command:
     function: Callable[[], Any]
     done: asyncio.Future[Any]
 
+    def carry_out(self) -> Any:
+        """Not once the caller gave up: it may have asked again, and what lands twice counts twice."""
+        return None if self.done.done() else self.function()
+
 
 class Hop:
     """`run` must be under way for inner steps to be made."""
@@ -132,7 +136,7 @@ class Hop:
 
     async def _carry_out(self, command: _Command) -> None:
         try:
-            result = await self.parts.slot.run(command.function)
+            result = await self.parts.slot.run(command.carry_out)
         except asyncio.CancelledError:
             command.done.cancel()
             raise

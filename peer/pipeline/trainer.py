@@ -106,7 +106,8 @@ class SpanTrainer:
     async def call(self, function: Callable[[], T], timeout_s: float = COMMAND_TIMEOUT_S) -> T:
         """Run ``function`` between two inner steps, with nothing under way, and give its result or raise its error.
 
-        Raises `DeadlineExceeded` after ``timeout_s`` and what ended the training if it ended.
+        Raises `DeadlineExceeded` after ``timeout_s`` (the function may still run then, if it had begun), and what
+        ended the training if it ended.
         """
         if self._failure is not None:
             raise self._failure

@@ -309,3 +309,24 @@ def test_a_microbatch_that_came_twice_is_answered_twice_and_counts_once() -> Non
         assert not math.isnan(pipeline.answers[0][1].loss)
 
     live(main())
+
+
+def test_what_its_caller_gave_up_on_is_not_carried_out_later() -> None:
+    """It waited for microbatches under way; the peer trains on afterwards."""
+
+    async def main() -> None:
+        pipeline = SimulatedPipeline(2)
+        first = await pipeline.add(0, PeerOptions(drain_s=2.0, step_microbatches=1000))
+        await pipeline.add(1, PeerOptions(cost_s=5.0, max_in_flight=1))
+        pipeline.limit = 4
+        await pipeline.until(1)
+        carried_out: list[str] = []
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(first.hop.between_steps(lambda: carried_out.append("given up")), 0.5)
+        await first.hop.between_steps(lambda: carried_out.append("wanted"))
+        assert carried_out == ["wanted"]
+        await pipeline.until(4)
+        await pipeline.finish_steps()
+        assert_accounts_add_up(pipeline)
+
+    live(main())
