@@ -13,6 +13,9 @@ For N tokens of H values, little endian, the scales of all tokens first:
 A value is code * scale. Codes of 4 bits are two's complement, the first of two in the low half of a byte; the last half
 of an odd token is 0. A token whose scale would be below 2**-126 is written as zeros. A scale is that of the token's
 largest value, so a token has a code of the largest magnitude, or a scale of 0 and codes of 0: all else is refused.
+
+Values up to 2**30 travel, a thousand times the largest that models are known for: with larger ones the sums and squares
+of an honest replica overflow, and nothing can be learned from them.
 """
 
 from __future__ import annotations
@@ -27,10 +30,19 @@ import torch
 from swarm.errors import DataError, ProtocolError
 
 SCALE_BYTES = 4
+LARGEST_VALUE = 2.0**30
 _TINY = torch.finfo(torch.float32).tiny
 _HUGE = torch.finfo(torch.float32).max
-# The largest code times the largest scale must not overflow.
+# The largest code times the largest scale must not exceed the largest value, as rounded in fp32.
 _BELOW_ONE = 1 - 2**-22
+
+
+_CANNOT_TRAVEL = "a value of a microbatch is not finite, or above 2**30"
+
+
+def can_travel(values: torch.Tensor) -> bool:
+    """Whether all of them are finite and within `LARGEST_VALUE`."""
+    return bool((values.detach().abs() <= LARGEST_VALUE).all())  # no comparison holds for NaN
 
 
 class HopCodec(Protocol):
@@ -41,11 +53,14 @@ class HopCodec(Protocol):
         ...
 
     def encode(self, values: torch.Tensor) -> bytes:
-        """``values`` [..., H] of any floating type. Raises `DataError` where one is not finite."""
+        """``values`` [..., H] of any floating type. Raises `DataError` where one cannot travel."""
         ...
 
     def decode(self, data: bytes, shape: tuple[int, ...]) -> torch.Tensor:
-        """fp32 of ``shape`` [..., H] on the host, all finite. Raises `ProtocolError` for what no encoder writes."""
+        """fp32 of ``shape`` [..., H] on the host, all of which could travel on.
+
+        Raises `ProtocolError` for what no encoder writes.
+        """
         ...
 
 
@@ -61,15 +76,15 @@ class _Floats:
 
     def encode(self, values: torch.Tensor) -> bytes:
         rounded = values.detach().to(self.dtype)
-        if not bool(torch.isfinite(rounded).all()):
-            raise DataError("a value of a microbatch is not finite")
+        if not can_travel(rounded):
+            raise DataError(_CANNOT_TRAVEL)
         return rounded.contiguous().view(self.as_integers).cpu().numpy().tobytes()
 
     def decode(self, data: bytes, shape: tuple[int, ...]) -> torch.Tensor:
         _check_size(data, self, shape)
         raw = torch.frombuffer(bytearray(data), dtype=self.dtype)
-        if not bool(torch.isfinite(raw).all()):
-            raise ProtocolError("a value of a microbatch is not finite")
+        if not can_travel(raw):
+            raise ProtocolError(_CANNOT_TRAVEL)
         return raw.to(torch.float32).view(shape)
 
 
@@ -86,8 +101,8 @@ class _Scaled:
     def encode(self, values: torch.Tensor) -> bytes:
         rows_NH = values.detach().reshape(-1, values.shape[-1]).to(torch.float32)
         highest_N = rows_NH.abs().amax(1)  # NaN and infinity survive a maximum
-        if not bool(torch.isfinite(highest_N).all()):
-            raise DataError("a value of a microbatch is not finite")
+        if not can_travel(highest_N):
+            raise DataError(_CANNOT_TRAVEL)
         scales_N = (highest_N / self.largest).clamp_(max=self._largest_scale)
         scales_N.masked_fill_(scales_N < _TINY, 0.0)
         divisors_N = scales_N.masked_fill(scales_N == 0, _HUGE)
@@ -105,16 +120,18 @@ class _Scaled:
         return codes_NH.to(torch.float32).mul_(scales_N[:, None]).view(shape)
 
     def _check(self, scales_N: torch.Tensor, codes_NH: torch.Tensor) -> None:
-        in_range_N = (scales_N == 0) | ((scales_N >= _TINY) & (scales_N <= self._largest_scale))
+        in_range_N = (scales_N == 0) | (scales_N >= _TINY)
         lowest_N, highest_N = codes_NH.amin(1).to(torch.int16), codes_NH.amax(1).to(torch.int16)
         wanted_N = torch.where(scales_N == 0, 0, self.largest)
         full_N = torch.maximum(-lowest_N, highest_N) == wanted_N  # -128 and -8 are above every wanted one
+        if bool((scales_N > self._largest_scale).any()):
+            raise ProtocolError(_CANNOT_TRAVEL)
         if not bool((in_range_N & full_N).all()) or bool(torch.signbit(scales_N).any()):
             raise ProtocolError("a token of a microbatch has a scale or codes that no encoder writes")
 
     @property
     def _largest_scale(self) -> float:
-        return _HUGE / self.largest * _BELOW_ONE
+        return LARGEST_VALUE / self.largest * _BELOW_ONE
 
     def _row_bytes(self, width: int) -> int:
         return -(-width * self.bits // 8)

@@ -115,7 +115,7 @@ def read_request(data: bytes, first_shard: int, rules: HopRules) -> Entering:
 
 
 def write_reply(answer: Answer, rules: HopRules) -> bytes:
-    """Raises `DataError` where the gradient is not finite."""
+    """Raises `DataError` where the gradient cannot travel."""
     if answer.gradient_BLH is None:
         return TrainReply(loss=math.nan).SerializeToString()
     gradient = HOP_CODECS[rules.codec].encode(answer.gradient_BLH)

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from peer.pipeline.hop_codec import can_travel
 from peer.pipeline.messages import Answer, Entering
 from peer.training.microbatches import Microbatch, StepResult
 from peer.training.passes import Passed, SpanReplica
@@ -37,7 +38,7 @@ class _Gathered:
     num_tokens: int = 0
     microbatch_ids: list[bytes] = field(default_factory=list)
     is_spoiled: bool = False
-    """a way back broke off: nobody knows what of it was taken in"""
+    """a way back broke off, or its gradients are not finite: nobody knows what of it was taken in"""
 
 
 class Steps:
@@ -67,7 +68,7 @@ class Steps:
     def backward(self, entering: Entering, passed: Passed, came: Answer | None, generation: int) -> Answer:
         """``came``: from the span after, None in the last one; ``generation``: of the weights on the way there.
 
-        Raises `Busy` where the weights have changed since.
+        A loss of NaN where the gradient could not travel on. Raises `Busy` where the weights have changed since.
         """
         if generation != self.generation:
             raise Busy("busy: an inner step was made meanwhile, the microbatch was dropped")
@@ -79,7 +80,9 @@ class Steps:
         except BaseException:
             self._gathered.is_spoiled |= counts
             raise
-        if math.isnan(trained.loss):
+        is_lost = trained.gradient_BLH is not None and not can_travel(trained.gradient_BLH)
+        self._gathered.is_spoiled |= counts and (trained.is_spoiled or is_lost)
+        if math.isnan(trained.loss) or is_lost:
             return Answer(loss=math.nan, gradient_BLH=None)
         num_tokens = entering.tokens[:, 1:].size
         answer = Answer(

@@ -245,6 +245,8 @@ class Replica:
         with self._passes.precision():
             logits_NV = self._head(entered_NI)
         total = F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+        if not math.isfinite(total.item() * weight):
+            return total.detach(), None
         (total * weight).backward()  # type: ignore[no-untyped-call]
         return total.detach(), entered_NI.grad
 

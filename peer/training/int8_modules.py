@@ -9,6 +9,7 @@ Shapes: N tokens (all leading dimensions together), I inputs, O outputs, V words
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -128,7 +129,8 @@ def cross_entropy(
 
     With a weight the head's matrix and bias receive their gradients too, so nothing else of the head needs a backward
     pass. Logits exist for a few tokens at a time and are made in vocabulary tiles: never all together, and never
-    beside the whole matrix.
+    beside the whole matrix. At the first loss that is not finite it ends; there is no gradient then, unless some of the
+    head's was taken in before.
     """
     hidden_NI = hidden_NI.to(head.compute)
     total = torch.zeros((), device=hidden_NI.device)
@@ -139,6 +141,8 @@ def cross_entropy(
         logits_NV = _logits(head, hidden_NI[span])
         total += _exponentials_(logits_NV, targets_N[span])
         if weight is not None and for_hidden is not None:
+            if not math.isfinite(total.item() * weight):
+                return total, for_hidden if first else None
             _to_gradient_(logits_NV, targets_N[span], weight)
             for_hidden[span] = _head_backward(head, logits_NV, hidden_NI[span])
     if weight is not None and head.matrix.is_expecting:

@@ -98,3 +98,5 @@ class Trained:
     """sum over the tokens in nats, in the span that has the head; elsewhere 0"""
     gradient_BLH: torch.Tensor | None
     """of ``hidden_BLH``"""
+    is_spoiled: bool = False
+    """some of its gradients were taken in before the loss turned out not to be finite: drop the inner step"""

@@ -21,7 +21,7 @@ from swarm.errors import DataError, SwarmError
 
 Loss = Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor | None]]
 """(hidden [N, I], targets [N], weight) -> (sum of cross entropies, gradient of weight * sum for hidden); the head's own
-gradients are taken in"""
+gradients are taken in. Where the sum is not finite and none of them was, there is no gradient for hidden either."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,14 +93,14 @@ class Passes:
         return Passed(batch_BL=batch_BL, entered=entered, hidden_BLH=self.hidden(entered), weight=given.weight)
 
     def backward(self, passed: Passed, gradient_BLH: torch.Tensor | None) -> Trained:
-        """All gradients of the span are taken in, unless the loss is not finite: then none is."""
+        """All gradients of the span are taken in, unless the loss is not finite: then none is, or it is spoiled."""
         hidden_BLH, loss = passed.hidden_BLH, 0.0
         if self.loss is not None:
             targets_N = passed.batch_BL[:, 1:].flatten()
             total, gradient_BLH = self.loss(passed.result_BLH.flatten(0, 1), targets_N, passed.weight)
             loss = total.item() if math.isfinite(total.item() * passed.weight) else math.nan
         if gradient_BLH is None or math.isnan(loss):
-            return Trained(loss=math.nan, gradient_BLH=None)
+            return Trained(loss=math.nan, gradient_BLH=None, is_spoiled=gradient_BLH is not None)
         if gradient_BLH.numel() != hidden_BLH.numel():
             raise DataError(f"a gradient of {gradient_BLH.numel()} values for hidden states of {hidden_BLH.numel()}")
         gradient_BLH = gradient_BLH.to(hidden_BLH.device, hidden_BLH.dtype).view(hidden_BLH.shape)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from peer.training import model
+from peer.training import int8_modules, model
 from peer.training.fp32_replica import Replica
 from peer.training.int8_replica import Int8Replica
 from peer.training.microbatches import Microbatch
@@ -185,3 +185,33 @@ def test_a_step_of_one_microbatch_leaves_no_gradient_waiting() -> None:
     assert all(matrix._gradient is None for matrix in replica._matrices)
     assert replica.finish_step(1).ok
     assert not np.array_equal(before, replica.read())
+
+
+@both
+def test_a_loss_that_is_not_finite_leaves_nothing_behind(make: Make) -> None:
+    """Hidden states of which the head makes no loss, then good ones: weights end as if they had not been."""
+    ended = []
+    for has_bad in (False, True):
+        first, last = make("gpt_neox", (3, 4))
+        good = first.forward(microbatch(BATCHES[0])).result_BLH
+        last.begin_step(RATE)
+        if has_bad:
+            bad = good.clone()
+            bad[0, 0] = 3e38
+            trained = last.backward(last.forward(microbatch(BATCHES[0], bad)), None)
+            assert np.isnan(trained.loss) and not trained.is_spoiled
+        last.backward(last.forward(microbatch(BATCHES[0], good)), None)
+        assert last.finish_step(1).ok
+        ended.append(last.read().tobytes())
+    assert ended[0] == ended[1]
+
+
+def test_a_loss_that_is_not_finite_after_gradients_of_the_head_spoils_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of one token at a time: those of the first token are taken in before the last is seen."""
+    monkeypatch.setitem(int8_modules.LOGIT_VALUES, "cpu", 1)
+    first, last = int8_spans("gpt_neox", (3, 4))
+    bad = first.forward(microbatch(BATCHES[0])).result_BLH.clone()
+    bad[-1, -1] = 3e38
+    last.begin_step(RATE)
+    trained = last.backward(last.forward(microbatch(BATCHES[0], bad)), None)
+    assert np.isnan(trained.loss) and trained.is_spoiled

@@ -65,6 +65,19 @@ def test_a_loss_that_is_not_finite_counts_nowhere() -> None:
     assert math.isnan(answer.loss) and steps.num_gathered == 0 and steps.finish() is None
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
+def test_a_gradient_that_cannot_travel_is_answered_as_nan_and_spoils_its_inner_step(value: float) -> None:
+    class Overflowing(FakeReplica):
+        def backward(self, passed: Any, gradient_BLH: Any, *, counts: bool = True) -> Trained:
+            trained = super().backward(passed, gradient_BLH, counts=counts)
+            return Trained(loss=trained.loss, gradient_BLH=torch.full((1, 2, 4), value))
+
+    steps = steps_of(Overflowing(has_embedding=False, has_head=True))
+    answer = pass_through(steps, "a")
+    assert math.isnan(answer.loss) and answer.gradient_BLH is None and steps.num_gathered == 0
+    assert steps._gathered.is_spoiled and steps.finish() is None
+
+
 def test_a_way_back_that_breaks_off_spoils_its_inner_step_alone() -> None:
     class Breaking(FakeReplica):
         is_broken = False
