@@ -73,7 +73,7 @@ class Hearing:
             raise ProtocolError("an answer to a ping cannot be read") from error
         further_on = reply.round > self._head.round + 1
         self.leases.answered(peer, asked_at, further_on)
-        if reply.alive_ms < 1000 * waited_s:
+        if 0 < reply.alive_ms < 1000 * waited_s:  # 0: it does not say
             raise Unreachable("the process that was waited for has ended, and another answers in its place")
         return further_on
 
@@ -90,7 +90,7 @@ class Hearing:
             self.leases.left(caller)
         else:
             self.heard(caller)
-        alive_ms = int(1000 * (self.clock() - self._began))
+        alive_ms = max(1, int(1000 * (self.clock() - self._began)))
         return PingReply(round=self._head.round + 1, alive_ms=alive_ms)
 
     async def _call(self, peer: bytes, request: PingRequest) -> bytes:
