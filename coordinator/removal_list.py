@@ -32,7 +32,10 @@ def digests_of(what: str) -> list[bytes]:
     path = Path(what)
     if not path.is_file():
         raise DataError(f"{what[:80]!r} is neither a SHA-256 nor a file", "name 64 hexadecimal digits, or a file")
-    found = [document_hash(text) for text in documents(path, Selection(), Tally())]
+    try:
+        found = [document_hash(text) for text in documents(path, Selection(), Tally(strict=True))]
+    except DataError as error:
+        raise DataError(str(error), "mend the file: every document in it has to be removed") from error
     if not found:
         raise DataError(f"{path} holds no documents")
     return list(dict.fromkeys(found))

@@ -4,6 +4,7 @@ HOME/peer.key              the identity, locked while a peer runs (the lock ends
 HOME/runs/RUN_ID/chunks    blobs by digest
                 /shard-0   the ledger
                 /tokens    token shards
+                /removals.sig  the newest removal list
                 /checkpoint-R
                 /tmp       sockets
 """

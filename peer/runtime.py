@@ -118,7 +118,7 @@ class Peer:
         self.device = device.describe(hosting.device, threads) if hosting is not None else "none"
         self.training = self._build_training() if joined.options.trains else None
         organizer_key = bytes.fromhex(self.spec.organizer_key)
-        self.removals = RemovalWatch(joined.client, self.training, self.spec.run_id, organizer_key)
+        self.removals = RemovalWatch(joined.client, self.training, self.spec.run_id, organizer_key, joined.folder)
         self.words = Words(
             trains=joined.options.trains, upload_bps=joined.options.first_upload_bps, admission=joined.admission
         )
@@ -170,6 +170,7 @@ class Peer:
     async def _start_training(self) -> None:
         if self.training is None or self.hosting is None:
             return
+        self.removals.resume()
         await self.removals.look()
         replica = await asyncio.to_thread(build_replica, self.hosting, self.spec, self.joined.identity.public_key)
         exchanges = self.hosted.exchanges

@@ -189,6 +189,12 @@ def test_a_document_is_named_by_its_digest_or_by_a_file(tmp_path: Path) -> None:
         removal_list.digests_of("ab" * 31)
 
 
+def test_a_file_with_a_damaged_document_is_refused_as_it_would_not_be_removed(tmp_path: Path) -> None:
+    (tmp_path / "some.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    with pytest.raises(DataError, match=r"some\.jsonl:2"):
+        removal_list.digests_of(str(tmp_path / "some.jsonl"))
+
+
 def test_the_command_finds_a_document_and_says_where_it_is_not(prepared: tuple[Path, DataManifest]) -> None:
     digest = document_hash(TEXTS[3]).hex()
     done = CliRunner().invoke(app, ["find", str(prepared[0]), digest, "--json"], catch_exceptions=False)
@@ -232,7 +238,7 @@ class FakeReader:
         self.lists.append(tuple(found))
 
 
-def test_a_peer_follows_newer_lists_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_follows_newer_lists_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_id = b"r" * 20
     first = RemovalList(version=1, removals=(removal(),))
     second = RemovalList(version=2, removals=(removal(), removal("b")))
@@ -240,7 +246,7 @@ def test_a_peer_follows_newer_lists_and_nothing_else(monkeypatch: pytest.MonkeyP
     forged = signed(RemovalList(version=9, removals=(removal("c"),)), run_id, Identity.generate())
     told = [None, signed(first, run_id), Unreachable("away"), signed(second, run_id), signed(first, run_id), forged]
     coordinator, reader = FakeCoordinator(*told, signed(back, run_id)), FakeReader()
-    watch = RemovalWatch(coordinator, reader, run_id, ORGANIZER.public_key)
+    watch = RemovalWatch(coordinator, reader, run_id, ORGANIZER.public_key, tmp_path)
     monkeypatch.setattr(removing, "INTERVAL_S", 0.001)
 
     async def follow() -> None:
@@ -249,3 +255,21 @@ def test_a_peer_follows_newer_lists_and_nothing_else(monkeypatch: pytest.MonkeyP
 
     asyncio.run(follow())
     assert reader.lists == [first.removals, second.removals]
+
+
+def test_a_peer_follows_its_list_again_after_a_restart_and_no_older_one(tmp_path: Path) -> None:
+    run_id = b"r" * 20
+    older = signed(RemovalList(version=1, removals=(removal(),)), run_id)
+    newer = RemovalList(version=2, removals=(removal(), removal("b")))
+
+    def restarted(answer: Signed | None) -> FakeReader:
+        reader = FakeReader()
+        watch = RemovalWatch(FakeCoordinator(answer), reader, run_id, ORGANIZER.public_key, tmp_path)
+        watch.resume()
+        asyncio.run(watch.look())
+        return reader
+
+    assert restarted(signed(newer, run_id)).lists == [newer.removals]
+    assert restarted(older).lists == [newer.removals]
+    (tmp_path / removals.FILE_NAME).write_bytes(b"damaged")
+    assert restarted(None).lists == []
