@@ -16,7 +16,7 @@ from typing import Protocol
 from peer.checkpoints.pieces import Part, Pieces
 from peer.coordinator_client import CoordinatorClient
 from peer.p2p.chunk_store import CHUNK_METHOD, REPLY_OVERHEAD_BYTES
-from peer.p2p.fetch import FetchLimits, HolderBook, Wanted, parse_reply
+from peer.p2p.fetch import Brought, FetchLimits, HolderBook, Wanted, parse_reply
 from peer.p2p.transport import Transport
 from swarm.digest import sha256
 from swarm.errors import DeadlineExceeded, NetworkError, NotFound, ProtocolError
@@ -176,21 +176,22 @@ class Intake:
     tally: Tally
     book: HolderBook
 
-    async def ask(self, holder: bytes, item: Wanted) -> bytes | None:
+    async def ask(self, holder: bytes, item: Wanted) -> Brought:
         """A whole chunk from this holder, going on where an earlier one stopped."""
         source, chunk = self.sources[holder], self.chunks[item.digest]
         part = await asyncio.to_thread(self.pieces.open, chunk.digest, chunk.length)
-        await self._complete(part, chunk, holder, source)
+        received, spent_s = await self._complete(part, chunk, holder, source)
         if part.senders - {source.name} and sha256(memoryview(part.data)) != chunk.digest:
             # Somebody's bytes are wrong, and nobody can say whose: all of it again, from this source alone.
             part.discard()
-            await self._complete(part, chunk, holder, source)
+            received, spent_s = await self._complete(part, chunk, holder, source)
         data = bytes(part.data)
         if sha256(data) != chunk.digest:
             part.discard()  # the caller finds the same, and never asks this source again
-        return data
+        return Brought(data, received, spent_s)
 
-    async def _complete(self, part: Part, chunk: Chunk, holder: bytes, source: Source) -> None:
+    async def _complete(self, part: Part, chunk: Chunk, holder: bytes, source: Source) -> tuple[int, float]:
+        """Bytes that came, and the seconds that this source took for them: not what pacing and our disk took."""
         clock = asyncio.get_running_loop().time
         spent_s, here = 0.0, 0
         async with aclosing(source.read(chunk, len(part.data))) as pieces:  # type: ignore[type-var]
@@ -206,6 +207,7 @@ class Intake:
                 await self.pace.spend(len(piece))
                 if len(part.data) < chunk.length and self._is_slow(holder, here, spent_s):
                     raise DeadlineExceeded(f"{source.name} is too slow")
+        return here, spent_s
 
     def _is_slow(self, holder: bytes, num_bytes: int, seconds: float) -> bool:
         if seconds > CHUNK_TIMEOUT_S:
@@ -215,10 +217,18 @@ class Intake:
 
 
 async def _next(pieces: AsyncIterator[bytes]) -> bytes:
+    """The next piece. `asyncio.wait_for` would lose a cancellation that comes together with it (until Python 3.12)."""
+    waiter = asyncio.ensure_future(anext(pieces))
     try:
-        return await asyncio.wait_for(anext(pieces), PIECE_TIMEOUT_S)
-    except (TimeoutError, asyncio.TimeoutError) as error:
-        raise DeadlineExceeded(f"nothing came for {PIECE_TIMEOUT_S:.0f} s") from error
+        done, _ = await asyncio.wait({waiter}, timeout=PIECE_TIMEOUT_S)
+    finally:
+        if not waiter.done():
+            waiter.cancel()
+            await asyncio.wait({waiter})  # a generator that still runs cannot be closed
+    if not done:
+        raise DeadlineExceeded(f"nothing came for {PIECE_TIMEOUT_S:.0f} s")
+    try:
+        return waiter.result()
     except StopAsyncIteration as error:
         raise NetworkError("the bytes ended too early") from error
 

@@ -24,6 +24,15 @@ MAX_HOLDERS = 256
 _SPEED_MEMORY = 0.7  # weight of the past in the moving average of a holder's speed
 
 
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """A blob, and how much of it this question brought in how many seconds: the rest was here before."""
+
+    data: bytes
+    received_bytes: int
+    seconds: float
+
+
 class Outcome(enum.Enum):
     """What became of one question to one holder that did not bring the bytes."""
 
@@ -42,6 +51,7 @@ class HolderRecord:
     lies: int = 0
     bytes_per_s: float = 0.0
     failures_in_row: int = 0
+    misses_in_row: int = 0
 
 
 class HolderBook:
@@ -65,8 +75,8 @@ class HolderBook:
     def seconds_per_byte(self, holder: bytes) -> float:
         """Expected cost; 0 for a holder that nothing is known about, so that it is tried."""
         record = self.record(holder)
-        if record.failures > record.served:
-            return float(record.failures)
+        if record.failures + record.misses > record.served:
+            return float(record.failures + record.misses)
         return 1.0 / record.bytes_per_s if record.bytes_per_s else 0.0
 
     def liars(self, holders: Iterable[bytes]) -> list[Outcome]:
@@ -76,17 +86,19 @@ class HolderBook:
     def succeeded(self, holder: bytes, num_bytes: int, seconds: float) -> None:
         record = self.record(holder)
         record.served += 1
-        record.failures_in_row = 0
+        record.failures_in_row = record.misses_in_row = 0
+        if num_bytes == 0:
+            return  # what was here already says nothing about the holder
         speed = num_bytes / max(seconds, 1e-6)
-        record.bytes_per_s = (
-            speed if record.served == 1 else record.bytes_per_s * _SPEED_MEMORY + speed * (1 - _SPEED_MEMORY)
-        )
+        before = record.bytes_per_s
+        record.bytes_per_s = before * _SPEED_MEMORY + speed * (1 - _SPEED_MEMORY) if before else speed
 
     def disappointed(self, holder: bytes, outcome: Outcome, what: str) -> None:
         """Note that ``holder`` did not bring what it was asked for, and why."""
         record = self.record(holder)
         if outcome is Outcome.MISSING:
             record.misses += 1
+            record.misses_in_row += 1
         elif outcome is Outcome.FAILED:
             record.failures += 1
             record.failures_in_row += 1
@@ -104,8 +116,10 @@ class Wanted:
     size_bytes: int
 
 
-Ask = Callable[[bytes, Wanted], Awaitable[bytes | None]]
+Ask = Callable[[bytes, Wanted], Awaitable[Brought | bytes | None]]
 """(holder, item) -> the bytes, not checked yet; None where the holder lacks them. Ends within a time of its own.
+
+Plain bytes: all of them came now, over the whole time of the question.
 
 A `VerificationError` is a lie of the holder's, any other `SwarmError` a failure.
 """
@@ -239,7 +253,7 @@ class _Pool:
                 if holder in tries.failures:
                     await asyncio.sleep(self.limits.retry_pause_s)
                 result = await _ask(self._ask, holder, item, self._book)
-                if self._book.record(holder).failures_in_row >= self.limits.attempts_per_holder:
+                if self._is_useless(holder):
                     self._rests_until[holder] = asyncio.get_running_loop().time() + self.limits.rest_s
             finally:
                 self._load[holder] -= 1
@@ -272,6 +286,11 @@ class _Pool:
             self._freed.clear()
             await self._freed.wait()
 
+    def _is_useless(self, holder: bytes) -> bool:
+        """It failed so often in a row, or lacked whatever it was asked for and never brought anything."""
+        record, most = self._book.record(holder), self.limits.attempts_per_holder
+        return record.failures_in_row >= most or (record.misses_in_row >= most and not record.served)
+
     def _wait(self, holder: bytes) -> float:
         return (self._load[holder] + 1) * self._book.seconds_per_byte(holder)
 
@@ -297,9 +316,11 @@ async def _ask(ask: Ask, holder: bytes, item: Wanted, book: HolderBook) -> bytes
     clock = asyncio.get_running_loop().time
     start = clock()
     try:
-        data = await ask(holder, item)
-        if data is not None:
-            digests.check(data, item.digest, "chunk")
+        answer = await ask(holder, item)
+        if isinstance(answer, bytes):
+            answer = Brought(answer, len(answer), clock() - start)
+        if answer is not None:
+            digests.check(answer.data, item.digest, "chunk")
     except NotFound as error:
         outcome, what = Outcome.MISSING, str(error)
     except VerificationError as error:
@@ -307,9 +328,9 @@ async def _ask(ask: Ask, holder: bytes, item: Wanted, book: HolderBook) -> bytes
     except SwarmError as error:
         outcome, what = Outcome.FAILED, str(error)
     else:
-        if data is not None:
-            book.succeeded(holder, len(data), clock() - start)
-            return data
+        if answer is not None:
+            book.succeeded(holder, answer.received_bytes, answer.seconds)
+            return answer.data
         outcome, what = Outcome.MISSING, ""
     book.disappointed(holder, outcome, what)
     return outcome

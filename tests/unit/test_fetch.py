@@ -107,6 +107,22 @@ def test_the_book_puts_fast_holders_before_slow_ones_and_failing_ones_last() -> 
     assert book.order([A, B, C]) == [B, A, C]
 
 
+def test_a_holder_that_lacks_more_than_it_serves_comes_after_one_that_serves() -> None:
+    book = HolderBook(random.Random(3))
+    book.succeeded(A, 1000, 1.0)
+    book.disappointed(B, Outcome.MISSING, "")
+    assert book.order([B, A]) == book.order([A, B]) == [A, B]
+
+
+def test_what_was_here_already_says_nothing_about_a_holders_speed() -> None:
+    book = HolderBook(random.Random(3))
+    book.succeeded(A, 0, 0.0)
+    assert book.record(A).bytes_per_s == 0
+    book.succeeded(A, 1000, 1.0)
+    book.succeeded(A, 0, 9.0)
+    assert (book.record(A).served, book.record(A).bytes_per_s) == (3, 1000)
+
+
 def test_untried_holders_are_ordered_by_chance() -> None:
     orders = {tuple(HolderBook(random.Random(seed)).order([A, B, C])) for seed in range(50)}
     assert len(orders) == 6

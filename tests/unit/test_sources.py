@@ -14,8 +14,9 @@ import pytest
 from peer.checkpoints import sources
 from peer.checkpoints.download import Order, download
 from peer.checkpoints.filling import PIECES_FOLDER, Fetching
-from peer.checkpoints.sources import PIECE_BYTES, Chunk, Source, Tally
-from peer.p2p.fetch import FetchLimits, HolderBook
+from peer.checkpoints.pieces import Pieces
+from peer.checkpoints.sources import PIECE_BYTES, Chunk, Intake, Pace, Source, Tally
+from peer.p2p.fetch import FetchLimits, HolderBook, Wanted
 from swarm.errors import DiskFull, NetworkError, NotFound, ResourceError, Unreachable
 from swarm.file_ranges import FileChunks
 from tests.checkpoint_samples import SignedCheckpoint, make_parts, signed_checkpoint, small_checkpoint
@@ -157,6 +158,55 @@ def test_dead_sources_do_not_take_the_places_of_the_living(
     dead = [Made(made, f"dead-{number}", pause_s=3600) for number in range(4)]
     get(made, tmp_path / "out", *dead, Made(made))
     assert all(len(one.asked) <= 2 * 3 for one in dead)
+
+
+def test_sources_that_slowly_say_not_here_do_not_take_the_places_of_the_living(
+    made: SignedCheckpoint, tmp_path: Path
+) -> None:
+    lacking = [Made(made, f"lacking-{number}", pause_s=0.2, behave=raises(NotFound("not here"))) for number in range(4)]
+    get(made, tmp_path / "out", *lacking, Made(made))
+    assert all(len(one.asked) <= 3 + QUICK.per_holder - 1 for one in lacking)
+
+
+def test_a_source_is_credited_only_with_what_it_brought_itself(made: SignedCheckpoint, tmp_path: Path) -> None:
+    """The rest of the chunk lay on disk already, from an earlier attempt."""
+    largest = max(made.manifest.files, key=lambda file: file.size_bytes)
+    digest = bytes.fromhex(largest.chunks[0])
+    whole = FileChunks(made.folder, made.manifest).part(digest, 0, 4 << 20)
+    assert whole is not None
+    pieces = Pieces(tmp_path / "pieces", [digest])
+    pieces.open(digest, len(whole)).append(whole[:-PIECE_BYTES], "earlier")
+    source, book = Made(made, pause_s=0.1), HolderBook(random.Random(1))
+    chunk = Chunk(digest=digest, file=largest.name, offset=0, length=len(whole))
+    intake = Intake(
+        sources={b"good": source},
+        chunks={digest: chunk},
+        pieces=pieces,
+        pace=Pace(None),
+        tally=Tally(),
+        book=book,
+    )
+    brought = asyncio.run(intake.ask(b"good", Wanted(digest, len(whole))))
+    assert brought.data == whole and brought.received_bytes == PIECE_BYTES and brought.seconds >= 0.09
+
+
+def test_a_cancellation_that_comes_together_with_a_piece_is_kept() -> None:
+    async def body() -> None:
+        ready = asyncio.Event()
+
+        async def one() -> AsyncIterator[bytes]:
+            await ready.wait()
+            yield b"x"
+
+        task = asyncio.create_task(sources._next(one()))
+        for _ in range(5):  # until the task waits for the piece
+            await asyncio.sleep(0)
+        ready.set()
+        asyncio.get_running_loop().call_soon(lambda: asyncio.get_running_loop().call_soon(task.cancel))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(body())
 
 
 def test_chunks_come_from_all_sources_at_once(made: SignedCheckpoint, tmp_path: Path) -> None:
