@@ -1,7 +1,8 @@
 """The way onward: a microbatch's hidden states to a replica of the next span, and its gradient back.
 
-Decides that another replica is asked where one fails, is busy or late, as long as there is time; the caller still holds
-what it sent. Leaves who is asked and how long to `peer.pipeline.routing`, bytes to `peer.pipeline.messages`.
+Decides that another replica is asked where one fails, is busy or late, or says that the loss is not finite, as long as
+there is time; the caller still holds what it sent. A loss of NaN is believed when a second replica says so, too.
+Leaves who is asked and how long to `peer.pipeline.routing`, bytes to `peer.pipeline.messages`.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ class Onward:
     async def train(self, entering: Entering, hidden_BLH: torch.Tensor, left_s: float) -> Answer:
         """The gradient of ``hidden_BLH``, by whichever replica answers first within ``left_s``.
 
-        A loss of NaN where the hidden states are not finite. Raises `Unreachable` where nobody hosts the next span,
-        and `DeadlineExceeded` where nobody answered in time.
+        A loss of NaN where the hidden states cannot travel, or where two replicas say so, or one and no other answered
+        in time. Raises `Unreachable` where nobody hosts the next span, and `DeadlineExceeded` where nobody answered in
+        time.
         """
         parts, clock = self._parts, asyncio.get_running_loop().time
         ends_s = clock() + left_s
@@ -79,13 +81,17 @@ class Onward:
             request = await parts.run(lambda: write_request(entering, parts.first_shard, encode(hidden_BLH)))
         except DataError:
             return Answer(loss=math.nan, gradient_BLH=None)
+        doubted: dict[bytes, Answer] = {}
         while (left_s := ends_s - clock()) > 0:
             peer = await self._choose(left_s)
             if peer is None:
                 continue
             began_s = clock()
             try:
-                return await self._ask(peer, request, len(entering.tokens), ends_s)
+                answer = await self._ask(peer, request, len(entering.tokens), ends_s)
+                if not math.isnan(answer.loss) or self._is_believed(peer, doubted):
+                    return answer
+                doubted[peer] = answer
             except Busy:
                 self._routes.busy(peer, clock())
             except SwarmError as error:
@@ -94,9 +100,18 @@ class Onward:
                 late_s = clock() - began_s if isinstance(error, DeadlineExceeded) else 0.0
                 self._routes.failed(peer, clock(), late_s)
             self.num_retries += 1
+        if doubted:
+            return next(iter(doubted.values()))
         if not parts.hosts():
             raise Unreachable(f"nobody hosts the span that begins with shard {parts.first_shard}")
         raise DeadlineExceeded(f"no replica of the span from shard {parts.first_shard} answered in time")
+
+    def _is_believed(self, peer: bytes, doubted: Mapping[bytes, Answer]) -> bool:
+        """Whether a loss of NaN is, from ``peer``: one who says so at once would draw, and lose, all microbatches."""
+        if not self._parts.hosts().keys() - {peer}:
+            return True
+        self._routes.failed(peer, asyncio.get_running_loop().time())
+        return bool(doubted.keys() - {peer})
 
     async def _choose(self, left_s: float) -> bytes | None:
         """A replica to ask now; None after waiting for one, or for the directory."""
@@ -129,5 +144,6 @@ class Onward:
         finally:
             self.waited_s += clock() - began_s
         answer: Answer = await parts.run(lambda: read_reply(data, num_sequences, parts.rules))
-        self._routes.answered(peer, clock() - began_s)
+        if not math.isnan(answer.loss):
+            self._routes.answered(peer, clock() - began_s)
         return answer

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from peer.pipeline.messages import TRAIN_METHOD
+from peer.training.microbatches import Trained
 from swarm.errors import NetworkError, NotAdmitted, ProtocolError
 from swarm.identity import Identity
-from tests.simulation.pipeline_in_memory import PeerOptions, SimulatedPeer, SimulatedPipeline
+from tests.simulation.pipeline_in_memory import FakeReplica, PeerOptions, SimulatedPeer, SimulatedPipeline
 from tests.simulation.virtual_time import run
 
 
@@ -328,5 +329,44 @@ def test_what_its_caller_gave_up_on_is_not_carried_out_later() -> None:
         await pipeline.until(4)
         await pipeline.finish_steps()
         assert_accounts_add_up(pipeline)
+
+    live(main())
+
+
+class NanReplica(FakeReplica):
+    def backward(self, passed: Any, gradient_BLH: Any, *, counts: bool = True) -> Trained:
+        return Trained(loss=math.nan, gradient_BLH=None)
+
+
+def test_a_replica_that_says_nan_at_once_costs_no_microbatch() -> None:
+    """However quick it is: another one is asked, and the replica is avoided."""
+
+    async def main() -> None:
+        pipeline = SimulatedPipeline(2)
+        await pipeline.add(0)
+        good = await pipeline.add(1)
+        liar = await pipeline.add(1, PeerOptions(cost_s=0.001), NanReplica(has_embedding=False, has_head=True))
+        asked: list[bytes] = []
+        pipeline.network.before_delivery.append(lambda sender, receiver, method, request: asked.append(receiver))
+        pipeline.limit = 200
+        await pipeline.until(200)
+        await pipeline.finish_steps()
+        assert_accounts_add_up(pipeline)
+        assert not any(math.isnan(answer.loss) for _, answer in pipeline.answers)
+        assert good.replica.learned == 200 and asked.count(liar.key) < 20
+
+    live(main())
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_loss_of_nan_that_all_or_two_replicas_see_is_believed(number: int) -> None:
+    async def main() -> None:
+        pipeline = SimulatedPipeline(2)
+        await pipeline.add(0)
+        for _ in range(number):
+            await pipeline.add(1, replica=NanReplica(has_embedding=False, has_head=True))
+        pipeline.limit = 3
+        await pipeline.until(3)
+        assert all(math.isnan(answer.loss) for _, answer in pipeline.answers)
 
     live(main())
