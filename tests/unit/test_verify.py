@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from peer.checkpoints.checkpoint import describe_file, write_signed
-from peer.checkpoints.verify import header_problem, verify_folder
+from peer.checkpoints.forms import header_problem
+from peer.checkpoints.verify import verify_folder
 from swarm import manifest as manifests
 from swarm import run_spec
 from swarm.errors import DataError, DigestError, SignatureError, SwarmError, VerificationError
