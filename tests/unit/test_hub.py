@@ -183,7 +183,6 @@ def model_signing(folder: Path, public: Path) -> subprocess.CompletedProcess[str
 def test_model_signing_verifies_what_is_signed_and_refuses_a_flipped_byte(
     made: SignedCheckpoint, tmp_path: Path
 ) -> None:
-    pytest.importorskip("OpenSSL", reason="model-signing imports it")
     key = model_signature.load_or_create_key(tmp_path / "keys" / "key.pem")
     (tmp_path / "key.pub").write_bytes(model_signature.public_pem(key))
     model_signature.sign(made.folder, key)
