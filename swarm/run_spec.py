@@ -192,6 +192,17 @@ class Robust(Section):
     )
 
 
+class Pipeline(Section):
+    """How microbatches go over the spans of several peers; of no effect in a run of one shard."""
+
+    hop_codec: Literal["fp32", "bf16", "int8", "int4"] = Field(
+        "int8", description="how hidden states and gradients travel between spans: fp32, bf16, int8 or int4"
+    )
+    step_microbatches: int = Field(
+        4, ge=1, le=1024, description="microbatches (of inner.microbatch_sequences) in one inner step, num_shards > 1"
+    )
+
+
 class Checkpoints(Section):
     every_rounds: int = Field(10, ge=1, description="rounds between published checkpoints; the last round has one too")
     licence: str = Field(
@@ -252,6 +263,7 @@ class Rules(Section):
     outer: Outer = Outer()
     rounds: Rounds = Rounds()
     robust: Robust = Robust()
+    pipeline: Pipeline = Pipeline()
     checkpoints: Checkpoints = Checkpoints()
     admission: Admission = Admission()
     governance: Governance = Governance()

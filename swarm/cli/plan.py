@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from swarm.memory_plan import MemoryPlan, ModelNumbers
     from swarm.pipeline_plan import SpanSpeed
     from swarm.run_file import RunFile
+    from swarm.sharding import Span
 
 DEFAULT_VOCABULARY = 32_000  # of LLaMA and Mistral; used until the data is prepared
 NO_HOST_LIMIT = 1 << 62
@@ -54,6 +55,9 @@ def plan(
     def choose(room: Room) -> Choice:
         return fitting.choose(numbers_of, pieces, working, rules.inner.microbatch_sequences, room)
 
+    def speed(span: Span) -> SpanSpeed:
+        return pipeline_plan.span_speed(numbers, span, working, machine, rules.pipeline.hop_codec)
+
     values = {
         "run": rules.name,
         "device": device,
@@ -61,10 +65,7 @@ def plan(
         "sequences": numbers.activations.batch,
         "sequence length": numbers.activations.sequence,
         "shards": len(pieces),
-        "spans": [
-            _span_values(planned) | _speed_values(pipeline_plan.span_speed(numbers, planned.span, working, machine))
-            for planned in plans
-        ],
+        "spans": [_span_values(planned) | _speed_values(speed(planned.span)) for planned in plans],
         "machine": {"tflops": tflops, "uplink mbit/s": uplink, "downlink mbit/s": downlink},
         "cards": [_card(name, size, choose) for name, size in _sizes(wanted)],
     }

@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from peer.pipeline.hop_codec import HOP_CODECS, LARGEST_VALUE
 from swarm.errors import DataError, ProtocolError
+from swarm.run_spec import Pipeline
 
 SHAPES = [(1, 1, 1), (1, 1, 2), (2, 3, 5), (2, 24, 16), (1, 7, 257), (3, 128, 64)]
 SIZES = {
@@ -41,6 +43,13 @@ def bound(name: str, values: torch.Tensor) -> torch.Tensor:
         return exact.abs() * 2**-8
     scales = exact.abs().amax(-1, keepdim=True) / LARGEST[name]
     return (scales * (0.5 + 2**-16)).expand_as(exact)
+
+
+def test_a_run_may_choose_each_of_them_and_no_other() -> None:
+    for name in HOP_CODECS:
+        assert Pipeline.model_validate({"hop_codec": name}).hop_codec == name
+    with pytest.raises(ValidationError, match="'fp32', 'bf16', 'int8' or 'int4'"):
+        Pipeline.model_validate({"hop_codec": "int3"})
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

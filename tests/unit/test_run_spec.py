@@ -70,6 +70,7 @@ def test_canonical_bytes_are_sorted_json_without_white_space() -> None:
         {"organizer_key": STRANGER.public_key.hex()},
         {"publication_key": "ab" * 32},
         {"inner": {"learning_rate": 2e-3}},
+        {"pipeline": {"hop_codec": "int4"}},
         {"model": {"family": "llama", "config": {"hidden_size": 65}}},
     ],
 )
