@@ -39,10 +39,10 @@ from peer.rounds.member import Words
 from peer.rounds.mending import Incident
 from peer.rounds.planning import evaluator
 from peer.training import device
+from peer.training.between_steps import Stats
 from peer.training.data import ReaderOptions, TokenReader
 from peer.training.feeding import Training
 from peer.training.hosting import Hosting, build_replica
-from peer.training.trainer import Stats
 from swarm.errors import DivergedError, NetworkError, SwarmError
 from swarm.identity import Identity
 from swarm.proto.coordinator_pb2 import ReportPayload

@@ -11,8 +11,8 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from peer.p2p.transport import Transport
@@ -20,10 +20,10 @@ from peer.pipeline.messages import Answer, HopRules
 from peer.pipeline.onward import Hosts
 from peer.pipeline.place import Place, PlaceParts
 from peer.pipeline.steps import Stepped
-from peer.rounds.codec import Float32
+from peer.training.between_steps import COMMAND_TIMEOUT_S, BetweenSteps, Replica, after_step
 from peer.training.microbatches import StepResult, Tokens
 from peer.training.passes import SpanReplica
-from peer.training.trainer import COMMAND_TIMEOUT_S, Hooks, Limits, Replica, Snapshot, Stats, after_step
+from peer.training.trainer import Hooks, Limits
 from swarm.errors import DeadlineExceeded, SwarmError
 
 T = TypeVar("T")
@@ -47,10 +47,10 @@ class SpanParts:
     is_admitted: Callable[[bytes], bool]
 
 
-class SpanTrainer:
+class SpanTrainer(BetweenSteps):
     def __init__(self, replica: HostedReplica, span: SpanParts, hooks: Hooks, limits: Limits) -> None:
-        self._replica, self._span, self._hooks, self._limits = replica, span, hooks, limits
-        self._stats = Stats()  # replaced as a whole
+        super().__init__(replica)
+        self._hooks, self._limits = hooks, limits
         self._last_end_s = 0.0
         self._failure: SwarmError | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -72,10 +72,6 @@ class SpanTrainer:
                 limits=limits,
             )
         )
-
-    @property
-    def stats(self) -> Stats:
-        return self._stats
 
     @property
     def failure(self) -> SwarmError | None:
@@ -104,11 +100,7 @@ class SpanTrainer:
         """The source looks for a batch by itself, several times a second."""
 
     async def call(self, function: Callable[[], T], timeout_s: float = COMMAND_TIMEOUT_S) -> T:
-        """Run ``function`` between two inner steps, with nothing under way, and give its result or raise its error.
-
-        Raises `DeadlineExceeded` after ``timeout_s`` (the function may still run then, if it had begun), and what
-        ended the training if it ended.
-        """
+        """See `BetweenSteps`; no microbatch is under way then."""
         if self._failure is not None:
             raise self._failure
         if self._watching is None or self._watching.done():
@@ -121,26 +113,6 @@ class SpanTrainer:
             if self._failure is not None:  # training ended meanwhile
                 raise self._failure from None
             raise
-
-    async def snapshot(self, timeout_s: float = COMMAND_TIMEOUT_S) -> Snapshot:
-        """The movement between two steps, and the tokens behind it."""
-        return await self.call(self._snapshot, timeout_s)
-
-    async def land(self, new_anchor: Float32, snapshot: Snapshot, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
-        """Put the replica onto ``new_anchor``; what it learned since ``snapshot`` stays and is pending."""
-        await self.call(lambda: self._land(new_anchor, snapshot), timeout_s)
-
-    async def load(self, anchor: Float32, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
-        """Put the replica onto ``anchor`` as it is; its own movement is dropped, its moments stay."""
-        await self.call(lambda: self._replace(self._replica.load, anchor), timeout_s)
-
-    async def reset(self, anchor: Float32, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
-        """Start again from ``anchor`` with fresh moments; nothing is pending afterwards."""
-        await self.call(lambda: self._replace(self._replica.reset, anchor), timeout_s)
-
-    async def evaluate(self, anchor: Float32, batches: Sequence[Tokens], timeout_s: float = COMMAND_TIMEOUT_S) -> float:
-        """Mean loss of the ``anchor`` of a whole model over ``batches``, in nats per token."""
-        return await self.call(lambda: self._replica.evaluate(anchor, batches), timeout_s)
 
     async def stop(self, timeout_s: float) -> None:
         """End; a computation in progress is finished. Raises `DeadlineExceeded` if that takes longer."""
@@ -188,25 +160,3 @@ class SpanTrainer:
         bad = self._stats.consecutive_bad_steps
         if bad and bad % self._limits.max_bad_steps == 0:
             self._hooks.on_bad(bad)
-
-    def _snapshot(self) -> Snapshot:
-        stats = self._stats
-        return Snapshot(
-            movement=self._replica.movement(),
-            tokens=stats.pending_tokens,
-            steps=stats.pending_steps,
-            total_tokens=stats.tokens,
-            total_steps=stats.steps,
-        )
-
-    def _land(self, new_anchor: Float32, snapshot: Snapshot) -> None:
-        self._replica.land(new_anchor, snapshot.movement)
-        self._stats = replace(
-            self._stats,
-            pending_tokens=self._stats.tokens - snapshot.total_tokens,
-            pending_steps=self._stats.steps - snapshot.total_steps,
-        )
-
-    def _replace(self, replace_weights: Callable[[Float32], None], anchor: Float32) -> None:
-        replace_weights(anchor)
-        self._stats = replace(self._stats, pending_tokens=0, pending_steps=0, consecutive_bad_steps=0)

@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from peer.rounds.codec import Float32
+from peer.training.between_steps import Replica, Stats
 from peer.training.data import TokenReader
 from peer.training.layout import slices_of
 from peer.training.movement import Movement
-from peer.training.trainer import Hooks, Limits, Replica, Stats, Trainer
+from peer.training.trainer import Hooks, Limits, Trainer
 from swarm import assignment, schedule
 from swarm.assignment import Reading
 from swarm.errors import NetworkError, SwarmError, VerificationError
@@ -60,7 +61,6 @@ class Training:
         self._readable: set[int] = set()
         self._prefetching: asyncio.Task[None] | None = None
         self._trainer: Trainer | None = None
-        self._replica: Replica | None = None
         self.failed = asyncio.Event()
         self.failure: SwarmError | None = None
 
@@ -87,7 +87,6 @@ class Training:
         ``on_bad`` is told of repeated bad steps.
         """
         loop = asyncio.get_running_loop()
-        self._replica = replica
         for anchor, values in zip(anchors, slices_of([len(anchor) for anchor in anchors]), strict=True):
             replica.load(anchor, values)
         hooks = Hooks(
@@ -119,17 +118,16 @@ class Training:
     async def snapshot(self, values: slice | None = None) -> tuple[Movement, int]:
         """See `peer.rounds.exchange_parts.Trainer`; ``values``: of which shard, None: all."""
         snapshot = await self.trainer.snapshot(values)
-        return snapshot.movement, snapshot.total_tokens
+        return snapshot.movement, snapshot.stats.tokens
 
     async def land(
         self, anchor: Float32, snapshot: Movement | None, round_number: int, values: slice | None = None
     ) -> None:
         """See `peer.rounds.exchange_parts.Trainer`; ``values``: of which shard, None: all."""
-        replica = self._replica
-        if replica is None or snapshot is None:
+        if snapshot is None:
             await self.trainer.reset(anchor, values)
         else:
-            await self.trainer.call(lambda: replica.land(anchor, snapshot, values))
+            await self.trainer.land(anchor, snapshot, values)
 
     async def evaluate(self, anchor: Float32) -> float:
         """Mean loss of ``anchor`` (nats per token) on the run's held-out sequences; always the same ones."""

@@ -23,7 +23,7 @@ from swarm.run_spec import RunSpec
 if TYPE_CHECKING:
     import torch
 
-    from peer.training.trainer import Replica
+    from peer.training.between_steps import Replica
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,7 @@ how the event loop talks to the thread that owns the replica. Leaves what a step
 which tokens it reads and at which learning rate to the runtime's `Hooks`, and what to do about bad steps to the
 runtime.
 
-Tokens of a step are B * L. ``pending`` tokens and steps are those whose movement is in no anchor yet: they count from
-the last snapshot that landed, so an abandoned round loses none, and movement since a snapshot counts for the next.
+Tokens of a step are B * L.
 """
 
 from __future__ import annotations
@@ -17,39 +16,22 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from peer.rounds.codec import Float32
-from peer.training.movement import Movement
+from peer.training.between_steps import COMMAND_TIMEOUT_S, BetweenSteps, Replica, after_step
 from swarm.errors import ConfigError, DeadlineExceeded, ResourceError, SwarmError
 
 if TYPE_CHECKING:
-    from peer.training.microbatches import StepResult, Tokens
+    from peer.training.microbatches import Tokens
 
 T = TypeVar("T")
 
 MAX_COMMANDS = 32
-COMMAND_TIMEOUT_S = 600.0
 # A sleeping thread looks again after this long, whatever it waits for: nothing depends on a wake-up arriving.
 IDLE_S = 0.2
-RATE_WINDOW_S = 10.0
-
-
-class Replica(Protocol):
-    """What the trainer needs of a replica, in 8 bits or fp32. Only the trainer's thread touches it after the start.
-
-    ``values``: of which shard, in the flat vector of the whole; None: all.
-    """
-
-    def load(self, anchor: Float32, values: slice | None = None) -> None: ...
-    def reset(self, anchor: Float32, values: slice | None = None) -> None: ...
-    def movement(self, values: slice | None = None) -> Movement: ...
-    def land(self, new_anchor: Float32, snapshot: Movement, values: slice | None = None) -> None: ...
-    def step(self, tokens: Tokens, learning_rate: float) -> StepResult: ...
-    def evaluate(self, anchor: Float32, batches: Sequence[Tokens]) -> float: ...
 
 
 def _nothing(_: Any) -> None:
@@ -83,83 +65,29 @@ class Limits:
             raise ConfigError(f"max_bad_steps must be at least 1, not {self.max_bad_steps}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """The movement between two steps; tokens and steps are those behind it, not yet landed."""
-
-    movement: Movement
-    tokens: int
-    steps: int
-    total_tokens: int
-    total_steps: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stats:
-    """Counts since the start. Two of them give everything between: any number of readers, none disturbs another."""
-
-    tokens: int = 0
-    steps: int = 0
-    bad_steps: int = 0
-    consecutive_bad_steps: int = 0
-    pending_tokens: int = 0
-    pending_steps: int = 0
-    tokens_per_s: float = 0.0
-    loss_sum: float = 0.0  # nats per token, over good steps
-    last_loss: float = math.nan
-
-    def mean_loss_since(self, earlier: Stats) -> float:
-        """Mean training loss of the good steps since ``earlier``; NaN where there were none."""
-        steps = self.steps - earlier.steps
-        return (self.loss_sum - earlier.loss_sum) / steps if steps else math.nan
-
-
-def after_step(stats: Stats, result: StepResult, num_tokens: int, elapsed_s: float) -> Stats:
-    """The counts after one step that ended ``elapsed_s`` after the one before. Bad steps count no tokens."""
-    if not result.ok:
-        return replace(stats, bad_steps=stats.bad_steps + 1, consecutive_bad_steps=stats.consecutive_bad_steps + 1)
-    keep = math.exp(-elapsed_s / RATE_WINDOW_S) if stats.steps else 0.0
-    rate = num_tokens / max(elapsed_s, 1e-9)
-    return replace(
-        stats,
-        tokens=stats.tokens + num_tokens,
-        steps=stats.steps + 1,
-        consecutive_bad_steps=0,
-        pending_tokens=stats.pending_tokens + num_tokens,
-        pending_steps=stats.pending_steps + 1,
-        tokens_per_s=keep * stats.tokens_per_s + (1 - keep) * rate,
-        loss_sum=stats.loss_sum + result.loss,
-        last_loss=result.loss,
-    )
-
-
 @dataclass(slots=True)
 class _Command:
     function: Callable[[], Any]
     future: Future[Any] = field(default_factory=Future)
 
 
-class Trainer:
+class Trainer(BetweenSteps):
     def __init__(
         self, replica: Replica, hooks: Hooks, limits: Limits, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """``clock`` gives seconds; it times steps, never waits."""
-        self._replica, self._hooks, self._limits, self._clock = replica, hooks, limits, clock
+        super().__init__(replica)
+        self._hooks, self._limits, self._clock = hooks, limits, clock
         self._changed = threading.Condition()  # guards the four below
         self._commands: deque[_Command] = deque()
         self._paused = False
         self._stopping = False
         self._failure: SwarmError | None = None
-        self._stats = Stats()  # replaced as a whole by the thread
         self._attempts = 0
         self._last_end_s = 0.0
         self._rest_until_s = -math.inf
         self._ended: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="trainer")
-
-    @property
-    def stats(self) -> Stats:
-        return self._stats
 
     @property
     def failure(self) -> SwarmError | None:
@@ -183,11 +111,7 @@ class Trainer:
             self._changed.notify_all()
 
     async def call(self, function: Callable[[], T], timeout_s: float = COMMAND_TIMEOUT_S) -> T:
-        """Run ``function`` in the trainer's thread between two steps, and give its result or raise its error.
-
-        Raises `DeadlineExceeded` after ``timeout_s`` (the function may still run then, if it had begun), what ended
-        the training if it ended, and `ResourceError` when too many commands wait.
-        """
+        """See `BetweenSteps`; in the trainer's thread. Raises `ResourceError` when too many commands wait, too."""
         command = _Command(function)
         with self._changed:
             if self._failure is not None:
@@ -205,29 +129,6 @@ class Trainer:
                 raise  # the function's own TimeoutError
             raise DeadlineExceeded(f"the trainer did not answer within {timeout_s:.0f} s") from error
         return result
-
-    async def snapshot(self, values: slice | None = None, timeout_s: float = COMMAND_TIMEOUT_S) -> Snapshot:
-        """The movement between two steps."""
-        return await self.call(lambda: self._snapshot(values), timeout_s)
-
-    async def land(self, new_anchor: Float32, snapshot: Snapshot, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
-        """Put the replica onto ``new_anchor``; what it learned since ``snapshot`` stays and is pending."""
-        await self.call(lambda: self._land(new_anchor, snapshot), timeout_s)
-
-    async def load(self, anchor: Float32, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
-        """Put the replica onto ``anchor`` as it is; its own movement is dropped, its moments stay."""
-        await self.call(lambda: self._replace(self._replica.load, anchor), timeout_s)
-
-    async def reset(self, anchor: Float32, values: slice | None = None, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
-        """Start again from ``anchor`` with fresh moments; nothing is pending afterwards."""
-        await self.call(lambda: self._replace(lambda anchor: self._replica.reset(anchor, values), anchor), timeout_s)
-
-    async def evaluate(self, anchor: Float32, batches: Sequence[Tokens], timeout_s: float = COMMAND_TIMEOUT_S) -> float:
-        """Mean loss of ``anchor`` over ``batches``, in nats per token; training goes on from where it was.
-
-        ``anchor`` must not change before this returns.
-        """
-        return await self.call(lambda: self._replica.evaluate(anchor, batches), timeout_s)
 
     async def stop(self, timeout_s: float) -> None:
         """End the thread after the step in progress; waiting commands are refused.
@@ -307,28 +208,6 @@ class Trainer:
         with self._changed:
             if not self._commands and not self._stopping:
                 self._changed.wait(seconds)
-
-    def _snapshot(self, values: slice | None) -> Snapshot:
-        stats = self._stats
-        return Snapshot(
-            movement=self._replica.movement(values),
-            tokens=stats.pending_tokens,
-            steps=stats.pending_steps,
-            total_tokens=stats.tokens,
-            total_steps=stats.steps,
-        )
-
-    def _land(self, new_anchor: Float32, snapshot: Snapshot) -> None:
-        self._replica.land(new_anchor, snapshot.movement)
-        self._stats = replace(
-            self._stats,
-            pending_tokens=self._stats.tokens - snapshot.total_tokens,
-            pending_steps=self._stats.steps - snapshot.total_steps,
-        )
-
-    def _replace(self, replace_weights: Callable[[Float32], None], anchor: Float32) -> None:
-        replace_weights(anchor)
-        self._stats = replace(self._stats, pending_tokens=0, pending_steps=0, consecutive_bad_steps=0)
 
     def _fail(self, failure: SwarmError) -> None:
         with self._changed:

@@ -97,7 +97,7 @@ def test_the_trainer_runs_beside_an_event_loop(name: str, kind: type[AnyReplica]
             await asyncio.sleep(0.1)
         snapshot = await trainer.snapshot()
         await trainer.stop(10)
-        assert snapshot.total_steps >= 10 and np.isfinite(snapshot.movement[:]).all()
+        assert snapshot.stats.steps >= 10 and np.isfinite(snapshot.movement[:]).all()
 
     asyncio.run(main())
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from peer.training import trainer as trainer_module
-from peer.training.trainer import Hooks, Limits, Stats, Trainer, after_step
+from peer.training.between_steps import Stats, after_step
+from peer.training.trainer import Hooks, Limits, Trainer
 from swarm.errors import ConfigError, DataError, DeadlineExceeded, ResourceError, SwarmError
 
 BATCH = np.zeros((2, 9), np.int64)
@@ -127,7 +128,7 @@ def test_it_steps_while_there_are_batches_and_counts_tokens() -> None:
 
     async def test(trainer: Trainer) -> None:
         await until(lambda: trainer.stats.steps == 5)
-        assert trainer.stats.tokens == trainer.stats.pending_tokens == 5 * TOKENS
+        assert trainer.stats.tokens == 5 * TOKENS
         assert trainer.stats.tokens_per_s > 0
 
     run(test, replica, feed)
@@ -154,7 +155,7 @@ def test_a_snapshot_is_a_copy_made_between_steps_by_the_trainers_thread() -> Non
         await until(lambda: trainer.stats.steps == 2)
         snapshot = await trainer.snapshot()
         assert snapshot.movement.tolist() == [2.0] * 3
-        assert (snapshot.tokens, snapshot.steps, snapshot.total_tokens) == (2 * TOKENS, 2, 2 * TOKENS)
+        assert (snapshot.stats.tokens, snapshot.stats.steps) == (2 * TOKENS, 2)
         snapshot.movement[:] = 9
         assert (await trainer.snapshot()).movement.tolist() == [2.0] * 3
 
@@ -162,7 +163,7 @@ def test_a_snapshot_is_a_copy_made_between_steps_by_the_trainers_thread() -> Non
     assert replica.threads == {"trainer"}
 
 
-def test_after_landing_only_the_movement_since_the_snapshot_is_pending() -> None:
+def test_after_landing_what_was_learned_since_the_snapshot_stays() -> None:
     replica, feed = FakeReplica(), Feed(3)
 
     async def test(trainer: Trainer) -> None:
@@ -171,40 +172,22 @@ def test_after_landing_only_the_movement_since_the_snapshot_is_pending() -> None
         feed.left = 2
         trainer.wake()
         await until(lambda: trainer.stats.steps == 5)
-        await trainer.land(np.full(3, 100, np.float32), snapshot)
-        assert (trainer.stats.pending_tokens, trainer.stats.pending_steps) == (2 * TOKENS, 2)
+        await trainer.land(np.full(3, 100, np.float32), snapshot.movement)
         landed = await trainer.snapshot()
         assert landed.movement.tolist() == [2.0] * 3 and replica.weights.tolist() == [102.0] * 3
-        assert (landed.tokens, landed.total_tokens) == (2 * TOKENS, 5 * TOKENS)
+        assert landed.stats.tokens - snapshot.stats.tokens == 2 * TOKENS
 
     run(test, replica, feed)
 
 
-def test_an_abandoned_round_loses_no_tokens() -> None:
-    feed = Feed(1)
-
-    async def test(trainer: Trainer) -> None:
-        await until(lambda: trainer.stats.steps == 1)
-        await trainer.snapshot()
-        feed.left = 1
-        trainer.wake()
-        await until(lambda: trainer.stats.steps == 2)
-        assert (await trainer.snapshot()).tokens == 2 * TOKENS
-
-    run(test, FakeReplica(), feed)
-
-
-@pytest.mark.parametrize("way", ["load", "reset"])
-def test_another_anchor_replaces_the_weights_and_leaves_nothing_pending(way: str) -> None:
-    feed = Feed(4)
-
+def test_a_reset_replaces_the_weights_and_what_was_counted_stays() -> None:
     async def test(trainer: Trainer) -> None:
         await until(lambda: trainer.stats.steps == 4)
-        await getattr(trainer, way)(np.full(3, 7, np.float32))
+        await trainer.reset(np.full(3, 7, np.float32))
         snapshot = await trainer.snapshot()
-        assert (snapshot.movement.tolist(), snapshot.tokens, snapshot.total_tokens) == ([0.0] * 3, 0, 4 * TOKENS)
+        assert (snapshot.movement.tolist(), snapshot.stats.tokens) == ([0.0] * 3, 4 * TOKENS)
 
-    run(test, FakeReplica(), feed)
+    run(test, FakeReplica(), Feed(4))
 
 
 def test_an_evaluation_gives_its_result() -> None:
@@ -221,7 +204,7 @@ def test_a_paused_trainer_makes_no_step_but_answers() -> None:
         trainer.pause()
         feed.left = 4
         for _ in range(5):
-            assert (await trainer.snapshot()).total_steps == 0
+            assert (await trainer.snapshot()).stats.steps == 0
         trainer.resume()
         await until(lambda: trainer.stats.steps == 4)
 
@@ -319,7 +302,7 @@ def test_too_many_commands_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             await trainer.snapshot()
         assert replica.gate is not None
         replica.gate.release()
-        assert [snapshot.total_steps for snapshot in await asyncio.gather(*waiting)] == [1, 1]
+        assert [snapshot.stats.steps for snapshot in await asyncio.gather(*waiting)] == [1, 1]
 
     run(test, replica, Feed(1))
 

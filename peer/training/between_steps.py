@@ -1,0 +1,125 @@
+"""What rounds ask of a replica under training, over whatever trains it; and what training counts.
+
+Decides that snapshots, resets and evaluations happen between two inner steps, and what counts as trained: the tokens of
+steps that were good. Leaves how a command comes between two steps to the trainers (`peer.training.trainer` of a whole
+model alone, `peer.pipeline.trainer` of a span among others).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from peer.rounds.codec import Float32
+from peer.training.movement import Movement
+
+if TYPE_CHECKING:
+    from peer.training.microbatches import StepResult, Tokens
+
+T = TypeVar("T")
+
+COMMAND_TIMEOUT_S = 600.0
+RATE_WINDOW_S = 10.0
+
+
+class Replica(Protocol):
+    """What the trainer needs of a replica, in 8 bits or fp32. Only the trainer's thread touches it after the start.
+
+    ``values``: of which shard, in the flat vector of the whole; None: all.
+    """
+
+    def load(self, anchor: Float32, values: slice | None = None) -> None: ...
+    def reset(self, anchor: Float32, values: slice | None = None) -> None: ...
+    def movement(self, values: slice | None = None) -> Movement: ...
+    def land(self, new_anchor: Float32, snapshot: Movement, values: slice | None = None) -> None: ...
+    def step(self, tokens: Tokens, learning_rate: float) -> StepResult: ...
+    def evaluate(self, anchor: Float32, batches: Sequence[Tokens]) -> float: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Counts since the start. Two of them give everything between: any number of readers, none disturbs another."""
+
+    tokens: int = 0
+    steps: int = 0
+    bad_steps: int = 0
+    consecutive_bad_steps: int = 0
+    tokens_per_s: float = 0.0
+    loss_sum: float = 0.0  # nats per token, over good steps
+    last_loss: float = math.nan
+
+    def mean_loss_since(self, earlier: Stats) -> float:
+        """Mean training loss of the good steps since ``earlier``; NaN where there were none."""
+        steps = self.steps - earlier.steps
+        return (self.loss_sum - earlier.loss_sum) / steps if steps else math.nan
+
+
+def after_step(stats: Stats, result: StepResult, num_tokens: int, elapsed_s: float) -> Stats:
+    """The counts after one step that ended ``elapsed_s`` after the one before. Bad steps count no tokens."""
+    if not result.ok:
+        return replace(stats, bad_steps=stats.bad_steps + 1, consecutive_bad_steps=stats.consecutive_bad_steps + 1)
+    keep = math.exp(-elapsed_s / RATE_WINDOW_S) if stats.steps else 0.0
+    rate = num_tokens / max(elapsed_s, 1e-9)
+    return replace(
+        stats,
+        tokens=stats.tokens + num_tokens,
+        steps=stats.steps + 1,
+        consecutive_bad_steps=0,
+        tokens_per_s=keep * stats.tokens_per_s + (1 - keep) * rate,
+        loss_sum=stats.loss_sum + result.loss,
+        last_loss=result.loss,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The movement between two steps, and what had been counted then."""
+
+    movement: Movement
+    stats: Stats
+
+
+class BetweenSteps(ABC):
+    """``values``: of which shard, in the flat vector of all that is trained here; None: all."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        self._stats = Stats()  # replaced as a whole, by whoever owns the replica
+
+    @property
+    def stats(self) -> Stats:
+        return self._stats
+
+    @abstractmethod
+    async def call(self, function: Callable[[], T], timeout_s: float = COMMAND_TIMEOUT_S) -> T:
+        """Run ``function`` between two inner steps, and give its result or raise its error.
+
+        Raises `DeadlineExceeded` after ``timeout_s`` (the function may still run then, if it had begun), and what
+        ended the training if it ended.
+        """
+
+    async def snapshot(self, values: slice | None = None, timeout_s: float = COMMAND_TIMEOUT_S) -> Snapshot:
+        return await self.call(lambda: Snapshot(movement=self._replica.movement(values), stats=self._stats), timeout_s)
+
+    async def land(self, new_anchor: Float32, snapshot: Movement, values: slice | None = None) -> None:
+        """Put the replica onto ``new_anchor``; what it learned since ``snapshot`` stays."""
+        await self.call(lambda: self._replica.land(new_anchor, snapshot, values))
+
+    async def reset(self, anchor: Float32, values: slice | None = None) -> None:
+        """Start again from ``anchor`` with fresh moments."""
+
+        def reset() -> None:
+            self._replica.reset(anchor, values)
+            self._stats = replace(self._stats, consecutive_bad_steps=0)
+
+        await self.call(reset)
+
+    async def evaluate(self, anchor: Float32, batches: Sequence[Tokens]) -> float:
+        """Mean loss of the ``anchor`` of a whole model over ``batches``, in nats per token; training goes on after.
+
+        ``anchor`` must not change before this returns.
+        """
+        return await self.call(lambda: self._replica.evaluate(anchor, batches))
