@@ -8,6 +8,8 @@ times that of one peer with the whole model under the same quota, without a link
 is tokens/s of two spans over those of hivemind's way (two servers and a client, each with that quota) on the link of
 20/100 Mbit/s.
 
+``loss_gap_percent``: `pipeline_loss`, which runs first, two processes at once, and needs no links.
+
 Per peer: the share of the window in which something was computed (the rest is waiting: bubbles and wire together), and
 the bytes it sent, with the seconds that they take at its link's rate. Last line: one JSON object.
 """
@@ -31,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from averaging_place import Place as Seat
+from pipeline_loss import measure_loss
 from pipeline_ours import ours
 from pipeline_task import Task, remove_quotas
 from report import print_result
@@ -181,6 +184,8 @@ def main() -> None:
         raise SystemExit(f"no laboratory: {reason}")
     task, cells = (QUICK, QUICK_CELLS) if options.quick else (Task(), CELLS)
     rows: dict[str, dict[str, Any]] = {}
+    losses = measure_loss(quick=options.quick)
+    print(f"loss of the pipeline above whole models: {losses['loss_gap_percent']:+.2f} %\n")
     print(f"{'':36} {'tokens/s':>9}   {'computing':24} {'uplink in use':24} bytes sent a token")
     with tempfile.TemporaryDirectory() as folder:
         for number, cell in enumerate(cells):
@@ -190,7 +195,7 @@ def main() -> None:
             ]
             sent = " ".join(f"{size:.0f}" for size in row["sent_bytes_per_token"])
             print(f"{cell.name:36} {row['tokens_per_s']:9,.0f}   {shares[0]:24} {shares[1]:24} {sent}", flush=True)
-    figures = keys_of(rows) | {"cells": rows}
+    figures = keys_of(rows) | losses | {"cells": rows}
     print_result("pipeline", figures, quick=options.quick, settings=dataclasses.asdict(task))
 
 

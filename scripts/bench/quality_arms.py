@@ -7,7 +7,7 @@ full and lands at once. Leaves settings and text to `quality_setting`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,33 +135,34 @@ def round_lengths(spec: RunSpec, setting: Setting) -> list[int]:
     return lengths
 
 
-class Swarm:
-    """Replicas and the shard that each of them holds; contributions travel in the first rung of the ladder."""
+class Group:
+    """The replicas of one shard, and its state as each of them holds it; contributions travel in the first rung."""
 
-    def __init__(self, spec: RunSpec, seed: int) -> None:
+    def __init__(self, spec: RunSpec, replicas: Sequence[AnyReplica], anchor: Float32, shard: int = 0) -> None:
         self.spec = spec
         self.round = 0
-        self.replicas = [_replica(spec, seed, index) for index in range(REPLICAS)]
-        self.shards = [Shard(spec, 0, _initial(spec, seed)) for _ in KEYS]
-        members = [Member(peer_key=key, contributes=True) for key in KEYS]
+        self.replicas = list(replicas)
+        self.keys = KEYS[: len(self.replicas)]
+        self.shards = [Shard(spec, shard, anchor.copy()) for _ in self.keys]
+        members = [Member(peer_key=key, contributes=True) for key in self.keys]
         self.opened = OpenRound(members=members, parts=split_parts(members, {}, self.shards[0].num_slices))
 
     @property
     def anchor(self) -> Float32:
         return self.shards[0].anchor
 
-    def commit(self, tokens_each: int) -> None:
-        """One round as a peer makes it: offer, encode, reduce, settle, apply, land."""
+    def average(self, tokens: Sequence[int]) -> None:
+        """One round as a peer makes it: offer, encode, reduce, settle, apply, land. ``tokens``: of each replica."""
         self.round += 1
         snapshots = [
-            _finite(shard.offer(replica.movement(), tokens_each))
-            for shard, replica in zip(self.shards, self.replicas, strict=True)
+            _finite(shard.offer(replica.movement(), trained))
+            for shard, replica, trained in zip(self.shards, self.replicas, tokens, strict=True)
         ]
         record, parts = Record(round=self.round, opened_by=to_message(BALLOT)), {}
         for index, part in enumerate(self.opened.parts):
             contributions = [
-                (Share(peer_key=key, weight_tokens=tokens_each), snapshot.codec, shard.encode(snapshot, part))
-                for key, shard, snapshot in zip(KEYS, self.shards, snapshots, strict=True)
+                (Share(peer_key=key, weight_tokens=trained), snapshot.codec, shard.encode(snapshot, part))
+                for key, shard, snapshot, trained in zip(self.keys, self.shards, snapshots, tokens, strict=True)
             ]
             work = Reduce(
                 ballot=BALLOT,
@@ -177,12 +178,22 @@ class Swarm:
             result.digest = sha256(average)
             parts[result.digest] = average
             record.parts.append(result)
-        for key, shard, replica, snapshot in zip(KEYS, self.shards, self.replicas, snapshots, strict=True):
+        for key, shard, replica, snapshot in zip(self.keys, self.shards, self.replicas, snapshots, strict=True):
             shard.settle(record, parts, snapshot, key)
             shard.apply(record, parts)
             replica.land(shard.anchor, snapshot.movement)
         if len({shard.state_digest for shard in self.shards}) > 1:
             raise ArithmeticError(f"round {self.round}: replicas hold unequal states")
+
+
+class Swarm(Group):
+    """Replicas of the whole model that all train as much."""
+
+    def __init__(self, spec: RunSpec, seed: int) -> None:
+        super().__init__(spec, [_replica(spec, seed, index) for index in range(REPLICAS)], _initial(spec, seed))
+
+    def commit(self, tokens_each: int) -> None:
+        self.average([tokens_each] * REPLICAS)
 
 
 class PlainSwarm:

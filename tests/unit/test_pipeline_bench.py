@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 
 import hops
 import pipeline
+import pipeline_loss
 from hops_wires import CodecWire, SubspaceWire
-from quality_setting import VOCAB
+from quality_setting import VOCAB, Text
 
 SETTING = dataclasses.replace(hops.SHORT, total_tokens=1024)
 BATCHES = [np.random.default_rng(seed).integers(0, VOCAB, (4, 65)) for seed in range(3)]
@@ -58,3 +59,30 @@ def test_efficiency_is_per_peer_and_nothing_is_made_up() -> None:
     assert keys["efficiency_2_shards"] == 0.9 and keys["efficiency_2_shards_home"] == 0.6
     assert keys["speedup_over_hivemind_moe"] == 3.0
     assert keys["efficiency_4_shards"] is None
+
+
+def loss_arm(num_shards: int, monkeypatch: pytest.MonkeyPatch, tokens: int = 2048) -> pipeline_loss.Arm:
+    letters = np.random.default_rng(0).integers(0, VOCAB, 20_000)
+    text = Text(training=letters, validation=letters, num_files=1)
+    monkeypatch.setattr(pipeline_loss, "read_text", lambda: text)
+    setting = dataclasses.replace(
+        pipeline_loss.SHORT, total_tokens=tokens, first_tokens_per_round=512, tokens_per_round=512
+    )
+    return pipeline_loss.Arm(setting, 0, num_shards)
+
+
+def test_both_arms_of_the_loss_train_all_tokens_from_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shard commits every token, and only the pipeline has hops."""
+    arms = [loss_arm(number, monkeypatch) for number in (1, 2)]
+    first = [np.concatenate([group.anchor for group in arm.groups]) for arm in arms]
+    np.testing.assert_array_equal(first[0], first[1])
+    assert all(0 < arm.train() < 7 for arm in arms)
+    assert arms[0].wire.sent_bytes == 0 < arms[1].wire.sent_bytes
+    # What is left in inner steps that were begun is in no round.
+    assert all(2048 - 2 * 128 <= done <= 2048 for arm in arms for done in arm.committed)
+
+
+def test_rounds_of_the_second_shard_open_half_a_round_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So no two shards exchange at once."""
+    arm = loss_arm(2, monkeypatch)
+    assert [arm._opens_at(shard) for shard in (0, 1)] == [512, 768]
