@@ -1,6 +1,7 @@
 """A peer of our side in the pipeline benchmark: an 8-bit replica of its span at its place, over libp2p.
 
-A whole model is a peer without a network. Leaves what is measured to `pipeline`.
+A whole model is a peer without a network. A peer that was started before takes its anchor from its disk. Leaves what
+is measured to `pipeline` and `churn`.
 """
 
 from __future__ import annotations
@@ -8,53 +9,66 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
+from collections.abc import MutableSequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import torch
 from averaging_ours import identity_of, open_place, serve_side
 from averaging_place import Place as Seat
 from pipeline_task import Task, hold_to
 from quality_setting import VOCAB
 
-from peer.pipeline.messages import HopRules
+from peer.pipeline.messages import Answer, HopRules
 from peer.pipeline.place import Place, PlaceParts
+from peer.pipeline.steps import Stepped
 from peer.training import model
 from peer.training.int8_replica import Int8Replica
 from peer.training.trainer import Limits
 
+# What a peer counts, by place in its tally: microbatches but for `LEARNED`, which are tokens of inner steps.
+READ, ANSWERED, NOT_FINITE, LEARNED = range(4)
+NUM_COUNTS = 4
+DRAIN_S = 60.0
 
-def ours(pipe: Connection, seat: Seat, task: Task) -> None:
+
+def ours(pipe: Connection, seat: Seat, task: Task, tally: MutableSequence[int] | None = None) -> None:
+    """``tally``: in memory that outlives the process, where somebody wants it."""
     hold_to(task.cpu_share, f"ours-{seat.index}")
     # Peers end in the middle of each other's calls; asyncio of 3.11 complains of streams whose tasks were cancelled.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    serve_side(pipe, seat, _Side(seat, task), ("begin", "prepare", "measure", "end"))
+    side = _Side(seat, task, [0] * NUM_COUNTS if tally is None else tally)
+    serve_side(pipe, seat, side, ("begin", "prepare", "measure", "drain", "end"))
 
 
 class _Side:
-    """The peer with number ``seat.index`` hosts the shard with that number; of one peer, all."""
+    """The peer with number ``seat.index`` hosts the shard with that number, counted round; of one peer, all."""
 
-    def __init__(self, seat: Seat, task: Task) -> None:
-        self._seat, self._task = seat, task
+    def __init__(self, seat: Seat, task: Task, tally: MutableSequence[int]) -> None:
+        self._seat, self._task, self._tally = seat, task, tally
+        self._num_shards = seat.peers // task.replicas
+        self._shard = seat.index % self._num_shards
         self._network: Any = None
         self._place: Any = None
-        self._tokens = 0
+        self._is_draining = False
 
-    async def begin(self, meet: str) -> dict[str, Any]:
+    async def begin(self, *meets: str) -> dict[str, Any]:
         if self._seat.peers > 1:
-            self._network = await open_place(self._seat, (meet,) if meet else ())
+            self._network = await open_place(self._seat, tuple(filter(None, meets)))
         return {"meet": self._network.addresses[0] if self._network else "none"}
 
     async def prepare(self, meets: list[str]) -> dict[str, Any]:
         """Build the replica and take the place in the pipeline; ``meets``: every peer's address."""
         seat, task = self._seat, self._task
-        shards = task.shards(seat.peers)
+        span = task.shards(self._num_shards)[self._shard]
         config, spec = task.config(), task.spec()
-        built = model.build_span(config, shards[seat.index])
+        built = model.build_span(config, span)
         replica = Int8Replica(built, model.layout_of(built), spec.inner, torch.device("cpu"), seed=seat.index)
-        replica.load(model.initial_anchor(config, 0, shards[seat.index]))
+        replica.load(self._anchor(config, span))
         keys = [identity_of(dataclasses.replace(seat, index=i), i).public_key for i in range(seat.peers)]
-        is_last = seat.index + 1 == seat.peers
+        is_last = self._shard + 1 == self._num_shards
         self._place = Place(
             PlaceParts(
                 replica=replica,
@@ -65,16 +79,17 @@ class _Side:
                     width=task.hidden,
                     vocab_size=VOCAB,
                 ),
-                first_shard=seat.index,
-                next_shard=None if is_last else seat.index + 1,
+                first_shard=self._shard,
+                next_shard=None if is_last else self._shard + 1,
                 step_microbatches=task.step_microbatches,
                 max_in_flight=task.max_in_flight,
                 learning_rate=lambda: 1e-3,
-                hosts=lambda shard: {keys[shard]: (meets[shard],)},
+                hosts=lambda shard: {keys[i]: (meets[i],) for i in range(shard, seat.peers, self._num_shards)},
                 is_admitted=lambda key: key in keys,
                 limits=Limits(num_threads=1),
-                next_batch=task.batch if seat.index == 0 else None,
-                on_answer=self._count,
+                next_batch=self._next_batch if self._shard == 0 else None,
+                on_step=self._stepped,
+                on_answer=self._answered,
             )
         )
         await self._place.begin()
@@ -83,18 +98,26 @@ class _Side:
     async def measure(self, seconds: float) -> dict[str, Any]:
         """What happened in a window of so many seconds."""
         loop, place = asyncio.get_running_loop(), self._place
-        began_s, tokens, computed_s = loop.time(), self._tokens, place.slot.computed_s
+        began_s, answered, computed_s = loop.time(), self._tally[ANSWERED], place.slot.computed_s
         sent = self._network.traffic()[0] if self._network else 0
         await asyncio.sleep(seconds)
-        for job in place.jobs:
-            if job.done():
-                job.result()
+        self._raise_failures()
         return {
             "seconds": loop.time() - began_s,
-            "tokens": self._tokens - tokens,
+            "tokens": (self._tally[ANSWERED] - answered) * self._task.tokens_per_microbatch,
             "computed_s": place.slot.computed_s - computed_s,
             "sent_bytes": (self._network.traffic()[0] if self._network else 0) - sent,
         }
+
+    async def drain(self) -> dict[str, Any]:
+        """Read nothing more, and wait until what was read is answered, for `DRAIN_S` at most."""
+        self._is_draining = True
+        loop, tally = asyncio.get_running_loop(), self._tally
+        ends_s = loop.time() + DRAIN_S
+        while tally[READ] > tally[ANSWERED] + tally[NOT_FINITE] and loop.time() < ends_s:
+            self._raise_failures()
+            await asyncio.sleep(0.05)
+        return {"repeated": self._place.source.num_repeated if self._place.source is not None else 0}
 
     async def end(self) -> dict[str, Any]:
         if self._place is not None:
@@ -105,5 +128,26 @@ class _Side:
             self._network = None
         return {}
 
-    def _count(self, tokens: Any, answer: Any) -> None:
-        self._tokens += tokens[:, 1:].size
+    def _anchor(self, config: Any, span: Any) -> np.ndarray:
+        path = self._seat.folder / "anchor.npy"
+        if not path.exists():
+            np.save(path, model.initial_anchor(config, 0, span))
+        anchor: np.ndarray = np.load(path)
+        return anchor
+
+    def _next_batch(self, number: int) -> np.ndarray | None:
+        if self._is_draining:
+            return None
+        self._tally[READ] += 1
+        return self._task.batch(number)
+
+    def _stepped(self, stepped: Stepped) -> None:
+        self._tally[LEARNED] += stepped.num_tokens
+
+    def _answered(self, tokens: Any, answer: Answer) -> None:
+        self._tally[NOT_FINITE if math.isnan(answer.loss) else ANSWERED] += 1
+
+    def _raise_failures(self) -> None:
+        for job in self._place.jobs:
+            if job.done():
+                job.result()

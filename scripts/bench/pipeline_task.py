@@ -23,8 +23,9 @@ PERIOD_US = 20_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """``cpu_share``: of one core, for each peer."""
+    """``cpu_share``: of one core, for each peer; ``replicas``: of each shard."""
 
+    replicas: int = 1
     hidden: int = 256
     layers: int = 8
     heads: int = 4
