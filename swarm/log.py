@@ -225,8 +225,10 @@ def _check_parts(parts: Sequence[PartResult]) -> None:
         expected += part.num_slices
         if part.digest and (len(part.digest) != digest.DIGEST_BYTES or not 1 <= len(part.shares) <= MAX_MEMBERS):
             raise ProtocolError("a part of a record names no digest or no contributors")
-        if not part.digest and (part.shares or part.rejections):
+        if not part.digest and (part.shares or part.rejections or part.handed_over_by or part.reducer):
             raise ProtocolError("an absent part names contributors")
+        if len(part.handed_over_by) > MAX_MEMBERS or len(set(part.handed_over_by)) != len(part.handed_over_by):
+            raise ProtocolError("a part was handed over too often, or by one peer twice")
         check_verdicts(part.shares, part.rejections)
     if not any(part.digest for part in parts):
         raise ProtocolError("a record in which every part is absent")

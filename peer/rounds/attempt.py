@@ -10,7 +10,7 @@ import itertools
 from dataclasses import dataclass, field
 
 from peer.rounds.paxos import Ballot
-from peer.rounds.round_actions import Reduce, RoundSettings
+from peer.rounds.round_actions import HandOver, Offered, Reduce, RoundSettings
 from swarm.digest import sha256
 from swarm.errors import ProtocolError
 from swarm.files import Kept
@@ -46,6 +46,7 @@ class Attempt:
     opened_at: float
     contributions: dict[tuple[int, bytes], tuple[int, str, Kept]] = field(default_factory=dict)
     """(part, contributor) -> (weight in tokens, codec, encoded); weight 0: nothing to add"""
+    handed_over: dict[tuple[int, bytes], HandOver] = field(default_factory=dict)
     averages: dict[int, PartResult] = field(default_factory=dict)
     reduced: set[int] = field(default_factory=set)
     unreachable: set[bytes] = field(default_factory=set)
@@ -80,6 +81,15 @@ class Attempt:
     def part_size_bytes(self, part: int) -> int:
         return self.settings.part_size_bytes(self.open.parts[part].first_slice, self.open.parts[part].num_slices)
 
+    def contribution(self, part: int, offered: Offered) -> Contribution:
+        """Our own to ``part``, without its bytes."""
+        return Contribution(
+            part=part,
+            weight_tokens=offered.weight_tokens,
+            state_digest=self.settings.state_digest,
+            codec=offered.codec if offered.weight_tokens else "",
+        )
+
     def on_contribution(self, sender: bytes, message: Contribution) -> None:
         """Keep a contribution; `ProtocolError` tells the contributor why it is refused."""
         if message.part >= len(self.open.parts) or self.reducer_of(message.part) != self.settings.me:
@@ -90,14 +100,19 @@ class Attempt:
             raise ProtocolError("a contribution that starts from another state")
         if message.weight_tokens > self.settings.max_weight_tokens:
             raise ProtocolError(f"a weight of {message.weight_tokens} tokens is more than the round allows")
+        part = self.open.parts[message.part]
         if message.weight_tokens:
-            part = self.open.parts[message.part]
             self.settings.check_contribution(part.first_slice, part.num_slices, message.codec, message.encoded)
         elif message.encoded:
             raise ProtocolError(f"a contribution of {len(message.encoded)} bytes without a weight")
+        if message.HasField("handed_over"):
+            self.settings.check_handed_over(part.first_slice, part.num_slices, message.handed_over)
         if (message.part, sender) not in self.contributions:
             kept = self.settings.keep(message.encoded)
             self.contributions[message.part, sender] = (message.weight_tokens, message.codec, kept)
+            if message.handed_over.slices:
+                owed = HandOver(tuple(message.handed_over.slices), self.settings.keep(message.handed_over.encoded))
+                self.handed_over[message.part, sender] = owed
 
     def due_reductions(self, now: float) -> list[Reduce]:
         """Parts of ours that can be averaged now: everybody reachable is in, or the time is up."""
@@ -115,8 +130,11 @@ class Attempt:
         return due
 
     def _reduce(self, part: int) -> Reduce:
-        contributions = []
+        contributions, handed_over = [], []
         for key in self.contributors:
+            owed = self.handed_over.pop((part, key), None)
+            if owed is not None:
+                handed_over.append((key, owed))
             weight, codec, encoded = self.contributions.pop((part, key), (0, "", b""))
             if weight:
                 share = Share(peer_key=key, weight_tokens=min(weight, self.most_tokens(key)))
@@ -127,6 +145,7 @@ class Attempt:
             self.open.parts[part].first_slice,
             self.open.parts[part].num_slices,
             tuple(contributions),
+            tuple(handed_over),
         )
 
     def on_average(self, sender: bytes, message: Average) -> None:
@@ -135,7 +154,7 @@ class Attempt:
             raise ProtocolError("an average by somebody who does not average that part")
         places = {key: place for place, key in enumerate(self.contributors)}
         averaged, rejected = [s.peer_key for s in message.shares], [r.peer_key for r in message.rejections]
-        for keys in (averaged, rejected):
+        for keys in (averaged, rejected, message.handed_over_by):
             order = [places.get(key, -1) for key in keys]
             if -1 in order or any(a >= b for a, b in itertools.pairwise(order)):
                 raise ProtocolError("an average that counts somebody twice, or somebody who is no contributor")
@@ -148,6 +167,8 @@ class Attempt:
         part = self.open.parts[message.part]
         result = PartResult(first_slice=part.first_slice, num_slices=part.num_slices)
         if message.shares:
+            result.reducer = sender
+            result.handed_over_by.extend(message.handed_over_by)
             self.settings.check_part(part.first_slice, part.num_slices, message.encoded)
             result.digest = sha256(message.encoded)
             result.size_bytes = len(message.encoded)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from peer.rounds import codec_int8, codec_topk
+from peer.rounds import codec_int4, codec_int8, codec_topk
 from peer.rounds.codec_blocks import Float32
 from peer.rounds.codec_int2 import INT2
 from peer.rounds.codec_int4 import INT4
@@ -40,6 +40,8 @@ class Codec:
     """raises `SwarmError` where a value is not finite"""
     decode: Callable[[bytes | memoryview, int], Float32]
     """(data, num_values); raises `ProtocolError` for bytes that no encoder writes"""
+    largest_loss: float
+    """norm of what encoding loses, over the norm of what is encoded: it is never more"""
     check: Callable[[bytes | memoryview, int], None]
     """raises what `decode` would raise, at a fraction of its cost"""
     encoded_size: Callable[[int], int]
@@ -58,6 +60,7 @@ CODECS: dict[str, Codec] = {
         name="int8",
         block_values=codec_int8.BLOCK_VALUES,
         sparse=False,
+        largest_loss=codec_int8.LARGEST_LOSS,
         encode=codec_int8.encode,
         decode=codec_int8.decode,
         check=codec_int8.check,
@@ -68,6 +71,7 @@ CODECS: dict[str, Codec] = {
         name="int4",
         block_values=INT4.block_values,
         sparse=False,
+        largest_loss=codec_int4.LARGEST_LOSS,
         encode=INT4.encode,
         decode=INT4.decode,
         check=INT4.check,
@@ -78,6 +82,7 @@ CODECS: dict[str, Codec] = {
         name="int2",
         block_values=INT2.block_values,
         sparse=False,
+        largest_loss=1.0,
         encode=INT2.encode,
         decode=INT2.decode,
         check=INT2.check,
@@ -88,6 +93,7 @@ CODECS: dict[str, Codec] = {
         name="topk",
         block_values=codec_topk.CHUNK_VALUES,
         sparse=True,
+        largest_loss=1.0,
         encode=codec_topk.encode,
         decode=codec_topk.decode,
         check=codec_topk.check,

@@ -16,6 +16,8 @@ that are not 0 under a scale of 0, is refused. So what was decoded encodes to th
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from peer.rounds.codec_blocks import (
@@ -32,6 +34,8 @@ from peer.rounds.codec_blocks import (
 
 BLOCK_VALUES = 64
 MAX_CODE = 7
+# A block with one value of the norm, and half a step of error in each.
+LARGEST_LOSS = math.sqrt(BLOCK_VALUES) * (0.5 + 2**-16) * (1 + 2**-7) / MAX_CODE
 # 7 times the next level would overflow.
 LARGEST_SCALE_LEVEL = int((np.finfo(np.float32).max / np.float32(MAX_CODE)).view(np.uint32) >> 16)
 # Adding 1.5 * 2**23 rounds a small number to an integer, half to even, and leaves it in the low bits of the sum.

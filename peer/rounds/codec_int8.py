@@ -19,6 +19,7 @@ codes that are not 0 under a scale of 0, is refused. The last block may be short
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ MAX_CODE = 127
 SMALLEST_SCALE = np.finfo(np.float32).tiny
 # One step below the quotient, which is rounded up: 127 times it would overflow.
 LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(MAX_CODE), np.float32(0))
+# A block with one value of the norm, and half a step of error in each.
+LARGEST_LOSS = math.sqrt(BLOCK_VALUES) * (0.5 + 2**-16) / MAX_CODE
 TILE_BLOCKS = TILE_VALUES // BLOCK_VALUES
 
 

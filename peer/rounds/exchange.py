@@ -8,7 +8,6 @@ one way to apply a round.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from peer.rounds.hearing import Hearing
 from peer.rounds.mending import debt_of, describe, heir, record_incident, state_of_branch
 from peer.rounds.replica import Replica
 from peer.rounds.round import RoundMachine
-from peer.rounds.round_actions import Action, Apply, Fetch, Persist, Reduce, Send, TakeSnapshot, View
+from peer.rounds.round_actions import Action, Apply, Fetch, Offered, Persist, Reduce, Send, TakeSnapshot, View
 from peer.rounds.shard import ReplicaSnapshot
 from peer.waiting import wait_for_news
 from swarm.errors import (
@@ -47,7 +46,7 @@ from swarm.errors import (
 )
 from swarm.files import Kept
 from swarm.log import LogHead, gone_of, next_head, tokens_by_peer
-from swarm.proto.round_pb2 import Commit, Part, RoundMessage
+from swarm.proto.round_pb2 import Commit, RoundMessage
 
 ROUND_METHOD = "round"
 CONTROL_TIMEOUT_S = 10.0
@@ -70,7 +69,7 @@ class Exchange:
         """who may hold what we lack, by the newest statuses"""
         self._state_lock = asyncio.Lock()
         self._spill = Spill(parts.ledger.folder)
-        self.shard.reducer_debt.keep = self._spill.put
+        self.shard.reducer_debt.keep, self.shard.reducer_debt.me = self._spill.put, parts.identity.public_key
         self._early, self._refusals = EarlyMessages(self._spill), Refusals()
         # One part at a time is in memory, encoded, averaged or made a message of; and as few are being fetched.
         self._at_work = asyncio.Lock()
@@ -223,7 +222,7 @@ class Exchange:
             self._event(machine, lambda now: machine.on_message(send.to, send.full(), now))
             return
         timeout_s, request = machine.settings.reduce_timeout_s, await self._request(send)
-        if send.encoded is None:
+        if not send.is_large:
             timeout_s = min(CONTROL_TIMEOUT_S, timeout_s)
         asked_at = self.hearing.clock()
         try:
@@ -239,7 +238,7 @@ class Exchange:
 
     async def _request(self, send: Send) -> Kept:
         """A message's bytes; those of a large one on disk, as it may take long until they have left."""
-        if send.encoded is None:
+        if not send.is_large:
             return send.message.SerializeToString()
         async with self._at_work:
             return await self._blocking(lambda: self._spill.put(send.full().SerializeToString()))
@@ -259,22 +258,18 @@ class Exchange:
         return True
 
     async def _take_snapshot(self, machine: RoundMachine, action: TakeSnapshot) -> None:
-        snapshot, encoded = None, list[Kept]()
+        offered: Offered | None = Offered()
         try:
             snapshot = await self._offer(machine, len(action.open.members))
-            if snapshot is not None and snapshot.tokens:
-                for part in action.open.parts:
-                    async with self._at_work:
-                        # The snapshot is booked, or a leader opens faster than we can encode: only the newest counts.
-                        if machine.finished or not machine.is_newest(action.ballot):
-                            return
-                        encoded.append(await self._blocking(functools.partial(self._encoded, snapshot, part)))
+            # The snapshot is booked, or a leader opens faster than we can encode: only the newest counts.
+            is_wanted = lambda: not machine.finished and machine.is_newest(action.ballot)  # noqa: E731
+            offered = await self.replica.encode(snapshot, action, self._spill.put, is_wanted)
         except DiskFull:
             raise  # the person has to see to it: nothing could ever be sent again
         except ResourceError as error:
             log.warning("round %d: nothing to contribute: %s", machine.settings.round, error)
-        weight, codec = snapshot.offer_to(action.ballot) if snapshot is not None and encoded else (0, "")
-        self._event(machine, lambda now: machine.on_snapshot(action.ballot, weight, codec, encoded, now))
+        if (ready := offered) is not None:
+            self._event(machine, lambda now: machine.on_snapshot(action.ballot, ready, now))
 
     async def _offer(self, machine: RoundMachine, num_members: int) -> ReplicaSnapshot | None:
         round_s = None if self._round_began_at is None else self._now() - self._round_began_at
@@ -283,9 +278,6 @@ class Exchange:
             lambda: choose_codec(self.shard, machine, num_members, round_s),
             machine.settings.max_weight_tokens,
         )
-
-    def _encoded(self, snapshot: ReplicaSnapshot, part: Part) -> Kept:
-        return self._spill.put(self.shard.encode(snapshot, part))
 
     async def _fetch(self, machine: RoundMachine, action: Fetch) -> None:
         async with self._fetches:

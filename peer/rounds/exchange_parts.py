@@ -159,6 +159,7 @@ def round_settings(parts: ExchangeParts, head: LogHead, spill: Spill) -> RoundSe
         part_size_bytes=shard.part_size_bytes,
         round_bytes=shard.round_bytes,
         check_contribution=shard.check_contribution,
+        check_handed_over=shard.check_handed_over,
         check_part=shard.check_part,
         sign_vote=lambda payload: parts.identity.sign(VOTE_CONTEXT, head.run_id, payload),
         round_tokens=schedule.tokens_of_round(rounds, head.round + 1),

@@ -1,38 +1,51 @@
-"""What a reducer's averages lost by their encoding, kept and added to its next averages of the same slices.
+"""What a reducer's averages lost by their encoding, kept and added to the next averages of the same slices.
 
-Decides when a loss is booked: once a commit holds the very average that lost it. An attempt that was not committed
-changes nothing, and each attempt of a round starts from the same debt. Leaves averaging to `peer.rounds.shard`.
+Decides when a loss is booked (once a commit holds the very average that lost it), and what of another reducer's is
+taken over. An attempt that was not committed changes nothing, and each attempt of a round starts from the same debt.
+Leaves averaging to `peer.rounds.shard`.
 
-The debt belongs to slices, and stays with the peer that averaged them last: it is added when this peer averages them
-again, and lost when it ends (docs/protocol.md). It is kept in int8, slice by slice, on disk where somebody has a place
-for it: in memory it would take 1.02 bytes a value. What int8 loses is below a hundredth of it.
+The debt belongs to slices. Where this peer averages them again it adds it itself; where somebody else does, it goes to
+that reducer beside our contribution, and is ours no longer once a commit says whose losses are in the average. Lost is
+what a reducer owes when it ends (docs/protocol.md). Debt is kept and handed over in int8, slice by slice, on disk where
+somebody has a place for it: in memory it would take 1.02 bytes a value. What int8 loses is below a hundredth of it.
+
+What is handed over is hearsay: it counts when the log names who hands it over as a reducer of these slices, and is no
+longer than what the encoding of this round's average can lose at most. If not it stays where it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from peer.rounds.codec import CODECS, Float32
+from peer.rounds.codec import CODECS, Codec, Float32
 from peer.rounds.paxos import Ballot, ballot_of
 from peer.rounds.planning import SLICE_VALUES
+from peer.rounds.round_actions import HandOver
+from swarm.errors import ProtocolError
 from swarm.files import Kept
-from swarm.proto.round_pb2 import Record
+from swarm.proto.round_pb2 import HandedOver, Record
 
 KEPT = CODECS["int8"]
 # Attempts of a round whose losses are remembered. Whoever opens more of them makes the oldest forgotten.
 MAX_ATTEMPTS = 4
+# Reducers of a slice that are remembered, the newest last: of whom else its losses come they are not taken.
+MAX_REDUCERS = 8
 
 
 class ReducerDebt:
     def __init__(self) -> None:
+        self.me = b""
+        """whose debt it is: public key"""
         self.keep: Callable[[bytes], Kept] = lambda data: data
         """where it waits until it is added: in memory, unless somebody has a better place"""
         self._owed: dict[int, Kept] = {}
         """slice -> what is owed to it, encoded"""
         self._lost: dict[tuple[Ballot, int], tuple[bytes, dict[int, Kept]]] = {}
         """(attempt, first slice) -> (digest of the average, what it lost by slice): not committed yet"""
+        self._reducers: dict[int, tuple[bytes, ...]] = {}
+        """slice -> who may still owe something to it, by the commits that were seen"""
 
     @property
     def size_bytes(self) -> int:
@@ -47,6 +60,36 @@ class ReducerDebt:
                 with np.errstate(over="ignore"):  # the encoder refuses the result, as it does any infinity
                     mean[place] += KEPT.decode(owed[:], len(mean[place]))
 
+    def to_hand_over(self, first_slice: int, num_slices: int) -> HandOver | None:
+        """What is owed to these slices, for whoever averages them now."""
+        slices = tuple(i for i in range(first_slice, first_slice + num_slices) if i in self._owed)
+        return HandOver(slices, self.keep(b"".join(self._owed[i][:] for i in slices))) if slices else None
+
+    def take_over(
+        self, mean: Float32, first_slice: int, handed_over: Sequence[tuple[bytes, HandOver]], codec: Codec
+    ) -> list[bytes]:
+        """Add to ``mean``, which nothing was added to yet, what others owe to its slices; gives whose was taken.
+
+        ``codec``: of the average.
+        """
+        places, added, taken = dict(_slices(first_slice, len(mean))), np.zeros_like(mean), []
+        for peer, owed in handed_over:
+            if not all(peer in self._reducers.get(index, ()) for index in owed.slices):
+                continue
+            values, at = [], 0
+            for index in owed.slices:
+                count = places[index].stop - places[index].start
+                size = KEPT.encoded_size(count)
+                values.append(KEPT.decode(owed.encoded[at : at + size], count))
+                at += size
+            moved = [mean[places[index]] for index in owed.slices]
+            if _norm(values) <= codec.largest_loss * _norm(moved):
+                for index, more in zip(owed.slices, values, strict=True):
+                    added[places[index]] += more
+                taken.append(peer)
+        mean += added
+        return taken
+
     def note(self, ballot: Ballot, first_slice: int, digest: bytes, lost: Float32) -> None:
         """An average was made under ``ballot`` and encoded to bytes of ``digest``, which ``lost`` so much."""
         by_slice = {index: self.keep(KEPT.encode(lost[place])) for index, place in _slices(first_slice, len(lost))}
@@ -55,12 +98,47 @@ class ReducerDebt:
         self._lost = {key: value for key, value in self._lost.items() if key[0] in newest}
 
     def settle(self, record: Record) -> None:
-        """Book what the averages that ``record`` holds lost; the round is over for the others."""
+        """Book what the averages that ``record`` holds lost, ours or taken over; the round is over for the others."""
         lost, self._lost = self._lost, {}
         for part in record.parts:
+            if not part.digest:
+                continue
             digest, by_slice = lost.get((ballot_of(record.opened_by), part.first_slice), (b"", {}))
-            if part.digest and part.digest == digest:
+            slices = range(part.first_slice, part.first_slice + part.num_slices)
+            if part.digest == digest:
                 self._owed.update(by_slice)
+            elif self.me in part.handed_over_by:
+                for index in slices:
+                    self._owed.pop(index, None)
+            self._note_reducer(slices, part.reducer, {part.reducer, *part.handed_over_by})
+
+    def _note_reducer(self, slices: range, reducer: bytes, done: set[bytes]) -> None:
+        known: dict[tuple[bytes, ...], tuple[bytes, ...]] = {}  # one for all slices that are alike
+        for index in slices:
+            before = self._reducers.get(index, ())
+            if before not in known:
+                known[before] = (*(key for key in before if key not in done), reducer)[-MAX_REDUCERS:]
+            self._reducers[index] = known[before]
+
+
+def check_handed_over(first_slice: int, num_values: int, message: HandedOver) -> None:
+    """Raise `ProtocolError` unless ``message`` holds values of slices of the part, as their keeper encodes them."""
+    places = dict(_slices(first_slice, num_values))
+    slices = message.slices[: len(places) + 1]
+    if list(slices) != sorted(set(slices) & set(places)):
+        raise ProtocolError("what is handed over is not of slices of this part, in order")
+    counts = [places[index].stop - places[index].start for index in slices]
+    sizes = [KEPT.encoded_size(count) for count in counts]
+    if sum(sizes) != len(message.encoded):
+        raise ProtocolError(f"{len(message.encoded)} bytes are handed over instead of {sum(sizes)}")
+    encoded, at = memoryview(message.encoded), 0
+    for count, size in zip(counts, sizes, strict=True):
+        KEPT.check(encoded[at : at + size], count)
+        at += size
+
+
+def _norm(vectors: Sequence[Float32]) -> float:
+    return float(np.sqrt(sum(float(np.dot(vector, vector)) for vector in vectors)))
 
 
 def _slices(first_slice: int, num_values: int) -> list[tuple[int, slice]]:

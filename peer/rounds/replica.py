@@ -7,6 +7,7 @@ Decides from which moment its movement counts, and that none of it counts twice;
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ import numpy as np
 from peer.rounds.codec import Float32
 from peer.rounds.exchange_parts import ExchangeParts
 from peer.rounds.mending import Debt
-from peer.rounds.round_actions import Apply
+from peer.rounds.round_actions import Apply, HandOver, Offered, TakeSnapshot
 from peer.rounds.shard import ReplicaSnapshot, Shard
 from peer.training.movement import Movement
 from swarm import schedule
+from swarm.files import Kept
 from swarm.log import LogHead, tokens_by_peer
+from swarm.proto.round_pb2 import Part
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,33 @@ class Replica:
                 # A commit may have landed meanwhile: then this snapshot is of a round that is over.
                 self._snapshot = snapshot if is_current() else None
         return self._snapshot
+
+    async def encode(
+        self,
+        snapshot: ReplicaSnapshot | None,
+        action: TakeSnapshot,
+        keep: Callable[[bytes], Kept],
+        is_wanted: Callable[[], bool],
+    ) -> Offered | None:
+        """What an attempt gets of ``snapshot``, and of what we owe as a reducer; None once it is wanted no more."""
+        encoded, owed = list[Kept](), list[HandOver | None]()
+        if snapshot is not None and not snapshot.tokens:
+            snapshot = None
+
+        def work(part: Part) -> None:
+            if snapshot is not None:
+                encoded.append(keep(self._shard.encode(snapshot, part)))
+            is_ours = action.open.members[part.reducer].peer_key == self._me
+            debt = self._shard.reducer_debt
+            owed.append(None if is_ours else debt.to_hand_over(part.first_slice, part.num_slices))
+
+        for part in action.open.parts:
+            async with self._at_work:
+                if not is_wanted():
+                    return None
+                await self._blocking(functools.partial(work, part))
+        weight, codec = snapshot.offer_to(action.ballot) if snapshot is not None else (0, "")
+        return Offered(weight_tokens=weight, codec=codec, encoded=encoded, owed=owed)
 
     def begin(self) -> None:
         """A new round: whatever was offered in the last is settled."""

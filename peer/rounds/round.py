@@ -11,14 +11,24 @@ and its bytes are on their disks, and a majority's votes are the commit.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from peer.rounds.attempt import Attempt, check_open
+from peer.rounds.held_parts import HeldParts
 from peer.rounds.leader import Leader, round_message
 from peer.rounds.leases import Standing
 from peer.rounds.paxos import NO_BALLOT, Acceptor, Ballot, ballot_of, to_message
-from peer.rounds.round_actions import Action, Apply, Fetch, Outbox, Persist, RoundSettings, Send, TakeSnapshot, View
+from peer.rounds.round_actions import (
+    Action,
+    Apply,
+    Offered,
+    Outbox,
+    Persist,
+    RoundSettings,
+    Send,
+    TakeSnapshot,
+    View,
+)
 from swarm.digest import sha256
 from swarm.errors import DivergedError, ProtocolError, SwarmError
 from swarm.files import Kept
@@ -27,7 +37,6 @@ from swarm.proto.round_pb2 import (
     Accept,
     Average,
     Commit,
-    Contribution,
     OpenRound,
     Prepare,
     Promise,
@@ -39,10 +48,6 @@ from swarm.proto.round_pb2 import (
 
 MAX_BALLOT_STEP = 1000
 """a ballot further above the highest seen is refused: ballots must never run out"""
-UNDER_WAY = math.inf
-LEAST_PATIENCE_S = 0.2
-PATIENCE = 0.25
-"""of the time since the round was opened: so much later than the leader's may an average of a living reducer come"""
 MAX_EARLY = 256
 """contributions and averages kept that overtook the opening of their attempt"""
 
@@ -58,11 +63,7 @@ class RoundMachine:
         self.finished = False
         self._leader = Leader(settings, self.acceptor.promised)
         self._early: list[tuple[bytes, Kept]] = []
-        self._parts: dict[bytes, Kept] = {}
-        self._fetching: dict[bytes, float] = {}
-        """digest -> when to ask (again); `UNDER_WAY` while it is asked for"""
-        self._missing_since: dict[bytes, float] = {}
-        self._wanted: set[bytes] = set()
+        self.held = HeldParts(settings)
         self._to_accept: tuple[Ballot, Accept] | None = None
         self._decided: tuple[Commit, Record, tuple[bytes, ...]] | None = None
 
@@ -81,21 +82,15 @@ class RoundMachine:
         self._handle(sender, message, now, out)
         return self._run(now, out)
 
-    def on_snapshot(
-        self, ballot: Ballot, weight_tokens: int, codec: str, encoded: Sequence[Kept], now: float
-    ) -> list[Action]:
-        """Our own contribution is encoded: ``encoded[i]`` is part i; weight 0 and no bytes: nothing to add."""
+    def on_snapshot(self, ballot: Ballot, offered: Offered, now: float) -> list[Action]:
+        """Our own contribution is encoded."""
         out = Outbox(self.settings.me)
         if self.attempt is not None and self.attempt.ballot == ballot:
             for part in range(len(self.attempt.open.parts)):
-                contribution = Contribution(
-                    part=part,
-                    weight_tokens=weight_tokens,
-                    state_digest=self.settings.state_digest,
-                    codec=codec if weight_tokens else "",
-                )
-                message = self._message(ballot, contribution=contribution)
-                out.send(self.attempt.reducer_of(part), message, encoded[part] if weight_tokens else None)
+                reducer = self.attempt.reducer_of(part)
+                message = self._message(ballot, contribution=self.attempt.contribution(part, offered))
+                owed = offered.owed[part] if offered.owed and reducer != self.settings.me else None
+                out.send(reducer, message, offered.encoded[part] if offered.weight_tokens else None, owed)
         return self._run(now, out)
 
     def on_reduced(self, ballot: Ballot, average: Average, encoded: bytes, now: float) -> list[Action]:
@@ -113,11 +108,7 @@ class RoundMachine:
 
     def on_fetched(self, digest: bytes, data: bytes | None, now: float) -> list[Action]:
         """The answer to a `Fetch`; ``data`` is verified by whoever fetched it. None is tried again later."""
-        self._fetching.pop(digest, None)
-        if digest in self._wanted and data is not None:
-            self._parts[digest] = self.settings.keep(data)
-        elif digest in self._wanted:
-            self._fetching[digest] = now + self.settings.resend_s
+        self.held.on_fetched(digest, data, now)
         return self._run(now)
 
     def on_unreachable(self, peer: bytes, now: float) -> list[Action]:
@@ -146,7 +137,7 @@ class RoundMachine:
 
     def next_wakeup(self) -> float | None:
         """When `on_tick` is wanted at the latest; None: only an event can change something."""
-        times = [at for key, at in self._fetching.items() if at < UNDER_WAY and key in self._wanted]
+        times = self.held.wakeups()
         if self._decided is None:
             times += self._leader.wakeups(self.view)
             if self.attempt is not None and self.attempt.is_waiting():
@@ -225,8 +216,7 @@ class RoundMachine:
         record = parse_record(message.record, self.settings.head)
         self._check_record(record)
         self._leader.saw(ballot, now)
-        # What is under way ends by itself.
-        self._fetching = {key: at for key, at in self._fetching.items() if at == UNDER_WAY}
+        self.held.ask_anew()
         self._to_accept = (ballot, message)
 
     def _accept_when_complete(self, now: float, out: Outbox) -> None:
@@ -235,7 +225,7 @@ class RoundMachine:
         ballot, message = self._to_accept
         raw, gone = message.record, tuple(message.gone)
         record = parse_record(raw, self.settings.head)
-        if not self._fetch_missing(record, (ballot[1], *message.holders[:64]), now, out):
+        if not self.held.are_complete(record, (ballot[1], *message.holders[:64]), self.attempt, now, out):
             return
         self._to_accept = None
         if not self.standing.may_decide(self.settings.head, gone):
@@ -251,8 +241,7 @@ class RoundMachine:
             gone=gone,
         )
         signed = self.settings.sign_vote(vote.SerializeToString())
-        parts = {part.digest: self._parts[part.digest] for part in record.parts if part.digest}
-        self._persist(accepted, parts, ballot[1], self._message(ballot, vote=signed), out)
+        self._persist(accepted, self.held.of(record), ballot[1], self._message(ballot, vote=signed), out)
 
     def _persist(
         self, acceptor: Acceptor, parts: dict[bytes, Kept], to: bytes, answer: RoundMessage, out: Outbox
@@ -307,9 +296,7 @@ class RoundMachine:
             return
         self._leader.saw(ballot, now)
         self.attempt = Attempt(self.settings, ballot, message, opened_at=now)
-        # Averages of the attempt before would pile up; a record that names them tells who has them on disk.
-        decided = self._decided[1].parts if self._decided is not None else ()
-        self._parts = {part.digest: self._parts[part.digest] for part in decided if part.digest in self._parts}
+        self.held.drop_all_but(self._decided[1] if self._decided is not None else None)
         if self.settings.me in self.attempt.contributors:
             out.actions.append(TakeSnapshot(ballot, message))
         early, self._early = self._early, []
@@ -331,8 +318,8 @@ class RoundMachine:
         else:
             self.attempt.on_average(sender, message.average)
             kept = self.attempt.averages[message.average.part].digest
-            if kept and kept not in self._parts and sha256(message.average.encoded) == kept:
-                self._parts[kept] = self.settings.keep(message.average.encoded)
+            if kept and kept not in self.held.by_digest and sha256(message.average.encoded) == kept:
+                self.held.keep(kept, message.average.encoded)
 
     def _keep_early(self, sender: bytes, ballot: Ballot, message: RoundMessage) -> None:
         """Bytes may overtake the opening of their attempt; keep what known peers send, within bounds."""
@@ -363,37 +350,9 @@ class RoundMachine:
         if self._decided is None:
             return
         commit, record, holders = self._decided
-        if self._fetch_missing(record, holders, now, out):
-            parts = {part.digest: self._parts[part.digest] for part in record.parts if part.digest}
-            out.actions.append(Apply(commit, record, parts))
+        if self.held.are_complete(record, holders, self.attempt, now, out):
+            out.actions.append(Apply(commit, record, self.held.of(record)))
             self.finished = True
-
-    def _fetch_missing(self, record: Record, holders: tuple[bytes, ...], now: float, out: Outbox) -> bool:
-        """Ask for the parts of ``record`` that are not here; True when all are."""
-        complete = True
-        self._wanted = set()
-        for index, part in enumerate(record.parts):
-            if not part.digest or part.digest in self._parts:
-                continue
-            complete = False
-            self._wanted.add(part.digest)
-            ask_at = self._fetching.setdefault(part.digest, self._expected_until(record, index, now))
-            if ask_at > now:
-                continue
-            self._fetching[part.digest] = UNDER_WAY
-            others = tuple(dict.fromkeys(holder for holder in holders if holder != self.settings.me))
-            out.actions.append(Fetch(part.digest, part.size_bytes, others))
-        return complete
-
-    def _expected_until(self, record: Record, index: int, now: float) -> float:
-        """Until when a part is not asked for, as its reducer sends it to everybody, and just to the leader sooner."""
-        attempt = self.attempt
-        if attempt is None or attempt.ballot != ballot_of(record.opened_by) or index >= len(attempt.open.parts):
-            return now
-        if attempt.reducer_of(index) in attempt.unreachable:
-            return now
-        since = self._missing_since.setdefault(record.parts[index].digest, now)
-        return since + max(LEAST_PATIENCE_S, PATIENCE * (since - attempt.opened_at))
 
     def _message(self, ballot: Ballot, **body: object) -> RoundMessage:
         return round_message(self.settings, ballot, **body)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from peer.rounds.paxos import Acceptor, Ballot
@@ -10,7 +10,7 @@ from peer.rounds.planning import Candidate
 from swarm.files import Kept
 from swarm.log import LogHead
 from swarm.proto.common_pb2 import Signed
-from swarm.proto.round_pb2 import Commit, OpenRound, Record, RoundMessage, Share
+from swarm.proto.round_pb2 import Commit, HandedOver, OpenRound, Record, RoundMessage, Share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,8 @@ class RoundSettings:
     """what a round brings to one replica at most: contributions to its parts, and averages"""
     check_contribution: Callable[[int, int, str, bytes], None]
     """(first_slice, num_slices, codec, encoded): raises `ProtocolError` unless it is one of this run"""
+    check_handed_over: Callable[[int, int, HandedOver], None]
+    """(first_slice, num_slices, what): raises `ProtocolError` unless it is of these slices"""
     check_part: Callable[[int, int, bytes], None]
     """(first_slice, num_slices, encoded): raises `ProtocolError` unless it decodes to finite numbers"""
     sign_vote: Callable[[bytes], Signed]
@@ -68,20 +70,50 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
+class HandOver:
+    """What is owed to some slices of a part: ``encoded`` has one after another."""
+
+    slices: tuple[int, ...]
+    encoded: Kept
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offered:
+    """A member's own part in an attempt: ``encoded[i]`` and ``owed[i]`` are of part i.
+
+    Weight 0 and nothing encoded: nothing to add. None is owed where earlier averages of the part lost nothing here.
+    """
+
+    weight_tokens: int = 0
+    codec: str = ""
+    encoded: Sequence[Kept] = ()
+    owed: Sequence[HandOver | None] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Send:
-    """``encoded``: what a contribution or an average carries; it is not in ``message`` until it leaves."""
+    """``encoded``, ``owed``: what a contribution or an average carries; not in ``message`` until it leaves."""
 
     to: bytes
     message: RoundMessage
     encoded: Kept | None = None
+    owed: HandOver | None = None
+
+    @property
+    def is_large(self) -> bool:
+        return self.encoded is not None or self.owed is not None
 
     def full(self) -> RoundMessage:
         """The message with all that it carries."""
-        if self.encoded is None:
+        if not self.is_large:
             return self.message
         message = RoundMessage()
         message.CopyFrom(self.message)
-        (message.contribution if message.HasField("contribution") else message.average).encoded = self.encoded[:]
+        if self.encoded is not None:
+            (message.contribution if message.HasField("contribution") else message.average).encoded = self.encoded[:]
+        if self.owed is not None:
+            message.contribution.handed_over.slices.extend(self.owed.slices)
+            message.contribution.handed_over.encoded = self.owed.encoded[:]
         return message
 
 
@@ -115,6 +147,8 @@ class Reduce:
     num_slices: int
     contributions: tuple[tuple[Share, str, Kept], ...]
     """(whose, codec, encoded)"""
+    handed_over: tuple[tuple[bytes, HandOver], ...] = ()
+    """(by whom, what)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +183,8 @@ class Outbox:
     actions: list[Action] = field(default_factory=list)
     to_self: list[RoundMessage] = field(default_factory=list)
 
-    def send(self, to: bytes, message: RoundMessage, encoded: Kept | None = None) -> None:
+    def send(self, to: bytes, message: RoundMessage, encoded: Kept | None = None, owed: HandOver | None = None) -> None:
         if to == self.me and encoded is None:
             self.to_self.append(message)
         else:
-            self.actions.append(Send(to, message, encoded))
+            self.actions.append(Send(to, message, encoded, owed))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from peer.rounds import blocks
+from peer.rounds import blocks, reducer_debt
 from peer.rounds.blocks import Blocks, tiles
 from peer.rounds.codec import CODECS, Codec, Float32
 from peer.rounds.outer import OuterStep, outer_step
@@ -32,7 +32,7 @@ from peer.training.movement import Movement
 from swarm import digest, schedule
 from swarm.errors import DigestError, ProtocolError, SwarmError
 from swarm.files import Kept
-from swarm.proto.round_pb2 import Average, Part, PartResult, Record, Share
+from swarm.proto.round_pb2 import Average, HandedOver, Part, PartResult, Record, Share
 from swarm.run_spec import RunSpec
 
 
@@ -86,9 +86,10 @@ class Shard:
 
     @property
     def round_bytes(self) -> int:
-        """What a round brings to one replica at most: contributions to its parts, and averages."""
+        """What a round brings to one replica at most: contributions, what is owed, and averages."""
         contributions = max(CODECS[name].encoded_size(self.num_values) for name in self.spec.rounds.ladder)
-        return contributions + self.codec.encoded_size(self.num_values)
+        handed_over = reducer_debt.KEPT.encoded_size(self.num_values)
+        return contributions + handed_over + self.codec.encoded_size(self.num_values)
 
     def check_contribution(self, first_slice: int, count: int, codec: str, encoded: bytes) -> None:
         """Raise `ProtocolError` unless ``codec`` is a rung, and ``encoded`` decodes to values of these slices."""
@@ -101,6 +102,11 @@ class Shard:
         if len(encoded) != expected:
             raise ProtocolError(f"a contribution of {len(encoded)} bytes instead of {expected}")
         CODECS[codec].check(encoded, num_values)
+
+    def check_handed_over(self, first_slice: int, count: int, message: HandedOver) -> None:
+        """Raise `ProtocolError` unless ``message`` holds what may be owed to these slices."""
+        values = part_values(first_slice, count, self.num_values)
+        reducer_debt.check_handed_over(first_slice, values.stop - values.start, message)
 
     def check_part(self, first_slice: int, count: int, encoded: bytes) -> None:
         """Raise `ProtocolError` unless ``encoded`` decodes to finite values of these slices."""
@@ -143,7 +149,7 @@ class Shard:
 
         The average tells who is in it; its bytes are beside it. A contribution that does not decode to finite values is
         left out. No shares: nothing usable arrived. What earlier averages of these slices lost by their encoding is
-        added.
+        added, here or elsewhere.
         """
         values = part_values(work.first_slice, work.num_slices, self.num_values)
         count = values.stop - values.start
@@ -154,13 +160,14 @@ class Shard:
         verdicts = judge(offers, count, self.spec.robust)
         try:
             mean = robust_mean(offers, verdicts, count)
+            taken = self.reducer_debt.take_over(mean, work.first_slice, work.handed_over, self.codec)
             self.reducer_debt.add_to(mean, work.first_slice)
             encoded_average = self.codec.encode(mean)
         except SwarmError:
             return Average(part=work.part), b""
         mean -= self.codec.decode(encoded_average, count)
         self.reducer_debt.note(work.ballot, work.first_slice, digest.sha256(encoded_average), lost=mean)
-        average = Average(part=work.part)
+        average = Average(part=work.part, handed_over_by=taken)
         for (share, _, _), verdict in zip(useful, verdicts, strict=True):
             key, clipped_to = share.peer_key, verdict.factor if verdict.factor < 1 else 0.0
             if verdict.is_dropped:

@@ -85,19 +85,29 @@ class OpenRound(_message.Message):
     parts: _containers.RepeatedCompositeFieldContainer[Part]
     def __init__(self, log_digest: _Optional[bytes] = ..., state_digest: _Optional[bytes] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ...) -> None: ...
 
+class HandedOver(_message.Message):
+    __slots__ = ("slices", "encoded")
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    ENCODED_FIELD_NUMBER: _ClassVar[int]
+    slices: _containers.RepeatedScalarFieldContainer[int]
+    encoded: bytes
+    def __init__(self, slices: _Optional[_Iterable[int]] = ..., encoded: _Optional[bytes] = ...) -> None: ...
+
 class Contribution(_message.Message):
-    __slots__ = ("part", "weight_tokens", "encoded", "state_digest", "codec")
+    __slots__ = ("part", "weight_tokens", "encoded", "state_digest", "codec", "handed_over")
     PART_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ENCODED_FIELD_NUMBER: _ClassVar[int]
     STATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
     part: int
     weight_tokens: int
     encoded: bytes
     state_digest: bytes
     codec: str
-    def __init__(self, part: _Optional[int] = ..., weight_tokens: _Optional[int] = ..., encoded: _Optional[bytes] = ..., state_digest: _Optional[bytes] = ..., codec: _Optional[str] = ...) -> None: ...
+    handed_over: HandedOver
+    def __init__(self, part: _Optional[int] = ..., weight_tokens: _Optional[int] = ..., encoded: _Optional[bytes] = ..., state_digest: _Optional[bytes] = ..., codec: _Optional[str] = ..., handed_over: _Optional[_Union[HandedOver, _Mapping]] = ...) -> None: ...
 
 class Share(_message.Message):
     __slots__ = ("peer_key", "weight_tokens", "clipped_to")
@@ -120,16 +130,18 @@ class Rejection(_message.Message):
     def __init__(self, peer_key: _Optional[bytes] = ..., cosine: _Optional[float] = ..., min_cosine: _Optional[float] = ...) -> None: ...
 
 class Average(_message.Message):
-    __slots__ = ("part", "shares", "encoded", "rejections")
+    __slots__ = ("part", "shares", "encoded", "rejections", "handed_over_by")
     PART_FIELD_NUMBER: _ClassVar[int]
     SHARES_FIELD_NUMBER: _ClassVar[int]
     ENCODED_FIELD_NUMBER: _ClassVar[int]
     REJECTIONS_FIELD_NUMBER: _ClassVar[int]
+    HANDED_OVER_BY_FIELD_NUMBER: _ClassVar[int]
     part: int
     shares: _containers.RepeatedCompositeFieldContainer[Share]
     encoded: bytes
     rejections: _containers.RepeatedCompositeFieldContainer[Rejection]
-    def __init__(self, part: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ..., encoded: _Optional[bytes] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ...) -> None: ...
+    handed_over_by: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, part: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ..., encoded: _Optional[bytes] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ..., handed_over_by: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Prepare(_message.Message):
     __slots__ = ("log_digest", "gone")
@@ -180,20 +192,24 @@ class Refusal(_message.Message):
     def __init__(self, promised: _Optional[_Union[Ballot, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class PartResult(_message.Message):
-    __slots__ = ("first_slice", "num_slices", "digest", "size_bytes", "shares", "rejections")
+    __slots__ = ("first_slice", "num_slices", "digest", "size_bytes", "shares", "rejections", "reducer", "handed_over_by")
     FIRST_SLICE_FIELD_NUMBER: _ClassVar[int]
     NUM_SLICES_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHARES_FIELD_NUMBER: _ClassVar[int]
     REJECTIONS_FIELD_NUMBER: _ClassVar[int]
+    REDUCER_FIELD_NUMBER: _ClassVar[int]
+    HANDED_OVER_BY_FIELD_NUMBER: _ClassVar[int]
     first_slice: int
     num_slices: int
     digest: bytes
     size_bytes: int
     shares: _containers.RepeatedCompositeFieldContainer[Share]
     rejections: _containers.RepeatedCompositeFieldContainer[Rejection]
-    def __init__(self, first_slice: _Optional[int] = ..., num_slices: _Optional[int] = ..., digest: _Optional[bytes] = ..., size_bytes: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ...) -> None: ...
+    reducer: bytes
+    handed_over_by: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, first_slice: _Optional[int] = ..., num_slices: _Optional[int] = ..., digest: _Optional[bytes] = ..., size_bytes: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ..., reducer: _Optional[bytes] = ..., handed_over_by: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Record(_message.Message):
     __slots__ = ("shard", "round", "log_digest", "state_digest", "parts", "next_voters", "total_tokens", "codec", "opened_by")

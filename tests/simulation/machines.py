@@ -14,7 +14,18 @@ from peer.rounds.leases import Leases, Standing
 from peer.rounds.paxos import Acceptor
 from peer.rounds.planning import Candidate
 from peer.rounds.round import RoundMachine
-from peer.rounds.round_actions import Action, Apply, Fetch, Persist, Reduce, RoundSettings, Send, TakeSnapshot, View
+from peer.rounds.round_actions import (
+    Action,
+    Apply,
+    Fetch,
+    Offered,
+    Persist,
+    Reduce,
+    RoundSettings,
+    Send,
+    TakeSnapshot,
+    View,
+)
 from swarm.digest import sha256
 from swarm.errors import SwarmError
 from swarm.files import Kept
@@ -107,6 +118,7 @@ class Machines:
             part_size_bytes=lambda first, count: count * BYTES_PER_SLICE,
             round_bytes=2 * NUM_SLICES * BYTES_PER_SLICE,
             check_contribution=lambda first, count, codec, encoded: None,
+            check_handed_over=lambda first, count, message: None,
             check_part=lambda first, count, encoded: None,
             sign_vote=lambda payload: peer.identity.sign(VOTE_CONTEXT, RUN_ID, payload),
             round_tokens=250,
@@ -241,7 +253,8 @@ class Machines:
             self._later(peer, lambda: self._write(peer))
         elif isinstance(action, TakeSnapshot):
             encoded = [bytes([self.rng.randrange(256)]) * (p.num_slices * BYTES_PER_SLICE) for p in action.open.parts]
-            self._later(peer, lambda: machine.on_snapshot(action.ballot, TRAINED_TOKENS, "int8", encoded, self.now))
+            offered = Offered(weight_tokens=TRAINED_TOKENS, codec="int8", encoded=encoded)
+            self._later(peer, lambda: machine.on_snapshot(action.ballot, offered, self.now))
         elif isinstance(action, Reduce):
             joined = b"".join(data for _, _, data in action.contributions)
             average = sha256(joined)[:1] * (action.num_slices * BYTES_PER_SLICE)
@@ -303,8 +316,8 @@ class Machines:
         for peer in self.peers:
             if action.digest in peer.stored:
                 return peer.stored[action.digest][:]
-            if peer.machine is not None and action.digest in peer.machine._parts:
-                return peer.machine._parts[action.digest][:]
+            if peer.machine is not None and action.digest in peer.machine.held.by_digest:
+                return peer.machine.held.by_digest[action.digest][:]
         return None
 
     def _later(self, peer: Machine, event: Event) -> None:

@@ -359,3 +359,30 @@ def test_members_on_different_rungs_stay_equal_and_lose_nothing(tmp_path: Path) 
         assert any(shard.reducer_debt.size_bytes for shard in debts.values()), "reducers owe what averages lost"
 
     run(scenario())
+
+
+def test_what_averages_lost_is_handed_over_when_slices_change_hands(tmp_path: Path) -> None:
+    """A volunteer more, and parts are split anew: who averaged a slice before hands over what it owes there."""
+
+    async def scenario() -> None:
+        swarm = SimulatedSwarm(tmp_path, wire_codec="int4")
+        await swarm.start_seed()
+        for name in ("v0", "v1", "v2"):
+            await swarm.start_volunteer(name)
+        names = ["seed", "v0", "v1", "v2"]
+        await swarm.until_round(3, names)
+        await swarm.start_volunteer("late")
+        await swarm.until_round(swarm.peers["v0"].round + 4, [*names, "late"])
+        reducers: dict[int, set[bytes]] = defaultdict(set)
+        handed_over = 0
+        for committed in swarm.peers["seed"].commits:
+            for part in committed.record.parts:
+                for index in range(part.first_slice, part.first_slice + part.num_slices):
+                    assert set(part.handed_over_by) - {part.reducer} == set(part.handed_over_by)
+                    handed_over += len(part.handed_over_by)
+                    reducers[index] |= {part.reducer} - {b""}
+                assert set(part.handed_over_by) <= {key for known in reducers.values() for key in known}
+        assert handed_over
+        swarm.assert_equal_states()
+
+    run(scenario())

@@ -97,7 +97,7 @@ def test_openings_of_rising_ballots_leave_one_attempt_and_the_averages_of_none_b
         )
         machine.on_message(voter(machines), told, 0.0)
     assert machine.attempt is not None and machine.attempt.ballot[0] == FLOOD - 1
-    assert len(machine._parts) <= 2
+    assert len(machine.held.by_digest) <= 2
 
 
 def test_records_of_rising_ballots_leave_the_bytes_of_none_but_the_last() -> None:
@@ -116,4 +116,4 @@ def test_records_of_rising_ballots_leave_the_bytes_of_none_but_the_last() -> Non
             machine.on_fetched(wanted, None, 0.0)
     for wanted, data in late:
         machine.on_fetched(wanted, data, 1.0)
-    assert len(machine._parts) + len(machine._fetching) <= 2
+    assert len(machine.held.by_digest) + len(machine.held._fetching) <= 2

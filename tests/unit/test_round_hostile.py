@@ -269,7 +269,7 @@ def test_a_reducer_that_sends_two_averages_does_not_change_what_is_kept() -> Non
         told = RoundMessage(round=machines.head.round + 1, ballot=to_message(attempt.ballot), average=average)
         target.machine.on_message(attempt.reducer_of(0), told, machines.now)
     kept = attempt.averages[0].digest
-    assert sha256(target.machine._parts[kept]) == kept
+    assert sha256(target.machine.held.by_digest[kept]) == kept
 
 
 def test_a_promise_that_tells_of_an_impossible_acceptance_does_not_count() -> None:
