@@ -9,13 +9,13 @@ from __future__ import annotations
 import hmac
 import logging
 import math
+import re
 from collections.abc import Collection, Sequence
 
 from google.protobuf.message import DecodeError
 
 from coordinator import incidents
 from coordinator.published import Introduction
-from coordinator.records import check_display_name
 from coordinator.run import Run
 from coordinator.store import ReportRow, Store
 from swarm import run_spec
@@ -25,6 +25,7 @@ from swarm.identity import peer_id_of, verify
 from swarm.manifest import MAX_SHARDS
 from swarm.proto.common_pb2 import Admission, Signed
 from swarm.proto.coordinator_pb2 import AdmitPayload, ReportPayload
+from swarm.run_record import NAME_PATTERN
 
 ADMIT_CONTEXT = "admit"
 REPORT_CONTEXT = "report"
@@ -119,6 +120,12 @@ def check_name(text: str, what: str, most: int = MAX_NAME_CHARACTERS) -> None:
     """Refuse text that is too long or that would move a terminal's cursor."""
     if len(text) > most or not text.isprintable():
         raise ProtocolError(f"{what}: not printable text of at most {most} characters")
+
+
+def check_display_name(name: str) -> None:
+    """Refuse a name that would not fit on a card; none is fine."""
+    if name and (len(name) > 64 or re.fullmatch(NAME_PATTERN, name) is None or not name.isprintable()):
+        raise ProtocolError("a name is printable text of at most 64 characters without markup")
 
 
 def check_seed_addresses(addresses: Sequence[str], peer_key: bytes, seed_peers: Collection[bytes]) -> None:

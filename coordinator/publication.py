@@ -93,7 +93,8 @@ def check(
 def list_checkpoints(store: Store) -> pb.ListCheckpointsReply:
     """Published checkpoints, newest first."""
     rows = store.published.newest_checkpoints(MAX_CHECKPOINTS_SHOWN)
-    return pb.ListCheckpointsReply(checkpoints=[_info(row, store) for row in rows])
+    evaluated = store.published.evaluated_rounds()
+    return pb.ListCheckpointsReply(checkpoints=[_info(row, store, evaluated.get(row.round, 0)) for row in rows])
 
 
 def get_checkpoint(run: Run, store: Store, round_number: int) -> Publication:
@@ -110,7 +111,7 @@ def _of_round(store: Store, round_number: int) -> CheckpointRow | None:
     return store.published.checkpoint(round_number) if round_number <= MAX_COUNT else None
 
 
-def _info(row: CheckpointRow, store: Store) -> pb.CheckpointInfo:
+def _info(row: CheckpointRow, store: Store, num_evaluations: int) -> pb.CheckpointInfo:
     losses = store.losses(row.round, row.round).get(row.round)
     return pb.CheckpointInfo(
         round=row.round,
@@ -119,4 +120,5 @@ def _info(row: CheckpointRow, store: Store) -> pb.CheckpointInfo:
         manifest_digest=row.manifest_digest,
         validation_loss=number_or_nan(losses.validation if losses else None),
         published_unix_ms=row.published_unix_ms,
+        num_evaluations=num_evaluations,
     )

@@ -11,7 +11,17 @@ from dataclasses import asdict, dataclass
 
 import sqlalchemy as sa
 
-from coordinator.tables import attestations, checkpoints, incidents, introductions, online_metadata, peers, run_records
+from coordinator.tables import (
+    attestations,
+    checkpoints,
+    evaluations,
+    incidents,
+    introductions,
+    online_metadata,
+    peers,
+    run_records,
+)
+from swarm.errors import ResourceError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +45,28 @@ class AttestationRow:
     peer_key: bytes
     digest: bytes
     signed: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRow:
+    """What somebody measured on a round's checkpoint; ``digest``: SHA-256 of the payload, ``signed``: serialised
+    Signed, ``credited``: the signer is an organizer, a seed peer or a contributor."""
+
+    round: int
+    signer: bytes
+    digest: bytes
+    credited: bool
+    told_unix_ms: int
+    signed: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """How many evaluations of one checkpoint are kept: in all, of people without credit, of one person."""
+
+    total: int
+    of_strangers: int
+    of_signer: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +166,37 @@ class Published:
         with self._transaction() as connection:
             rows = connection.execute(query.order_by(columns.peer_key, columns.digest).limit(limit))
             return [AttestationRow(**row._mapping) for row in rows]
+
+    def add_evaluation(self, row: EvaluationRow, room: Room) -> None:
+        """Keep what was measured; what was told before changes nothing. `ResourceError` where there is no room."""
+        columns = evaluations.c
+        query = sa.select(columns.signer, columns.digest, columns.credited).where(columns.round == row.round)
+        with self._transaction() as connection:
+            known = connection.execute(query).all()
+            mine = [other.digest for other in known if other.signer == row.signer]
+            if row.digest in mine:
+                return
+            strangers = sum(not other.credited for other in known)
+            if len(mine) >= room.of_signer:
+                raise ResourceError(f"you told {len(mine)} evaluations of round {row.round}, the most that are kept")
+            if len(known) >= room.total or (not row.credited and strangers >= room.of_strangers):
+                raise ResourceError(f"round {row.round} has as many evaluations as are kept", "publish it elsewhere")
+            connection.execute(evaluations.insert().values(asdict(row)))
+
+    def evaluations(self, round_number: int) -> list[EvaluationRow]:
+        """Of one checkpoint, in the order in which they were told."""
+        columns = evaluations.c
+        query = sa.select(evaluations).where(columns.round == round_number)
+        with self._transaction() as connection:
+            rows = connection.execute(query.order_by(columns.told_unix_ms, columns.digest, columns.signer))
+            return [EvaluationRow(**row._mapping) for row in rows]
+
+    def evaluated_rounds(self) -> dict[int, int]:
+        """How many evaluations each checkpoint has, those without any left out; newest first."""
+        column = evaluations.c.round
+        query = sa.select(column, sa.func.count()).group_by(column).order_by(column.desc())
+        with self._transaction() as connection:
+            return {row[0]: row[1] for row in connection.execute(query)}
 
     def tell_incident(self, row: IncidentRow, most: int) -> None:
         """Write down an incident in place of an earlier one of this name, and keep the newest ``most``."""

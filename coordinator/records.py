@@ -8,10 +8,10 @@ check. Made once a round, when the seed peer asks, and kept: two seed peers get 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from coordinator import evaluations
 from coordinator.run import Run
 from coordinator.store import Store
 from swarm import schedule
@@ -19,17 +19,11 @@ from swarm.digest import sha256
 from swarm.energy import PeerWork, estimate
 from swarm.errors import NotFound, ProtocolError, VerificationError
 from swarm.manifest import CheckpointManifest
-from swarm.run_record import MAX_CONTRIBUTORS, NAME_PATTERN, RECORD_FILE, Contributor, Energy, RunRecord
+from swarm.run_record import MAX_CONTRIBUTORS, RECORD_FILE, Contributor, Energy, RunRecord
 
 MAX_COUNT = 2**63 - 1
 
 logger = logging.getLogger(__name__)
-
-
-def check_display_name(name: str) -> None:
-    """Refuse a name that would not fit on a card; none is fine."""
-    if name and (len(name) > 64 or re.fullmatch(NAME_PATTERN, name) is None or not name.isprintable()):
-        raise ProtocolError("a name is printable text of at most 64 characters without markup")
 
 
 def get(run: Run, store: Store, round_number: int) -> bytes:
@@ -45,7 +39,8 @@ def get(run: Run, store: Store, round_number: int) -> bytes:
         raise NotFound(f"round {round_number} is not recorded yet", "record its commit first")
     if not schedule.is_checkpoint_round(run.spec, row.round, row.total_tokens):
         raise ProtocolError(f"round {row.round} has no checkpoint")
-    made = make(store, round_number, run.spec.num_shards).canonical_bytes()
+    told = evaluations.for_record(run, store, round_number)
+    made = make(store, round_number, run.spec.num_shards).model_copy(update={"evaluations": told}).canonical_bytes()
     store.published.add_run_record(round_number, made)
     return made
 

@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from coordinator import contributions, incidents, membership, publication, records, vouching, witnesses
+from coordinator import contributions, evaluations, incidents, membership, publication, records, vouching, witnesses
 from coordinator.checkpoint_files import CheckpointFiles
 from coordinator.contributions import Ledger
 from coordinator.run import Run
 from coordinator.store import Store
-from swarm import errors, removals
+from swarm import errors, evaluation, removals
 from swarm.errors import DataError, ProtocolError, SwarmError
 from swarm.proto import coordinator_pb2 as pb
 from swarm.proto.common_pb2 import Signed
@@ -31,6 +31,7 @@ from swarm.proto.common_pb2 import Signed
 SERVICE_NAME = "swarm.v1.Coordinator"
 MAX_REQUEST_BYTES = 16 << 20
 _SMALL_REQUEST_BYTES = 64 << 10
+_EVALUATION_BYTES = evaluation.MAX_TOLD_BYTES + 1024
 _MAX_DETAIL_CHARACTERS = 1000
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -154,6 +155,14 @@ class Service:
     async def get_removals(self, _request: pb.GetRemovalsRequest) -> pb.GetRemovalsReply:
         return await asyncio.to_thread(_removals, self._run, self._removals_path)
 
+    async def tell_evaluation(self, request: pb.TellEvaluationRequest) -> pb.TellEvaluationReply:
+        now = self._now_unix_ms()
+        await self._write(lambda: evaluations.tell(self._run, self._store, request, now))
+        return pb.TellEvaluationReply()
+
+    async def list_evaluations(self, request: pb.ListEvaluationsRequest) -> pb.ListEvaluationsReply:
+        return await asyncio.to_thread(evaluations.of_round, self._store, request.round)
+
     async def _write(self, job: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, job)
 
@@ -189,6 +198,12 @@ METHODS = {
     "GetChunk": Method(request=pb.GetChunkRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.get_chunk),
     "ListMirrors": Method(request=pb.ListMirrorsRequest, max_request_bytes=0, answer=Service.list_mirrors),
     "GetMetadata": Method(request=pb.GetMetadataRequest, max_request_bytes=0, answer=Service.get_metadata),
+    "TellEvaluation": Method(
+        request=pb.TellEvaluationRequest, max_request_bytes=_EVALUATION_BYTES, answer=Service.tell_evaluation
+    ),
+    "ListEvaluations": Method(
+        request=pb.ListEvaluationsRequest, max_request_bytes=_SMALL_REQUEST_BYTES, answer=Service.list_evaluations
+    ),
 }
 
 

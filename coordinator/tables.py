@@ -118,6 +118,17 @@ introductions = Table(
     Column("agent", String(64), nullable=False),
 )
 
+evaluations = Table(
+    "evaluations",
+    metadata,
+    Column("round", BigInteger, primary_key=True, autoincrement=False),
+    Column("signer", LargeBinary(32), primary_key=True),
+    Column("digest", LargeBinary(32), primary_key=True),  # of the payload
+    Column("credited", Boolean, nullable=False),  # the signer was known when it told: organizer, seed peer, contributor
+    Column("told_unix_ms", BigInteger, nullable=False),
+    Column("signed", LargeBinary, nullable=False),  # serialised Signed
+)
+
 run_records = Table(
     "run_records",
     metadata,

@@ -44,6 +44,7 @@ CALL_TIMEOUT_S = 20.0
 CHUNK_TIMEOUT_S = 60.0  # for half a megabyte
 TRANSFER_TIMEOUT_S = 300.0  # for replies and requests of many megabytes
 MAX_COMMITS_PER_CALL = 1024
+MAX_EVALUATIONS_SHOWN = 256
 _BATCH_BYTES = 15 << 20
 _MAX_SEED_ADDRESSES = 16
 _MAX_DETAIL_CHARACTERS = 8192
@@ -206,6 +207,17 @@ class CoordinatorClient:
         """What the coordinator writes on the card of a round's checkpoint. `NotFound` while it lacks the round."""
         reply = await self._call("GetRecord", pb.GetRecordRequest(round=round_number), pb.GetRecordReply)
         return reply.record
+
+    async def tell_evaluation(self, signed: Signed) -> None:
+        """Hand over what somebody measured on a published checkpoint; the invite's token goes with it."""
+        request = pb.TellEvaluationRequest(evaluation=signed, token=self._invite.token)
+        await self._call("TellEvaluation", request, pb.TellEvaluationReply)
+
+    async def evaluations(self, round_number: int) -> list[Signed]:
+        """What was told of a round's checkpoint, not verified: that is `swarm.evaluation`'s."""
+        request = pb.ListEvaluationsRequest(round=round_number)
+        reply = await self._call("ListEvaluations", request, pb.ListEvaluationsReply, TRANSFER_TIMEOUT_S)
+        return list(reply.evaluations)[:MAX_EVALUATIONS_SHOWN]
 
     async def signed_removals(self) -> Signed | None:
         """The organizer's list of documents that are read no more, to be verified; None where there is none."""

@@ -6,11 +6,13 @@ about whether it is true: it is the word of whoever signed. Leaves the measuring
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from google.protobuf.message import DecodeError
 from pydantic import Field, StringConstraints
 
 from swarm.digest import sha256
@@ -23,6 +25,7 @@ from swarm.run_spec import Hex32, Section, parse_section
 CONTEXT = "evaluation"
 FOLDER = "evaluations"
 MAX_EVALUATION_BYTES = 4 << 20
+MAX_TOLD_BYTES = 128 << 10  # of what is sent to the coordinator
 MAX_RESULTS = 20_000
 
 Label = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f|`<>]{1,128}$")]
@@ -91,3 +94,23 @@ def parse_signed(signed: Signed, run_id: bytes) -> Evaluation:
     if evaluation.run_id != run_id.hex():
         raise VerificationError("the evaluation belongs to another run")
     return evaluation
+
+
+def open_signed(signed: Signed, run_id: bytes) -> SignedEvaluation:
+    """What `parse_signed` proves, under the name that its files would have."""
+    parsed = parse_signed(signed, run_id)
+    return SignedEvaluation(name=parsed.name, evaluation=parsed, signer=signed.signer)
+
+
+def encode(signed: Signed) -> str:
+    """A signed evaluation as text, for JSON."""
+    return base64.b64encode(signed.SerializeToString(deterministic=True)).decode()
+
+
+def decode(text: str, run_id: bytes) -> SignedEvaluation:
+    """The evaluation in ``text``, once its signature is right. Raises `VerificationError`."""
+    try:
+        signed = Signed.FromString(base64.b64decode(text, validate=True))
+    except (ValueError, DecodeError) as error:
+        raise VerificationError("a signed evaluation cannot be read") from error
+    return open_signed(signed, run_id)

@@ -19,6 +19,7 @@ RECORD_FILE = "run-record.json"
 MAX_RECORD_BYTES = 1 << 20
 MAX_CONTRIBUTORS = 1000
 MAX_NAME_CHARACTERS = 64
+MAX_EVALUATIONS = 32
 
 # Printable, and nothing that ends a table's cell or starts markup: what `swarm join --name` accepts.
 NAME_PATTERN = r"^[^\x00-\x20\x7f|`<>\[\]][^\x00-\x1f\x7f|`<>\[\]]{0,63}$"
@@ -61,9 +62,12 @@ class RunRecord(Section):
     software: tuple[ShortText, ...] = Field((), max_length=MAX_CONTRIBUTORS)
     validation_loss: float | None = None
     energy: Energy
+    evaluations: tuple[str, ...] = Field((), max_length=MAX_EVALUATIONS)
+    """of earlier checkpoints, signed by whoever measured, as `swarm.evaluation.encode` writes them"""
 
     def canonical_bytes(self) -> bytes:
-        return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
+        left_out = set() if self.evaluations else {"evaluations"}  # as records were before there could be any
+        return (json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True, indent=1) + "\n").encode()
 
 
 def parse(raw: bytes) -> RunRecord:

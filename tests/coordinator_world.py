@@ -12,6 +12,7 @@ from coordinator.run import Run, RunSource, open_run
 from swarm import log, manifest, witness
 from swarm.data_manifest import DataManifest
 from swarm.digest import join_subtrees, sha256
+from swarm.evaluation import Evaluation, Result
 from swarm.identity import Identity
 from swarm.log import LogHead
 from swarm.manifest import CheckpointManifest
@@ -129,6 +130,22 @@ class World:
     def attest_request(self, who: Identity, round_number: int, **changes: Any) -> Signed:
         payload = self.attestation(round_number, **changes).SerializeToString(deterministic=True)
         return who.sign("attestation", self.run_id, payload)
+
+    def evaluation_by(self, who: Identity, round_number: int, **changes: Any) -> Signed:
+        """What somebody says to have measured on the checkpoint after a round."""
+        values: dict[str, Any] = {
+            "run_id": self.run_id.hex(),
+            "round": round_number,
+            "manifest_digest": sha256(self.manifest(round_number)).hex(),
+            "asked": ("tiny",),
+            "results": (Result(task="tiny", metric="acc", value=0.25, num_samples=40),),
+            "versions": {"lm_eval": "0.4.13"},
+            "seed": 1,
+            "batch_size": 8,
+            "device": "cpu",
+        }
+        made = Evaluation(**values | changes)
+        return who.sign("evaluation", bytes.fromhex(made.run_id), made.canonical_bytes())
 
     def admit_request(self, who: Identity, **changes: Any) -> Signed:
         values = {"token": TOKEN, "sent_unix_ms": NOW_UNIX_MS, "agent": "test/1", **changes}

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from swarm import evaluation
 from swarm.data_manifest import DataManifest
 from swarm.errors import DataError
 from swarm.evaluation import Result, SignedEvaluation
@@ -74,6 +75,12 @@ class CardFacts:
     derived_from: str | None = None
     """manifest digest of the published checkpoint, where this is a set derived from it"""
 
+    @property
+    def earlier_evaluations(self) -> tuple[SignedEvaluation, ...]:
+        """Of earlier checkpoints, as the record carries them. Raises `VerificationError`."""
+        carried = self.record.evaluations if self.record is not None else ()
+        return tuple(evaluation.decode(text, self.run_id) for text in carried)
+
 
 def model_card(facts: CardFacts) -> str:
     """The whole of README.md."""
@@ -87,7 +94,7 @@ def model_card(facts: CardFacts) -> str:
             _section("Data", _data(facts)),
             _section("Contributors", _contributors(facts.record)),
             _section("Energy", _energy(facts.record)),
-            _section("Evaluation", _evaluation(facts.evaluations)),
+            _section("Evaluation", _evaluation(facts)),
             _LIMITS,
             _section("Bias", _bias(facts.evaluations)),
             _section("How to verify", _verifying(facts)),
@@ -121,15 +128,16 @@ def _front_matter(facts: CardFacts) -> str:
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=_identifier(result.task),
-            dataset_name=result.task,
+            dataset_type=_identifier(name),
+            dataset_name=name,
             metric_type=_identifier(result.metric),
             metric_name=f"{result.metric} ({result.num_fewshot}-shot)",
             metric_value=result.value,
         )
-        for item in facts.evaluations
+        for item in (*facts.evaluations, *facts.earlier_evaluations)
         if item.evaluation.limit is None  # the Hub shows a trial on a few documents as a score like any other
         for result in item.evaluation.results
+        for name in [_dataset_name(facts, item, result)]
     ][:MAX_ROWS]
     base = facts.spec.base.name if facts.spec.base is not None else None
     listed = licence in _LICENCES
@@ -146,6 +154,12 @@ def _front_matter(facts: CardFacts) -> str:
         co2_eq_emissions=_emissions(facts.record),
     )
     return str(data.to_yaml(line_break="\n"))
+
+
+def _dataset_name(facts: CardFacts, item: SignedEvaluation, result: Result) -> str:
+    """The task; with the round where it is not this checkpoint that was measured: it must not pass for its score."""
+    measured = item.evaluation.round
+    return result.task if measured == facts.round else f"{result.task}, measured on round {measured}"
 
 
 def _emissions(record: RunRecord | None) -> dict[str, object] | None:
@@ -248,10 +262,17 @@ def _energy(record: RunRecord | None) -> str:
     return f"{text}\n\nMethod: {energy.method}"
 
 
-def _evaluation(evaluations: Sequence[SignedEvaluation]) -> str:
-    if not evaluations:
-        return "None is recorded here. `swarm eval FOLDER --tasks leaderboard` makes one."
-    return _results(evaluations)
+def _evaluation(facts: CardFacts) -> str:
+    text = "None of this checkpoint is recorded here. `swarm eval FOLDER --tasks leaderboard` makes one."
+    if facts.evaluations:
+        text = _results(facts.evaluations)
+    by_round: dict[int, list[SignedEvaluation]] = {}
+    for item in facts.earlier_evaluations:
+        by_round.setdefault(item.evaluation.round, []).append(item)
+    tables = [
+        f"Of the earlier checkpoint of round {number}:\n\n{_results(measured)}" for number, measured in by_round.items()
+    ]
+    return "\n\n".join([text, *tables])
 
 
 def _results(evaluations: Sequence[SignedEvaluation]) -> str:

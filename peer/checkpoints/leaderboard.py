@@ -6,15 +6,19 @@ Leaves finding checkpoints to the caller.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from peer.checkpoints.facts import FolderFacts
-from swarm.errors import ConfigError
-from swarm.evaluation import Evaluation
+from swarm import evaluation
+from swarm.errors import ConfigError, VerificationError
+from swarm.evaluation import Evaluation, SignedEvaluation
+from swarm.identity import peer_id_of
+from swarm.proto.common_pb2 import Signed
 
 VALIDATION_LOSS = "validation loss"
 MAX_PANELS = 12
@@ -23,13 +27,14 @@ _FORMATS = (".svg", ".png", ".pdf")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A checkpoint. ``scores``: by metric, as ``task acc (5-shot)``."""
+    """A checkpoint. ``scores``: by metric, as ``task acc (5-shot)``; ``measured_by``: peer ids of who measured them."""
 
     run: str
     run_id: str
     round: int
     total_tokens: int
     scores: dict[str, float]
+    measured_by: frozenset[str] = field(default_factory=frozenset)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -38,29 +43,46 @@ class Row:
             "round": self.round,
             "total_tokens": self.total_tokens,
             "scores": self.scores,
+            "measured_by": sorted(self.measured_by),
         }
 
 
 def row_of_folder(facts: FolderFacts) -> Row:
     """What lies in a checkpoint folder: its evaluations, and the validation loss of its record."""
     manifest, record = facts.provenance.manifest, facts.card.record
-    scores = scores_of([item.evaluation for item in facts.evaluations])
-    if record is not None and record.validation_loss is not None:
-        scores = {VALIDATION_LOSS: record.validation_loss, **scores}
-    return Row(
+    empty = Row(
         run=manifest.run_name,
         run_id=manifest.run_id,
         round=manifest.round,
         total_tokens=manifest.total_tokens,
-        scores=scores,
+        scores={VALIDATION_LOSS: record.validation_loss} if record and record.validation_loss is not None else {},
     )
+    return with_evaluations(empty, facts.evaluations)
+
+
+def with_evaluations(row: Row, found: Sequence[SignedEvaluation]) -> Row:
+    """``row`` with what was measured of it, and by whom."""
+    scores = row.scores | scores_of([item.evaluation for item in found])
+    return replace(row, scores=scores, measured_by=frozenset(peer_id_of(item.signer) for item in found))
+
+
+def told_evaluations(told: Sequence[Signed], run_id: bytes, manifest_digest: bytes) -> list[SignedEvaluation]:
+    """Of what a coordinator tells, each that its signer signed and that is of this very checkpoint."""
+    found = []
+    for signed in told:
+        with suppress(VerificationError):
+            found.append(evaluation.open_signed(signed, run_id))
+    return [item for item in found if item.evaluation.manifest_digest == manifest_digest.hex()]
 
 
 def scores_of(evaluations: Sequence[Evaluation]) -> dict[str, float]:
-    """One number a metric: the mean over whole evaluations, or over limited ones where there is no whole one."""
+    """One number a metric: the median over whole evaluations, or over limited ones where there is no whole one.
+
+    The median, since who tells a false result must not move what most others found.
+    """
     found = _values([item for item in evaluations if item.limit is not None])
     found |= _values([item for item in evaluations if item.limit is None])
-    return {name: math.fsum(values) / len(values) for name, values in sorted(found.items())}
+    return {name: median(values) for name, values in sorted(found.items())}
 
 
 def merged(rows: Sequence[Row]) -> list[Row]:
@@ -69,8 +91,9 @@ def merged(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         key = (row.run_id, row.round)
         old = found.get(key)
-        scores = {**old.scores, **row.scores} if old is not None else row.scores
-        found[key] = Row(run=row.run, run_id=row.run_id, round=row.round, total_tokens=row.total_tokens, scores=scores)
+        if old is not None:
+            row = replace(row, scores=old.scores | row.scores, measured_by=old.measured_by | row.measured_by)
+        found[key] = row
     return sorted(found.values(), key=lambda row: (row.run, row.run_id, row.round))
 
 

@@ -207,7 +207,7 @@ async def repair_checkpoint(folder: Path, run: str | None, where: Where, tally: 
     from peer.checkpoints.verify import check_provenance, read_provenance
     from swarm.errors import ConfigError, SwarmError
 
-    invite, round_number = _invite_of(run)
+    invite, round_number = invite_of(run)
     if invite is None and not where.named:
         raise ConfigError(
             "to repair, swarm verify must be told where to fetch from",
@@ -251,7 +251,7 @@ def _refuse_other_run(folder: Path, run_id: bytes) -> None:
         )
 
 
-def _invite_of(run: str | None) -> tuple[Invite | None, int]:
+def invite_of(run: str | None) -> tuple[Invite | None, int]:
     """The invite in ``--run``, and the round that may follow it; None for a bare run id."""
     if run is None or _RUN_ID.fullmatch(run):
         return None, 0

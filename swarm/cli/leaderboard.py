@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli import output
-from swarm.cli.download import Json, known_roots
+from swarm.cli.download import Json, coordinator, known_roots
 
 if TYPE_CHECKING:
     from peer.checkpoints.leaderboard import Row
@@ -30,7 +30,7 @@ def leaderboard(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it too: .svg, .png or .pdf.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare checkpoints: validation losses that the run measured, and evaluations that lie beside them."""
+    """Compare checkpoints: validation losses, and evaluations that were told to the run or lie beside a folder."""
     from peer.checkpoints import leaderboard as board
 
     rows = board.merged([row for source in sources for row in _rows(source)])
@@ -69,22 +69,19 @@ def _rows(source: str) -> list[Row]:
 
 
 async def _rows_of_run(invite: Invite) -> list[Row]:
-    from peer.checkpoints.leaderboard import VALIDATION_LOSS, Row
-    from peer.coordinator_client import CoordinatorClient
+    from peer.checkpoints.leaderboard import VALIDATION_LOSS, Row, told_evaluations, with_evaluations
 
-    client = await CoordinatorClient.connect(invite)
-    try:
+    rows = []
+    async with coordinator(invite) as client:
         run = await client.get_run()
-        published = await client.checkpoints()
-    finally:
-        await client.close()
-    return [
-        Row(
-            run=run.spec.name,
-            run_id=invite.run_id.hex(),
-            round=info.round,
-            total_tokens=info.total_tokens,
-            scores={} if math.isnan(info.validation_loss) else {VALIDATION_LOSS: info.validation_loss},
-        )
-        for info in published
-    ]
+        for info in await client.checkpoints():
+            told = await client.evaluations(info.round) if info.num_evaluations else []
+            row = Row(
+                run=run.spec.name,
+                run_id=invite.run_id.hex(),
+                round=info.round,
+                total_tokens=info.total_tokens,
+                scores={} if math.isnan(info.validation_loss) else {VALIDATION_LOSS: info.validation_loss},
+            )
+            rows.append(with_evaluations(row, told_evaluations(told, invite.run_id, info.manifest_digest)))
+    return rows

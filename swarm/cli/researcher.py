@@ -33,12 +33,15 @@ def checkpoints(invite: InviteText, as_json: Json = False) -> None:
             f"{entry['size_bytes'] / MEGABYTE:,.1f} MB",
             "-" if math.isnan(entry["validation_loss"]) else f"{entry['validation_loss']:.4f}",
             time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry["published_unix_ms"] / 1000)),
+            entry["num_evaluations"] or "-",
             entry["manifest_digest"][:16],
         )
         for entry in listing["checkpoints"]
     ]
-    columns = ("round", "tokens", "size", "validation loss", "published (UTC)", "manifest digest")
+    columns = ("round", "tokens", "size", "validation loss", "published (UTC)", "evaluations", "manifest digest")
     output.table(f"{listing['name']}: {len(rows)} checkpoints", columns, rows)
+    if any(entry["num_evaluations"] for entry in listing["checkpoints"]):
+        print("What was measured: swarm leaderboard INVITE")
 
 
 async def _list(invite: Invite) -> dict[str, Any]:
@@ -53,6 +56,7 @@ async def _list(invite: Invite) -> dict[str, Any]:
             "validation_loss": info.validation_loss,
             "published_unix_ms": info.published_unix_ms,
             "manifest_digest": info.manifest_digest.hex(),
+            "num_evaluations": info.num_evaluations,
         }
         for info in found
     ]

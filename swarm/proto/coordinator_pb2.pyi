@@ -239,20 +239,22 @@ class ListCheckpointsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class CheckpointInfo(_message.Message):
-    __slots__ = ("round", "total_tokens", "size_bytes", "manifest_digest", "validation_loss", "published_unix_ms")
+    __slots__ = ("round", "total_tokens", "size_bytes", "manifest_digest", "validation_loss", "published_unix_ms", "num_evaluations")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
+    NUM_EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
     round: int
     total_tokens: int
     size_bytes: int
     manifest_digest: bytes
     validation_loss: float
     published_unix_ms: int
-    def __init__(self, round: _Optional[int] = ..., total_tokens: _Optional[int] = ..., size_bytes: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., validation_loss: _Optional[float] = ..., published_unix_ms: _Optional[int] = ...) -> None: ...
+    num_evaluations: int
+    def __init__(self, round: _Optional[int] = ..., total_tokens: _Optional[int] = ..., size_bytes: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., validation_loss: _Optional[float] = ..., published_unix_ms: _Optional[int] = ..., num_evaluations: _Optional[int] = ...) -> None: ...
 
 class ListCheckpointsReply(_message.Message):
     __slots__ = ("checkpoints",)
@@ -341,3 +343,27 @@ class GetRecordReply(_message.Message):
     RECORD_FIELD_NUMBER: _ClassVar[int]
     record: bytes
     def __init__(self, record: _Optional[bytes] = ...) -> None: ...
+
+class TellEvaluationRequest(_message.Message):
+    __slots__ = ("evaluation", "token")
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    evaluation: _common_pb2.Signed
+    token: str
+    def __init__(self, evaluation: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., token: _Optional[str] = ...) -> None: ...
+
+class TellEvaluationReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListEvaluationsRequest(_message.Message):
+    __slots__ = ("round",)
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    def __init__(self, round: _Optional[int] = ...) -> None: ...
+
+class ListEvaluationsReply(_message.Message):
+    __slots__ = ("evaluations",)
+    EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
+    evaluations: _containers.RepeatedCompositeFieldContainer[_common_pb2.Signed]
+    def __init__(self, evaluations: _Optional[_Iterable[_Union[_common_pb2.Signed, _Mapping]]] = ...) -> None: ...

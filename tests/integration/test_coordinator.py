@@ -63,6 +63,13 @@ async def test_a_run_from_the_first_call_to_a_published_checkpoint(tmp_path: Pat
             await witness.admit()
             await witness.attest(world.attestation(70))
         signed = await seed.publish(world.manifest(70))
+        measured = world.evaluation_by(STRANGER, 70)
+        with pytest.raises(NotAdmitted):
+            await seed.tell_evaluation(measured)
+        async with client_of(world, server, None, TOKEN) as researcher:
+            await researcher.tell_evaluation(measured)
+            assert await researcher.evaluations(70) == [measured]
+            assert [info.num_evaluations for info in await researcher.checkpoints()] == [1]
         async with client_of(world, server) as researcher:
             assert [info.round for info in await researcher.checkpoints()] == [70]
             assert await researcher.checkpoint() == await researcher.checkpoint(70) == signed

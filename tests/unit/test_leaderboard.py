@@ -13,12 +13,25 @@ import typer
 from typer.testing import CliRunner
 
 from peer.checkpoints.evaluations import record
-from peer.checkpoints.leaderboard import VALIDATION_LOSS, Row, merged, metrics_of, plot, scores_of
+from peer.checkpoints.leaderboard import (
+    VALIDATION_LOSS,
+    Row,
+    merged,
+    metrics_of,
+    plot,
+    scores_of,
+    told_evaluations,
+    with_evaluations,
+)
 from peer.coordinator_client import CoordinatorClient
+from swarm.cli.evaluate import evaluate
 from swarm.cli.leaderboard import leaderboard
+from swarm.digest import sha256
 from swarm.errors import ConfigError
 from swarm.identity import Identity
 from swarm.invite import Invite
+from swarm.proto.common_pb2 import Signed
+from swarm.proto.coordinator_pb2 import CheckpointInfo
 from tests.checkpoint_samples import SignedCheckpoint, evaluation, small_checkpoint
 
 app = typer.Typer()
@@ -30,12 +43,30 @@ def made(tmp_path: Path) -> SignedCheckpoint:
     return small_checkpoint(tmp_path / "c")
 
 
-def test_whole_evaluations_are_averaged_and_limited_ones_count_only_alone(made: SignedCheckpoint) -> None:
+def test_a_score_is_the_median_of_whole_evaluations_and_limited_ones_count_only_alone(made: SignedCheckpoint) -> None:
     name = "tiny acc (5-shot)"
     assert scores_of([evaluation(made, 0.2), evaluation(made, 0.4), evaluation(made, 0.9, limit=2)]) == {
         name: pytest.approx(0.3)
     }
+    assert scores_of([evaluation(made, value) for value in (0.2, 0.3, 99.0)]) == {name: 0.3}
     assert scores_of([evaluation(made, 0.9, limit=2)]) == {name: 0.9}
+
+
+def test_what_a_run_was_told_counts_where_its_signer_signed_it_of_this_checkpoint(made: SignedCheckpoint) -> None:
+    anna, boris = Identity(b"a" * 32), Identity(b"b" * 32)
+    manifest_digest = sha256(made.signed_manifest.payload)
+
+    def signed(value: float, who: Identity = anna, **changes: Any) -> Signed:
+        payload = evaluation(made, value).model_copy(update=changes).canonical_bytes()
+        return who.sign("evaluation", made.run_id, payload)
+
+    forged = signed(0.9)
+    forged.signer = boris.public_key
+    others = [forged, signed(0.8, manifest_digest="a" * 64), signed(0.7, run_id="a" * 40), Signed(payload=b"{")]
+    found = told_evaluations([signed(0.25), *others, signed(0.5, boris)], made.run_id, manifest_digest)
+    measured = with_evaluations(row("a", 10, loss=2.0), found)
+    assert measured.scores == {"loss": 2.0, "tiny acc (5-shot)": 0.375}
+    assert measured.measured_by == {anna.peer_id, boris.peer_id}
 
 
 def row(run: str, number: int, **scores: float) -> Row:
@@ -60,8 +91,8 @@ class FakeClient:
 
     async def checkpoints(self) -> list[Any]:
         return [
-            SimpleNamespace(round=10, total_tokens=500, validation_loss=2.5),
-            SimpleNamespace(round=5, total_tokens=250, validation_loss=math.nan),
+            CheckpointInfo(round=10, total_tokens=500, validation_loss=2.5),
+            CheckpointInfo(round=5, total_tokens=250, validation_loss=math.nan),
         ]
 
     async def close(self) -> None:
@@ -87,6 +118,44 @@ def test_a_run_and_a_folder_of_it_are_compared_and_drawn(
     assert picture.read_text().count("<path") > 5 and "</svg>" in picture.read_text()
     plain = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert "2.5000" in plain.stdout and "0.2500" in plain.stdout
+
+
+class ToldClient(FakeClient):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Signed] = []
+        self.manifest_digest = ""
+
+    async def tell_evaluation(self, signed: Signed) -> None:
+        self.told.append(signed)
+
+    async def evaluations(self, round_number: int) -> list[Signed]:
+        return self.told
+
+    async def checkpoints(self) -> list[Any]:
+        manifest_digest = bytes.fromhex(self.manifest_digest)
+        return [CheckpointInfo(round=10, validation_loss=2.5, manifest_digest=manifest_digest, num_evaluations=1)]
+
+
+def test_what_was_measured_before_is_told_to_the_run_whose_leaderboard_then_shows_it(
+    made: SignedCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = ToldClient()
+
+    async def connect(invite: Invite) -> ToldClient:
+        return client
+
+    monkeypatch.setattr(CoordinatorClient, "connect", connect)
+    client.manifest_digest = sha256(made.signed_manifest.payload).hex()
+    record(made.folder, evaluation(made, 0.25), Identity.generate())
+    invite = Invite(run_id=made.run_id, tls_pin=b"t" * 32, addresses=("localhost:1",)).encode()
+    evaluating = typer.Typer()
+    evaluating.command()(evaluate)
+    done = CliRunner().invoke(evaluating, [str(made.folder), "--run", invite], catch_exceptions=False)
+    assert done.stdout == "told to the run: 1 evaluations\n"
+    board = json.loads(CliRunner().invoke(app, [invite, "--json"], catch_exceptions=False).stdout)
+    assert board["checkpoints"][0]["scores"] == {VALIDATION_LOSS: 2.5, "tiny acc (5-shot)": 0.25}
 
 
 def test_an_invite_longer_than_any_name_of_a_folder_is_an_invite(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,148 @@
+"""Evaluations that are told to a run: who may, how many are kept, and which of them the next card carries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator import evaluations, publication, records
+from coordinator.contributions import Ledger
+from coordinator.published import Room
+from coordinator.store import Store
+from coordinator.witnesses import Hearing, attest
+from peer.checkpoints.card import model_card, read_card
+from swarm import evaluation, run_record
+from swarm.digest import sha256
+from swarm.errors import NotAdmitted, NotFound, ProtocolError, ResourceError, SignatureError, VerificationError
+from swarm.evaluation import Result
+from swarm.identity import Identity
+from swarm.proto.common_pb2 import Signed
+from swarm.proto.coordinator_pb2 import TellEvaluationRequest
+from tests.coordinator_world import ANNA, BORIS, NOW_UNIX_MS, ORGANIZER, SEED, STRANGER, TOKEN, World, identity
+from tests.unit.test_card import facts
+
+NOW = NOW_UNIX_MS
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = Store(f"sqlite:///{tmp_path / 'db.sqlite'}")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def world(store: Store) -> World:
+    return published_world(store)
+
+
+def published_world(store: Store, admission: Any = None) -> World:
+    """Three rounds are recorded, of which the second is published; Anna and Boris contributed."""
+    made = World(admission=admission or {})
+    Ledger(made.run, store).record(made.commits(3), NOW)
+    for who in (SEED, ANNA, BORIS):
+        store.admit(who.public_key, NOW + 10**9, NOW, 100)
+        attest(made.run, store, made.attest_request(who, 2), NOW)
+    request = SEED.sign("publish", made.run_id, made.manifest(2))
+    publication.publish(made.run, store, request, Hearing(now_unix_ms=NOW, silent_before_unix_ms=NOW - 1000))
+    return made
+
+
+def tell(world: World, store: Store, who: Identity, token: str = "", **changes: Any) -> Signed:
+    signed = world.evaluation_by(who, 2, **changes)
+    evaluations.tell(world.run, store, TellEvaluationRequest(evaluation=signed, token=token), NOW)
+    return signed
+
+
+def test_what_was_told_is_given_back_as_it_was_signed(world: World, store: Store) -> None:
+    signed = [tell(world, store, who, seed=number) for number, who in enumerate((ANNA, BORIS, ORGANIZER, ANNA))]
+    assert tell(world, store, ANNA, seed=0) == signed[0]  # told again: kept once
+    found = list(evaluations.of_round(store, 2).evaluations)
+    assert sorted(item.SerializeToString() for item in found) == sorted(item.SerializeToString() for item in signed)
+    assert evaluations.of_round(store, 3).evaluations == evaluations.of_round(store, 2**64 - 1).evaluations == []
+    (listed,) = publication.list_checkpoints(store).checkpoints
+    assert listed.num_evaluations == 4
+
+
+def test_an_evaluation_that_is_not_of_a_published_checkpoint_is_refused_by_name(world: World, store: Store) -> None:
+    cases: dict[str, tuple[dict[str, Any], type[Exception]]] = {
+        "a round without a checkpoint": ({"round": 3}, NotFound),
+        "a round beyond the database": ({"round": 2**63}, NotFound),
+        "another manifest": ({"manifest_digest": "a" * 64}, VerificationError),
+        "another run": ({"run_id": "a" * 40}, VerificationError),
+        "too large": ({"asked": tuple("x" * 128 for _ in range(1000))}, ProtocolError),
+    }
+    for changes, error in cases.values():
+        with pytest.raises(error):
+            tell(world, store, ANNA, **changes)
+    forged = world.evaluation_by(ANNA, 2)
+    forged.signer = BORIS.public_key
+    with pytest.raises(SignatureError):
+        evaluations.tell(world.run, store, TellEvaluationRequest(evaluation=forged), NOW)
+    assert store.published.evaluated_rounds() == {}
+
+
+def test_only_whom_the_run_admits_and_organizers_may_tell(store: Store) -> None:
+    world = published_world(store, {"mode": "token", "token_sha256": sha256(TOKEN.encode()).hex()})
+    for token in ("", "wrong", "x" * 129):
+        with pytest.raises((NotAdmitted, ProtocolError)):
+            tell(world, store, STRANGER, token)
+    tell(world, store, STRANGER, TOKEN)
+    tell(world, store, ORGANIZER)
+    tell(world, store, SEED)
+    assert store.published.evaluated_rounds() == {2: 3}
+
+
+def test_invented_keys_crowd_no_contributor_out(world: World, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluations, "ROOM", Room(total=4, of_strangers=2, of_signer=2))
+    tell(world, store, identity(10))
+    tell(world, store, identity(11))
+    with pytest.raises(ResourceError, match="as many evaluations as are kept"):
+        tell(world, store, identity(12))
+    tell(world, store, ANNA, seed=1)
+    tell(world, store, ANNA, seed=2)
+    with pytest.raises(ResourceError, match="you told 2"):
+        tell(world, store, ANNA, seed=3)
+    with pytest.raises(ResourceError, match="as many evaluations as are kept"):
+        tell(world, store, BORIS)
+
+
+def test_the_next_card_carries_whole_evaluations_of_those_who_are_known(world: World, store: Store) -> None:
+    """Under the round that they are of; strangers' and trials are left to the leaderboard."""
+    tell(world, store, ANNA)
+    tell(world, store, STRANGER, results=(Result(task="stranger", metric="acc", value=1.0, num_samples=1),))
+    trial = (Result(task="trial", metric="acc", value=0.875, num_samples=1),)
+    tell(world, store, ANNA, results=trial, limit=1)
+    record = run_record.parse(records.get(world.run, store, 3))
+    assert run_record.parse(records.get(world.run, store, 2)).evaluations == ()  # of itself nothing is known yet
+    told = replace(facts(record=record), run_id=world.run_id, round=3)
+    card = model_card(told)
+    results = read_card(card)["model-index"][0]["results"]  # type: ignore[index]
+    assert [item["dataset"]["name"] for item in results] == ["tiny, measured on round 2"]
+    assert [item["metrics"][0]["value"] for item in results] == [0.25]
+    assert "Of the earlier checkpoint of round 2" in card and ANNA.peer_id in card
+    assert "stranger" not in card and "0.875" not in card
+
+
+def test_a_record_with_another_peers_name_under_an_evaluation_is_refused(world: World, store: Store) -> None:
+    signed = tell(world, store, ANNA)
+    signed.signer = BORIS.public_key
+    for text in (evaluation.encode(signed), "no base64!", "aGVsbG8="):
+        record = run_record.parse(records.get(world.run, store, 3)).model_copy(update={"evaluations": (text,)})
+        with pytest.raises(VerificationError):
+            model_card(replace(facts(record=record), run_id=world.run_id))
+
+
+def test_a_record_carries_a_bounded_number_of_evaluations(
+    world: World, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(3):
+        tell(world, store, ANNA, seed=seed)
+    monkeypatch.setattr(evaluations, "MAX_IN_RECORD", 2)
+    assert len(evaluations.for_record(world.run, store, 3)) == 2
+    monkeypatch.setattr(evaluations, "MAX_RECORD_BYTES", 100)
+    assert evaluations.for_record(world.run, store, 3) == ()
