@@ -2,9 +2,9 @@
 
 Reads only, and believes nothing: every commit is verified against the one before, every average and state has its
 digest. So it can be a copy from anywhere, or the folder of a seed peer that runs. Leaves what is re-applied to
-`peer.checkpoints.audit`. Files, in the run's folder: ``genesis.sig``, ``shard-0/log`` and ``shard-0/state-0`` (as
-`peer.rounds.ledger` writes them), ``chunks``, ``momentum-R`` (the outer momentum after checkpoint round R).
-Audits are of runs of one shard; what other shards leave (``shard-1/log``, ``momentum-R-shard-1``) is not read yet.
+`peer.checkpoints.audit`. Files, in the run's folder: ``genesis.sig``, for each shard ``shard-N/log`` and
+``shard-N/state-0`` (as `peer.rounds.ledger` writes them), ``chunks``, and the outer momentum after checkpoint round R:
+``momentum-R`` of the first shard, ``momentum-R-shard-N`` of the others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from swarm.proto.common_pb2 import Genesis, Signed
 from swarm.proto.round_pb2 import Commit, Record, StateReply
 from swarm.run_spec import RunSpec
 
-SHARD = 0
 GENESIS_FILE = "genesis.sig"
 _FRAME = struct.Struct("<II")  # length and CRC of a commit
 
@@ -49,11 +48,6 @@ def forget_momentum(folder: Path, round_number: int, num_shards: int) -> None:
 class Archive:
     def __init__(self, folder: Path, spec: RunSpec) -> None:
         """Raises `DataError` where ``folder`` is no archive, `VerificationError` where it is one of another run."""
-        if spec.num_shards != 1:
-            raise DataError(
-                f"a run of {spec.num_shards} shards cannot be audited yet",
-                "swarm verify checks its checkpoints, and who witnessed them",
-            )
         self._folder, self._spec = folder, spec
         signed = Signed()
         try:
@@ -66,13 +60,23 @@ class Archive:
         organizer = bytes.fromhex(spec.organizer_key)
         self.genesis: Genesis = log.parse_genesis(signed, spec.run_id, organizer, spec.num_shards)
 
+    def shard(self, number: int) -> ShardArchive:
+        return ShardArchive(self._folder, self._spec, self.genesis, number)
+
+
+class ShardArchive:
+    """What the archive holds of one shard."""
+
+    def __init__(self, folder: Path, spec: RunSpec, genesis: Genesis, number: int) -> None:
+        self._folder, self.spec, self._genesis, self.number = folder, spec, genesis, number
+
     @property
     def num_values(self) -> int:
-        return self.genesis.shards[SHARD].num_values
+        return self._genesis.shards[self.number].num_values
 
     def commits(self) -> Iterator[tuple[Record, LogHead]]:
         """Every record with the head after it, each verified against the one before, as far as they are here."""
-        head = log.genesis_head(self.genesis, SHARD)
+        head = log.genesis_head(self._genesis, self.number)
         for raw in self._frames():
             try:
                 commit = Commit.FromString(raw)
@@ -95,7 +99,7 @@ class Archive:
     def first_state(self) -> Shard:
         """The state of round 0, which the organizer signed. Raises `NotFound` and `VerificationError`."""
         try:
-            reply = StateReply.FromString((self._folder / f"shard-{SHARD}" / "state-0").read_bytes())
+            reply = StateReply.FromString((self._folder / f"shard-{self.number}" / "state-0").read_bytes())
         except (OSError, DecodeError) as error:
             raise NotFound(
                 "the archive lacks the state of round 0", "audit from a later checkpoint: --from DIR"
@@ -108,11 +112,11 @@ class Archive:
                 if data is None or len(data) != len(room):
                     raise NotFound("the archive lacks a chunk of the state of round 0", "audit from a later checkpoint")
                 room[:] = data
-        return load_state(self._spec, SHARD, buffers, self.genesis.shards[SHARD].state_digest)
+        return load_state(self.spec, self.number, buffers, self._genesis.shards[self.number].state_digest)
 
     def read_momentum(self, round_number: int, room: memoryview) -> None:
         """Fill ``room`` with the outer momentum after a checkpoint round; whoever asks checks the state's digest."""
-        path = momentum_path(self._folder, round_number)
+        path = momentum_path(self._folder, round_number, self.number)
         try:
             data = path.read_bytes() if path.stat().st_size == len(room) else b""
         except OSError as error:
@@ -125,7 +129,7 @@ class Archive:
 
     def _frames(self) -> Iterator[bytes]:
         try:
-            with (self._folder / f"shard-{SHARD}" / "log").open("rb") as file:
+            with (self._folder / f"shard-{self.number}" / "log").open("rb") as file:
                 while len(head := file.read(_FRAME.size)) == _FRAME.size:
                     size, crc = _FRAME.unpack(head)
                     body = file.read(min(size, MAX_COMMIT_BYTES))

@@ -37,7 +37,8 @@ def audit(
     later = verified(folder, parse_run(run)).provenance
     start = None if earlier is None else (earlier, verified(earlier, later.run_id).provenance)
     first = 0 if start is None else start[1].manifest.round
-    with output.progress(max(1, later.manifest.round - first), "rounds", "auditing") as advance:
+    rounds = max(1, later.manifest.round - first) * later.spec.num_shards
+    with output.progress(rounds, "rounds", "auditing") as advance:
         report = auditing.audit(Archive(archive, later.spec), later, start, lambda _round: advance())
     if as_json:
         output.print_json(_values(folder, report))
@@ -58,4 +59,6 @@ def _values(folder: Path, report: AuditReport) -> dict[str, Any]:
         "equal_to": report.equal_to,
         "differs_at": report.differs_at,
         "missing": list(report.missing) if report.missing else None,
+        "shard": None if report.outcome == "equal" else report.shard,
+        "num_shards": report.num_shards,
     }

@@ -13,7 +13,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from peer.checkpoints import audit as auditing
+from peer.checkpoints.checkpoint import CheckpointParts
 from peer.checkpoints.gathering import Gathering
+from peer.checkpoints.publishing import StateCopy
 from peer.checkpoints.verify import verify_folder
 from peer.p2p.chunk_store import ChunkStore
 from peer.rounds import archive as archives
@@ -45,6 +48,7 @@ class Run:
     """A seed peer's folder after six rounds, and the checkpoints of every second one beside it."""
 
     folder: Path
+    num_shards: int = 1
 
     @property
     def archive(self) -> Path:
@@ -53,32 +57,46 @@ class Run:
     def checkpoint(self, number: int) -> Path:
         return self.folder / f"checkpoint-{number}"
 
-    def make(self, lie_at: int = 0) -> Run:
-        """``lie_at``: after this round the voters sign, and publish, another state than the average makes."""
-        shard = Shard(SPEC, 0, np.concatenate([tensor.reshape(-1) for tensor in PARTS.tensors.values()]))
+    @property
+    def parts(self) -> CheckpointParts:
+        spec = SPEC.model_copy(update={"num_shards": self.num_shards})
+        return replace(PARTS, spec=spec, run_id=spec.run_id)
+
+    def make(self, lie_at: int = 0, liar: int = 0) -> Run:
+        """``lie_at``: after this round the voters of shard ``liar`` sign, and publish, another state than the average
+        makes."""
+        spec = self.parts.spec
+        whole = np.concatenate([tensor.reshape(-1) for tensor in PARTS.tensors.values()])
+        anchors = np.array_split(whole, self.num_shards)
+        shards = [Shard(spec, number, anchor.copy()) for number, anchor in enumerate(anchors)]
         genesis = Genesis(
-            run_id=SPEC.run_id,
+            run_id=spec.run_id,
             voters=[VOTER.public_key],
-            shards=[ShardGenesis(state_digest=shard.state_digest, num_values=shard.num_values)],
+            shards=[ShardGenesis(state_digest=each.state_digest, num_values=each.num_values) for each in shards],
         )
         self.archive.mkdir()
-        signed = ORGANIZER.sign(GENESIS_CONTEXT, SPEC.run_id, genesis.SerializeToString())
+        signed = ORGANIZER.sign(GENESIS_CONTEXT, spec.run_id, genesis.SerializeToString())
         archives.keep_genesis(self.archive, signed)
+        gathering = Gathering(self.archive, [shard.num_values for shard in shards], archive=True)
         chunks = ChunkStore(self.archive / "chunks", 1 << 28)
-        ledger = Ledger(self.archive / "shard-0", genesis_head(genesis, 0), chunks, LedgerOptions(archive=True))
-        ledger.save_state(0, shard)
-        for number in range(1, ROUNDS + 1):
-            self._commit(ledger, shard, number)
-            if number == lie_at:
-                shard.anchor[7] += 1
-                shard._note_digests()
-            ledger.save_state(number, shard)
-            if number in CHECKPOINTS:
-                self._publish(ledger, shard)
+        ledgers = [
+            Ledger(self.archive / f"shard-{number}", genesis_head(genesis, number), chunks, LedgerOptions(archive=True))
+            for number in range(self.num_shards)
+        ]
+        for number in range(ROUNDS + 1):
+            for ledger, shard in zip(ledgers, shards, strict=True):
+                if number:
+                    self._commit(ledger, shard, number)
+                if number and number == lie_at and shard.index == liar:
+                    shard.anchor[7] += 1
+                    shard._note_digests()
+                ledger.save_state(number, shard)
+                if number in CHECKPOINTS:
+                    self._publish(gathering.add(ledger.head, shard))
         return self
 
     def _commit(self, ledger: Ledger, shard: Shard, number: int) -> None:
-        rng = np.random.default_rng(number)
+        rng = np.random.default_rng([number, shard.index])
         data = shard.codec.encode(rng.standard_normal(shard.num_values).astype(np.float32) * 1e-3)
         result = PartResult(
             num_slices=num_slices(shard.num_values),
@@ -87,6 +105,7 @@ class Run:
             shares=[Share(peer_key=VOTER.public_key, weight_tokens=5)],
         )
         record = Record(
+            shard=shard.index,
             round=number,
             log_digest=ledger.head.log_digest,
             state_digest=shard.state_digest,
@@ -97,16 +116,16 @@ class Run:
         )
         raw = record.SerializeToString()
         ballot = Ballot(number=1, leader=VOTER.public_key)
-        vote = Vote(round=number, ballot=ballot, record_digest=digest.sha256(raw))
-        commit = Commit(record=raw, votes=[VOTER.sign(VOTE_CONTEXT, SPEC.run_id, vote.SerializeToString())])
+        vote = Vote(shard=shard.index, round=number, ballot=ballot, record_digest=digest.sha256(raw))
+        commit = Commit(record=raw, votes=[VOTER.sign(VOTE_CONTEXT, self.parts.run_id, vote.SerializeToString())])
         ledger.append(commit, next_head(ledger.head, raw, record), {result.digest: data})
         shard.apply(record, {result.digest: data})
 
-    def _publish(self, ledger: Ledger, shard: Shard) -> None:
-        copy = Gathering(self.archive, [shard.num_values], archive=True).add(ledger.head, shard)
-        assert copy is not None
+    def _publish(self, copy: StateCopy | None) -> None:
+        if copy is None:
+            return
         parts = replace(
-            PARTS,
+            self.parts,
             round=copy.round,
             total_tokens=copy.total_tokens,
             states=copy.states,
@@ -126,7 +145,7 @@ class Run:
 
     def average_of(self, number: int) -> Path:
         """The file of a round's average."""
-        reader = archives.Archive(self.archive, SPEC)
+        reader = archives.Archive(self.archive, SPEC).shard(0)
         record = next(record for record, _ in reader.commits() if record.round == number)
         name = record.parts[0].digest.hex()
         return self.archive / "chunks" / name[:2] / name
@@ -142,6 +161,39 @@ def test_a_checkpoint_is_equal_to_the_log_re_applied(run: Run, earlier: int | No
     found = run.audit(later, earlier)
     assert (found["outcome"], found["from_round"], found["equal_to"]) == ("equal", earlier or 0, later)
     assert found["error"] is type(None)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Run:
+    return Run(tmp_path, num_shards=2).make()
+
+
+@pytest.mark.parametrize("earlier", [None, 2])
+def test_every_shard_of_a_checkpoint_is_equal_to_its_own_log(sharded: Run, earlier: int | None) -> None:
+    found = sharded.audit(6, earlier)
+    assert (found["outcome"], found["equal_to"], found["num_shards"], found["shard"]) == ("equal", 6, 2, None)
+
+
+def test_a_lie_about_one_shard_is_told_with_its_round_and_shard(tmp_path: Path) -> None:
+    found = Run(tmp_path, num_shards=2).make(lie_at=3, liar=1).audit(6)
+    assert (found["outcome"], found["differs_at"], found["shard"], found["equal_to"]) == ("differs", 3, 1, 2)
+    assert "round 3 of shard 1 differs" in str(found["told"])
+
+
+def test_what_one_shards_log_lacks_is_told_with_its_shard(sharded: Run) -> None:
+    (sharded.archive / "shard-1" / "log").unlink()
+    found = sharded.audit(4)
+    assert (found["outcome"], found["missing"], found["shard"]) == ("missing", [1, 4], 1)
+    archives.momentum_path(sharded.archive, 2, 1).unlink()
+    with pytest.raises(NotFound, match="momentum"):
+        sharded.audit(4, 2)
+
+
+def test_a_checkpoint_of_fewer_shards_than_its_run_is_no_audit_of_it(sharded: Run) -> None:
+    later = verify_folder(sharded.checkpoint(6), None).provenance
+    narrow = later.manifest.model_copy(update={"shards": ()})
+    with pytest.raises(VerificationError, match="other shards"):
+        auditing.audit(archives.Archive(sharded.archive, later.spec), replace(later, manifest=narrow), None)
 
 
 def test_a_round_whose_result_is_not_what_the_log_makes_is_named(tmp_path: Path) -> None:
@@ -198,7 +250,7 @@ def test_a_lie_before_a_gap_is_told_all_the_same(tmp_path: Path) -> None:
 
 def test_a_commit_that_no_voter_signed_ends_the_audit(run: Run) -> None:
     path = run.archive / "shard-0" / "log"
-    frames = list(archives.Archive(run.archive, SPEC)._frames())
+    frames = list(archives.Archive(run.archive, SPEC).shard(0)._frames())
     forged = Commit.FromString(frames[2])
     forged.votes[0].signature = b"s" * 64
     frames[2] = forged.SerializeToString()
