@@ -222,7 +222,8 @@ class Peer:
         contributors = {share.peer_key for part in record.parts for share in part.shares}
         if shard == 0 and self.training is not None:
             self.training.follow(head)
-            if evaluator(head.round, contributors) == self.joined.identity.public_key:
+            is_ours = evaluator(head.round, contributors) == self.joined.identity.public_key
+            if is_ours and (self.training.may_evaluate or self.joined.is_checkpoint_round(head.round)):
                 self._to_evaluate = {head.round, *(n for n in self._to_evaluate if n >= head.round - 2)}
         await self._copy_where_wanted(shard, head.round)
         values = self._values() | {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peer.rounds.codec import Float32
+from peer.training.allowance import Allowance
 from peer.training.between_steps import Replica, Stats
 from peer.training.data import TokenReader
 from peer.training.layout import slices_of
@@ -29,6 +31,8 @@ from swarm.removals import Left, Removal, left_to_read
 from swarm.run_spec import RunSpec
 
 VALIDATION_SEQUENCES = 64
+# Of a peer's time. Where rounds are short, each evaluated by somebody, it would be a tenth and more.
+EVALUATION_SHARE = 0.03
 RETRY_S = 2.0
 
 log = logging.getLogger(__name__)
@@ -61,6 +65,7 @@ class Training:
         self._readable: set[int] = set()
         self._prefetching: asyncio.Task[None] | None = None
         self._trainer: Trainer | None = None
+        self._evaluating = Allowance(EVALUATION_SHARE)
         self.failed = asyncio.Event()
         self.failure: SwarmError | None = None
 
@@ -129,11 +134,19 @@ class Training:
         else:
             await self.trainer.land(anchor, snapshot, values)
 
+    @property
+    def may_evaluate(self) -> bool:
+        """Whether evaluations have taken no more than their share of the time."""
+        return self._evaluating.is_free
+
     async def evaluate(self, anchor: Float32) -> float:
         """Mean loss of ``anchor`` (nats per token) on the run's held-out sequences; always the same ones."""
         await self._reader.ensure_validation(VALIDATION_SEQUENCES)
         batches = list(self._reader.validation_batches(VALIDATION_SEQUENCES, self._spec.inner.microbatch_sequences))
-        return await self.trainer.evaluate(anchor, batches)
+        began_s = time.monotonic()
+        loss = await self.trainer.evaluate(anchor, batches)
+        self._evaluating.spend(time.monotonic() - began_s)
+        return loss
 
     async def stop(self, timeout_s: float) -> None:
         if self._prefetching is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from demo_stage import DemoFailed, Program, Stage
@@ -21,9 +22,19 @@ from swarm.run_file import render
 READY_WITHIN_S, TRAINED_WITHIN_S, POLL_S = 120.0, 1200.0, 0.2
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """``ends``: whether the run is over after the task's tokens. ``duty_percent``: the largest share of its time that a
+    volunteer spends in inner steps."""
+
+    has_rounds: bool
+    ends: bool = False
+    duty_percent: int = 100
+
+
 def race(stage: Stage, lab: Lab, task: Task) -> dict[str, Any]:
     """Seconds to the target loss, and tokens/s of a peer while rounds go on; seconds are None where it is missed."""
-    coordinator, volunteers = _start(stage, lab, task, "rounds", has_rounds=True)
+    coordinator, volunteers = _start(stage, lab, task, "rounds", Options(has_rounds=True, ends=True))
     _until(lambda: not any(program.is_running for program in volunteers), volunteers, TRAINED_WITHIN_S)
     failed = [program for program in volunteers if program.exit_code]
     if failed:
@@ -45,22 +56,22 @@ def race(stage: Stage, lab: Lab, task: Task) -> dict[str, Any]:
     }
 
 
-def alone(stage: Stage, lab: Lab, task: Task) -> float:
-    """Tokens/s of a peer, in the mean, where no round ever opens: the same processes, and the same machine."""
-    coordinator, volunteers = _start(stage, lab, task, "alone", has_rounds=False)
+def speed(stage: Stage, lab: Lab, task: Task, name: str, options: Options) -> float:
+    """Tokens/s of a peer, in the mean, over ``task.alone_s``: the same processes, and the same machine."""
+    coordinator, volunteers = _start(stage, lab, task, name, options)
     began = time.monotonic()
     _until(lambda: time.monotonic() - began > task.alone_s, volunteers, 2 * task.alone_s + READY_WITHIN_S)
-    speed = sum(map(_speed, volunteers)) / task.peers
+    tokens_per_s = sum(map(_speed, volunteers)) / task.peers
     for program in (*volunteers, coordinator):
         program.leave(READY_WITHIN_S)
-    return speed
+    return tokens_per_s
 
 
-def _start(stage: Stage, lab: Lab, task: Task, name: str, *, has_rounds: bool) -> tuple[Program, list[Program]]:
+def _start(stage: Stage, lab: Lab, task: Task, name: str, options: Options) -> tuple[Program, list[Program]]:
     """Organizer and volunteers of a run, all of them training."""
     folder = stage.folder / name
     folder.mkdir()
-    (folder / "run.toml").write_text(render(task.run_file(name, has_rounds=has_rounds)))
+    (folder / "run.toml").write_text(render(task.run_file(name, has_rounds=options.has_rounds, ends=options.ends)))
     organizer = ("start", f"{name}/run.toml", "--host", lab.address(task.peers), "--json")
     coordinator = stage.start(f"{name}-organizer", *organizer, within=lab.inside(task.peers))
     stage.name_invite(coordinator.wait_for("started", READY_WITHIN_S)["invite"])
@@ -77,6 +88,8 @@ def _start(stage: Stage, lab: Lab, task: Task, name: str, *, has_rounds: bool) -
             "1",
             "--listen",
             f"{lab.address(peer)}:0",
+            "--duty",
+            str(options.duty_percent),
             "--json",
         )
         volunteers.append(stage.start(f"{name}-{peer}", *arguments, within=lab.inside(peer)))

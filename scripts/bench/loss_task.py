@@ -46,7 +46,7 @@ class Task:
     tokens_per_round: int = 24_576
     growth_rounds: int = 30
     wire_codec: str = "int4"
-    accumulations: tuple[tuple[int, int], ...] = ((8, 1_000_000), (32, 2_000_000))
+    accumulations: tuple[tuple[int, int], ...] = ((2, 1_000_000), (4, 1_500_000), (8, 2_500_000))
     timed_steps: int = 6
     hivemind_s: float = 120.0
     alone_s: float = 30.0
@@ -57,7 +57,7 @@ class Task:
         """Of all peers in one inner step each."""
         return self.peers * self.sequences * self.length
 
-    def run_file(self, name: str, *, has_rounds: bool = True) -> RunFile:
+    def run_file(self, name: str, *, has_rounds: bool = True, ends: bool = True) -> RunFile:
         """What the organizer of our side starts."""
         config = {
             **{"hidden_size": self.hidden, "intermediate_size": self.intermediate, "initializer_range": 0.05},
@@ -72,7 +72,7 @@ class Task:
             }
         return RunFile(
             name=name,
-            total_tokens=self.total_tokens if has_rounds else NO_ROUND_TOKENS,
+            total_tokens=self.total_tokens if ends else NO_ROUND_TOKENS,
             model=Model(family="llama", config=config),
             data=DataFolder(path="../data", sequence_length=self.length),
             inner=self.inner(),

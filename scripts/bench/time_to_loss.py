@@ -9,6 +9,7 @@ each with the accumulation that is best for it. Start-up counts for nobody.
 
     speedup_over_hivemind, speedup_over_ddp    the rival's seconds over ours
     inner_step_fraction                        tokens/s of a peer with rounds over those without any
+    inner_step_fraction_with_idle_cores        the same where peers train a fifth of the time (`swarm join --duty 20`)
 
 All peers share this machine's cores, so compute costs more here than on machines of their own, on every side; of the
 rivals' time it is a smaller share. Last line: one JSON object.
@@ -41,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from averaging_place import Place
 from demo_run import copy_sources
 from demo_stage import DemoFailed, Stage
-from loss_ours import alone, race
+from loss_ours import Options, race, speed
 from loss_rivals import RIVALS, seconds_per_step, steps_to_loss
 from loss_task import FULL, QUICK, Task, Text
 from report import print_result
@@ -56,6 +57,12 @@ BYTES_PER_VALUE = {"hivemind": 2, "ddp": 4}
 # A step that sent less than this share of its gradients did not average them: hivemind goes on alone where it finds no
 # group in time, as it does where steps are shorter than its search. Such a setting has no time to the loss.
 AVERAGED = 0.9
+# Peers that train a fifth of the time leave more than half of two cores idle, as each has on a machine of its own.
+PACES = {
+    "alone": Options(has_rounds=False),
+    "resting_with_rounds": Options(has_rounds=True, duty_percent=20),
+    "resting_alone": Options(has_rounds=False, duty_percent=20),
+}
 
 
 def measure(rival: str, accumulation: int, lab: Lab, task: Task, data: Path, folder: Path) -> dict[str, Any]:
@@ -154,11 +161,14 @@ def compare(task: Task, folder: Path) -> dict[str, Any]:
         found = rivals(lab, task, folder / "data", folder / "rivals")
         ours = race(stage, lab, task)
         print(f"ours      {ours}", flush=True)
-        speed = alone(stage, lab, task)
-    return {**keys_of(ours, found, speed), "ours": {**ours, "tokens_per_s_alone": round(speed, 1)}, "rivals": found}
+        speeds = {
+            name: round(speed(stage, lab, task, name.replace("_", "-"), options), 1) for name, options in PACES.items()
+        }
+        print(f"tokens/s of a peer {speeds}", flush=True)
+    return {**keys_of(ours, found, speeds), "ours": {**ours, "tokens_per_s_of": speeds}, "rivals": found}
 
 
-def keys_of(ours: dict[str, Any], found: dict[str, Any], tokens_per_s_alone: float) -> dict[str, Any]:
+def keys_of(ours: dict[str, Any], found: dict[str, Any], speeds: dict[str, float]) -> dict[str, Any]:
     """The figures of the goals; None where a side missed the loss."""
     mine = ours["seconds_to_loss"]
     speedups = {
@@ -166,7 +176,11 @@ def keys_of(ours: dict[str, Any], found: dict[str, Any], tokens_per_s_alone: flo
         for rival in RIVALS
         for theirs in (found[rival]["seconds_to_loss"],)
     }
-    return {**speedups, "inner_step_fraction": round(ours["tokens_per_s"] / tokens_per_s_alone, 4)}
+    return {
+        **speedups,
+        "inner_step_fraction": round(ours["tokens_per_s"] / speeds["alone"], 4),
+        "inner_step_fraction_with_idle_cores": round(speeds["resting_with_rounds"] / speeds["resting_alone"], 4),
+    }
 
 
 def main() -> None:

@@ -120,6 +120,15 @@ FAILURES: dict[str, list[Exception | bytes]] = {
 }
 
 
+def test_an_evaluation_makes_up_for_its_time_before_the_next_may_be_made(tmp_path: Path) -> None:
+    async def test(training: Training, replica: Recording) -> None:
+        assert training.may_evaluate
+        assert await training.evaluate(ANCHOR) > 0
+        assert not training.may_evaluate
+
+    with_training(Source(tmp_path, []), test)
+
+
 @pytest.mark.parametrize("case", FAILURES)
 def test_training_waits_while_a_token_shard_cannot_be_had_and_then_reads_from_its_beginning(
     case: str, tmp_path: Path

@@ -55,7 +55,7 @@ def test_our_side_is_started_with_a_run_file_that_the_public_command_reads(task:
 
 def test_without_rounds_the_first_round_is_never_reached() -> None:
     """What trains alone is the same but for the length of its rounds."""
-    rounds, alone = FULL.run_file("x"), FULL.run_file("x", has_rounds=False)
+    rounds, alone = FULL.run_file("x"), FULL.run_file("x", has_rounds=False, ends=False)
     assert alone.rounds.tokens_per_round > 100 * FULL.total_tokens and alone.rounds.first_tokens_per_round is None
     assert (alone.inner, alone.model) == (rounds.inner, rounds.model)
 
