@@ -57,7 +57,7 @@ class Answers:
 
     async def handle_state(self, caller: bytes, request: bytes) -> bytes:
         wanted = _read(StateRequest, request, "a request for a state")
-        return self._of(wanted).parts.ledger.offer_state(wanted.after_round).SerializeToString()
+        return self._of(wanted).parts.ledger.offer_state(wanted.after_round, wanted.first).SerializeToString()
 
     async def handle_ping(self, caller: bytes, request: bytes) -> bytes:
         ping = _read(PingRequest, request, "a ping")

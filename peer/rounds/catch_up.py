@@ -111,6 +111,20 @@ async def fetch_anchor(newcomer: Newcomer, round_number: int, holders: Sequence[
     raise NotFound(f"nobody has the state after round {round_number}")
 
 
+async def fetch_first_state(newcomer: Newcomer, holders: Sequence[bytes]) -> Shard:
+    """The state of round 0, which the organizer signed; `NotFound` where nobody kept it."""
+    for holder in holders:
+        try:
+            reply = await _ask_for_offer(newcomer, holder, first=True)
+            buffers = await _fetch_chunks(newcomer, reply, holders)
+            return load_state(newcomer.spec, newcomer.shard, buffers, newcomer.genesis_digest)
+        except DiskFull:
+            raise
+        except SwarmError as error:
+            log.info("a holder lacks the state of round 0: %s", error)
+    raise NotFound("nobody has the state of round 0", "a seed peer keeps it: check that one is running")
+
+
 async def fetch_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[LogHead, Shard]:
     """The newest state that holders offer and the log proves; `NotFound` where there is none."""
     offers: dict[int, StateReply] = {}
@@ -137,15 +151,15 @@ async def fetch_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[Log
     raise NotFound("nobody offers a state that the log proves", "check that a seed peer or a volunteer is running")
 
 
-async def _ask_for_offer(newcomer: Newcomer, holder: bytes, after_round: int = 0) -> StateReply:
+async def _ask_for_offer(newcomer: Newcomer, holder: bytes, after_round: int = 0, *, first: bool = False) -> StateReply:
     """What a holder offers, once the log on our disk names the digest of exactly these chunks.
 
-    ``after_round``: the state after this very round; 0: its newest.
+    ``after_round``: the state after this very round; 0: its newest, or with ``first`` that of round 0.
     """
     raw = await newcomer.transport.call(
         holder,
         STATE_METHOD,
-        StateRequest(shard=newcomer.shard, after_round=after_round).SerializeToString(),
+        StateRequest(shard=newcomer.shard, after_round=after_round, first=first).SerializeToString(),
         timeout_s=CALL_TIMEOUT_S,
         max_response_bytes=MAX_STATE_REPLY_BYTES,
     )
@@ -153,7 +167,7 @@ async def _ask_for_offer(newcomer: Newcomer, holder: bytes, after_round: int = 0
         reply = StateReply.FromString(raw)
     except DecodeError as error:
         raise ProtocolError("an offer of a state cannot be read") from error
-    if after_round not in (0, reply.round):
+    if (after_round or first) and reply.round != after_round:
         raise NotFound(f"the state after round {after_round} is not offered")
     sizes = (4 * newcomer.num_values, blocks.size_bytes(newcomer.num_values))
     offered = (len(reply.anchor_chunks), len(reply.momentum_chunks))

@@ -218,12 +218,12 @@ class Ledger:
         self._states[round_number] = reply
         self._forget_old()
 
-    def offer_state(self, after_round: int = 0) -> StateReply:
+    def offer_state(self, after_round: int = 0, first: bool = False) -> StateReply:
         """The newest state that the log itself proves: the commit after it names its digest (or genesis does).
 
-        Or that ``after_round``, where one is named; nothing where it is not here.
+        Or that ``after_round``, where one is named, or that of round 0; nothing where it is not here.
         """
-        if after_round:
+        if after_round or first:
             return self._states.get(after_round, StateReply())
         proven = [number for number in self._states if number == 0 or number < self.head.round]
         return self._states[max(proven)] if proven else StateReply()

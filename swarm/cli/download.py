@@ -286,7 +286,7 @@ async def _sources(
         found = await stack.enter_async_context(mirrors.open_mirrors(where.named, told, round_number))
         found.append(CoordinatorSource(client))
         try:
-            transport = await stack.enter_async_context(_network(invite, run))
+            transport = await stack.enter_async_context(network(invite, run))
             now_unix_s = time.time() + run.clock_offset_s
             holders = await downloads.find_holders(transport, rules, round_number, now_unix_s)
             found += [PeerSource(transport, holder) for holder in holders]
@@ -307,7 +307,7 @@ async def coordinator(invite: Invite) -> AsyncIterator[CoordinatorClient]:
 
 
 @asynccontextmanager
-async def _network(invite: Invite, run: RunInfo) -> AsyncIterator[Transport]:
+async def network(invite: Invite, run: RunInfo) -> AsyncIterator[Transport]:
     """A connection to the run's peers under a key of its own, gone afterwards."""
     from peer.p2p.network import NetworkConfig, open_network
     from peer.rounds.statuses import status_key

@@ -161,7 +161,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
 
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setattr(CoordinatorClient, "connect", connect)
-    monkeypatch.setattr(commands, "_network", no_network)
+    monkeypatch.setattr(commands, "network", no_network)
     with web_mirror(tmp_path / "www") as mirror:
         yield Place(made, coordinator, mirror, tmp_path)
 

@@ -311,9 +311,11 @@ def assert_last_checkpoint_opens(run: Swarm, last: int) -> None:
 
 
 def assert_the_log_makes_the_last_checkpoint(run: Swarm, last: int) -> None:
-    """From the genesis, and from the checkpoint of round 2 with the momentum that the seed peer kept."""
+    """From the genesis, from round 2 with the momentum that the seed peer kept, and over the network."""
     (archive,) = run.folder.glob("run/**/seed/runs/*")
     folder = run.folder / "got" / f"round-{last:06d}"
     for start, first in (([], 0), (["--from", archive / "checkpoint-2"], 2)):
         audited = swarm_json("audit", folder, "--archive", archive, *start, env=run.env)
         assert (audited["outcome"], audited["from_round"], audited["equal_to"]) == ("equal", first, last)
+    fetched = swarm_json("audit", folder, "--run", run.invite, env=run.env | {"XDG_DATA_HOME": str(run.folder / "x")})
+    assert (fetched["outcome"], fetched["equal_to"]) == ("equal", last)

@@ -1,0 +1,117 @@
+"""An auditor without an archive fetches one from seed peers: what is proven is kept, what nobody has is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peer.checkpoints import collecting
+from peer.checkpoints.audit import AuditReport, audit
+from peer.checkpoints.collecting import Sources, collect
+from peer.checkpoints.verify import verify_folder
+from peer.p2p.chunk_store import CHUNK_METHOD, ChunkStore
+from peer.rounds.archive import Archive
+from peer.rounds.catch_up import LOG_METHOD, STATE_METHOD
+from peer.rounds.ledger import Ledger, LedgerOptions
+from swarm.errors import DiskFull, NotFound, Unreachable
+from swarm.log import genesis_head
+from swarm.proto.common_pb2 import Signed
+from swarm.proto.round_pb2 import LogReply, LogRequest, StateRequest
+from tests.checkpoint_samples import FakeTransport
+from tests.unit.test_audit import Run
+
+DONOR = b"d" * 32
+OPTIONS = LedgerOptions(archive=True)
+
+
+class Donor(FakeTransport):
+    """A seed peer with the archive of ``run``; ``asked`` counts its answers by method."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+        self.asked: list[str] = []
+        self.archive = Archive(run.archive, run.parts.spec)
+        self.chunks = ChunkStore(run.archive / "chunks", 1 << 30)
+        self.ledgers = [
+            Ledger(run.archive / f"shard-{n}", genesis_head(self.archive.genesis, n), self.chunks, OPTIONS)
+            for n in range(run.num_shards)
+        ]
+
+    async def call(self, peer: bytes, method: str, request: bytes, **_limits: Any) -> bytes:
+        if peer != DONOR:
+            raise Unreachable("no such peer")
+        self.asked.append(method)
+        if method == LOG_METHOD:
+            wanted = LogRequest.FromString(request)
+            commits = self.ledgers[wanted.shard].commits(wanted.first_round, wanted.max_commits)
+            return LogReply(commits=commits).SerializeToString()
+        if method == STATE_METHOD:
+            state = StateRequest.FromString(request)
+            return self.ledgers[state.shard].offer_state(state.after_round, state.first).SerializeToString()
+        assert method == CHUNK_METHOD
+        return await self.chunks.handle_chunk(b"", request)
+
+
+@pytest.fixture(params=[1, 2], ids=["one shard", "two shards"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
+    return Run(tmp_path, num_shards=request.param).make()
+
+
+def fetch(
+    donor: Donor, folder: Path, last_round: int = 6, on_round: Callable[[], object] = lambda: None
+) -> AuditReport:
+    """What an audit of the checkpoint finds in the archive that ``donor`` gave."""
+    parts = donor.run.parts
+    sources = Sources(
+        transport=donor,
+        holders=[b"nobody there".ljust(32), DONOR],
+        spec=parts.spec,
+        genesis=donor.archive.genesis,
+        signed_genesis=Signed.FromString((donor.run.archive / "genesis.sig").read_bytes()),
+    )
+    archive = asyncio.run(collect(sources, folder, last_round, on_round))
+    return audit(archive, verify_folder(donor.run.checkpoint(last_round), None).provenance, None)
+
+
+def test_what_seed_peers_gave_is_audited_as_their_own_folder_is(run: Run, tmp_path: Path) -> None:
+    rounds: list[None] = []
+    report = fetch(Donor(run), tmp_path / "fetched", 4, lambda: rounds.append(None))
+    assert (report.outcome, report.equal_to, len(rounds)) == ("equal", 4, 4 * run.num_shards)
+
+
+def test_a_second_audit_fetches_only_what_is_new(run: Run, tmp_path: Path) -> None:
+    fetch(Donor(run), tmp_path / "fetched", 4)
+    later = Donor(run)
+    assert fetch(later, tmp_path / "fetched", 6).outcome == "equal"
+    assert later.asked == [CHUNK_METHOD] * 2 * run.num_shards  # the averages of two rounds; the log was there
+
+
+def test_an_average_that_nobody_has_any_more_is_told_by_the_audit(tmp_path: Path) -> None:
+    run = Run(tmp_path).make()
+    run.average_of(3).unlink()
+    report = fetch(Donor(run), tmp_path / "fetched")
+    assert (report.outcome, report.missing) == ("missing", (3, 3))
+
+
+def test_a_log_or_first_state_that_nobody_has_ends_the_audit_by_name(tmp_path: Path) -> None:
+    run = Run(tmp_path).make()
+    with pytest.raises(NotFound, match="up to round 6 only"):
+        fetch(Donor(run), tmp_path / "fetched", 7)
+    donor = Donor(run)
+    donor.ledgers[0]._drop_state(0)
+    with pytest.raises(NotFound, match="state of round 0"):
+        fetch(donor, tmp_path / "other")
+
+
+def test_averages_that_do_not_fit_on_the_disk_are_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path).make()
+    monkeypatch.setattr(collecting.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    donor = Donor(run)
+    with pytest.raises(DiskFull, match="re-applies take"):
+        fetch(donor, tmp_path / "fetched")
+    assert CHUNK_METHOD not in donor.asked
