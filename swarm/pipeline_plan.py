@@ -21,6 +21,7 @@ from swarm.sharding import Span
 # Bytes of a token of H values, times 2 as some are half bytes; scales come besides (peer.pipeline.hop_codec).
 _HALF_BYTES: Mapping[str, int] = {"fp32": 8, "bf16": 4, "int8": 2, "int4": 1}
 _SCALE_BYTES: Mapping[str, int] = {"fp32": 0, "bf16": 0, "int8": 4, "int4": 4}
+_BLOCK_VALUES: Mapping[str, int] = {"int4": 16}
 TOKEN_ID_BYTES = 4
 # A multiplication and an addition for each value of a matrix and token: once there, twice back.
 FLOPS_FORWARD = 2
@@ -69,7 +70,8 @@ def hop_bytes(width: int, codec: str) -> int:
     """Of one token, one way. Raises `ConfigError` for an unknown codec."""
     if codec not in _HALF_BYTES:
         raise ConfigError(f"no hop codec {codec[:20]!r}", f"choose one of: {', '.join(_HALF_BYTES)}")
-    return _SCALE_BYTES[codec] + -(-width * _HALF_BYTES[codec] // 2)
+    num_blocks = -(-width // _BLOCK_VALUES[codec]) if codec in _BLOCK_VALUES else 0
+    return _SCALE_BYTES[codec] + num_blocks + -(-width * _HALF_BYTES[codec] // 2)
 
 
 def flops_per_token(numbers: ModelNumbers, span: Span, working: Working) -> int:

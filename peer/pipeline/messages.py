@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from peer.pipeline.hop_codec import HOP_CODECS
+from peer.pipeline.hop_codec import HOP_CODECS, draw
 from swarm.errors import ProtocolError
 from swarm.proto.pipeline_pb2 import TrainReply, TrainRequest
 
@@ -118,7 +118,7 @@ def write_reply(answer: Answer, rules: HopRules) -> bytes:
     """Raises `DataError` where the gradient cannot travel."""
     if answer.gradient_BLH is None:
         return TrainReply(loss=math.nan).SerializeToString()
-    gradient = HOP_CODECS[rules.codec].encode(answer.gradient_BLH)
+    gradient = HOP_CODECS[rules.codec].encode(answer.gradient_BLH, draw)
     return TrainReply(loss=answer.loss, gradient=gradient).SerializeToString()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from peer.pipeline.hop_codec import HOP_CODECS
+from peer.pipeline.hop_codec import HOP_CODECS, Noise, draw
 from peer.training.fp32_replica import Replica
 
 
@@ -38,10 +38,10 @@ class CodecWire:
         return self._cross(hidden_BLH)
 
     def back(self, gradient_BLH: torch.Tensor) -> torch.Tensor:
-        return self._cross(gradient_BLH)
+        return self._cross(gradient_BLH, draw)
 
-    def _cross(self, values: torch.Tensor) -> torch.Tensor:
-        data = self._codec.encode(values)
+    def _cross(self, values: torch.Tensor, noise: Noise | None = None) -> torch.Tensor:
+        data = self._codec.encode(values, noise)
         self.sent_bytes += len(data)
         return self._codec.decode(data, tuple(values.shape))
 

@@ -18,6 +18,8 @@ import pipeline_loss
 from hops_wires import CodecWire, SubspaceWire
 from quality_setting import VOCAB, Text
 
+from peer.pipeline.hop_codec import HOP_CODECS
+
 SETTING = dataclasses.replace(hops.SHORT, total_tokens=1024)
 BATCHES = [np.random.default_rng(seed).integers(0, VOCAB, (4, 65)) for seed in range(3)]
 
@@ -26,13 +28,13 @@ def test_the_bytes_of_a_hop_are_those_of_the_codec() -> None:
     """There and back, over two hops, for every token."""
     wire = CodecWire("int4")
     hops.Chain(SETTING, 0, wire).step(BATCHES[0], 1e-3)
-    assert wire.sent_bytes == 2 * 2 * 4 * 64 * (4 + SETTING.hidden // 2)
+    assert wire.sent_bytes == 2 * 2 * 4 * 64 * HOP_CODECS["int4"].encoded_size(1, SETTING.hidden)
 
 
 def test_a_subspace_holds_all_that_crosses_a_hop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its int8, a chain over it computes what the same weights compute over a perfect wire."""
     wire = SubspaceWire(8)
-    monkeypatch.setattr(wire, "_cross", lambda values: values)
+    monkeypatch.setattr(wire, "_cross", lambda values, noise=None: values)
     chain = hops.Chain(SETTING, 0, wire)
     seen: list[float] = []
     onward = wire.onward

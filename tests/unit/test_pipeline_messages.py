@@ -49,7 +49,10 @@ def test_what_is_written_is_read_back(codec: str) -> None:
     assert len(reply) <= rules.max_answer_bytes(2)
     answer = read_reply(reply, 2, rules)
     assert answer.loss == 1.25 and answer.gradient_BLH is not None
-    assert torch.equal(answer.gradient_BLH, entering.hidden_BLH)
+    if codec == "int4":  # gradients are rounded up or down at random
+        assert torch.allclose(answer.gradient_BLH, HIDDEN, rtol=0, atol=float(HIDDEN.abs().max()) / 6)
+    else:
+        assert torch.equal(answer.gradient_BLH, entering.hidden_BLH)
 
 
 def test_a_loss_that_is_not_finite_travels_without_a_gradient() -> None:
