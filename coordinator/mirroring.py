@@ -1,8 +1,9 @@
 """Mirroring: what is published is also written to the targets that the organizer names.
 
 Decides the order (a checkpoint's files first, its manifest and its signature last, so that a half-written mirror is
-never believed), how often a target is tried, and that nothing is removed there: old checkpoints stay. What lies at a
-target complete is not written again. Leaves the way of writing to `swarm.storage`.
+never believed; then the run's metadata, which says what is published), how often a target is tried, and that nothing is
+removed there: old checkpoints stay. What lies at a target complete is not written again. Leaves the way of writing to
+`swarm.storage`.
 """
 
 from __future__ import annotations
@@ -10,23 +11,39 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from coordinator.checkpoint_files import PublishedFolder, published_folders
+from swarm.digest import sha256
 from swarm.errors import NetworkError, SwarmError
 from swarm.manifest import MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE, WITNESSES_FILE, mirror_folder
+from swarm.metadata import CHECKPOINTS, entries, mirror_name
 from swarm.run_spec import RunSpec
 from swarm.storage import Storage
 
 LOOK_INTERVAL_S = 2.0
 FIRST_PAUSE_S, LAST_PAUSE_S = 5.0, 600.0
 MAX_TRIES = 10  # per checkpoint and target: about half an hour; the next start of the coordinator tries again
+METADATA_INTERVAL_S = 60.0
 _LAST = (SPEC_FILE, WITNESSES_FILE, MANIFEST_FILE, SIGNATURE_FILE)
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedRun:
+    """Where the checkpoints of a run lie on this machine."""
+
+    folder: Path
+    run_id: bytes
+    spec: RunSpec
+
+    def folders(self) -> list[PublishedFolder]:
+        return list(published_folders(self.folder, self.run_id, self.spec))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,24 +61,57 @@ class _Target:
     done: set[int] = field(default_factory=set)
     tries: int = 0
     not_before: float = 0.0
+    metadata: dict[str, bytes] = field(default_factory=dict)
+    """digests of the files that lie there"""
+
+
+Metadata = Callable[[], Awaitable[Mapping[str, bytes]]]
+"""The run's metadata and its signed spec, by file name, in the order in which they are written."""
 
 
 async def keep_mirrors(
-    folder: Path, run_id: bytes, spec: RunSpec, urls: Sequence[str], on_news: Callable[[Mirrored], object]
+    published: PublishedRun, urls: Sequence[str], on_news: Callable[[Mirrored], object], metadata: Metadata
 ) -> None:
-    """Write every signed checkpoint of ``folder``, now and later, to every target, until cancelled.
+    """Write every signed checkpoint of ``published``, now and later, and its metadata, to all targets, until cancelled.
 
     Raises `ConfigError` where a target is none.
     """
-    targets = [_Target(Storage(url)) for url in urls]
-
-    async def look() -> None:
-        found = await asyncio.to_thread(lambda: list(published_folders(folder, run_id, spec)))
-        await asyncio.gather(*(_catch_up(target, found, on_news) for target in targets))
-
+    targets, clock = [_Target(Storage(url)) for url in urls], asyncio.get_running_loop().time
+    asked, files = clock(), await metadata() if targets else {}
     while targets:
-        await look()
+        found = await asyncio.to_thread(published.folders)
+        if clock() - asked > METADATA_INTERVAL_S or any(one.manifest.round > _newest(files) for one in found):
+            asked, files = clock(), await metadata()
+        await asyncio.gather(*(_catch_up(target, found, on_news) for target in targets))
+        await asyncio.gather(*(_write_metadata(target, files) for target in targets))
         await asyncio.sleep(LOOK_INTERVAL_S)
+
+
+async def _write_metadata(target: _Target, files: Mapping[str, bytes]) -> None:
+    """What the target lacks of the metadata, once it has the newest checkpoint that this names: whoever reads there
+    alone would otherwise be told of what is not to be had."""
+    clock = asyncio.get_running_loop().time
+    changed = {name: raw for name, raw in files.items() if target.metadata.get(name) != sha256(raw)}
+    if not changed or _newest(files) not in target.done or clock() < target.not_before:
+        return
+    try:
+        await _beside(partial(_write_files, target.storage, changed))
+    except SwarmError as error:
+        target.not_before = clock() + FIRST_PAUSE_S
+        log.warning("the metadata is not mirrored: %s; next try in %.0f s", error, FIRST_PAUSE_S)
+    else:
+        target.metadata = {name: sha256(raw) for name, raw in files.items()}
+
+
+def _write_files(storage: Storage, files: Mapping[str, bytes]) -> None:
+    for name, raw in files.items():
+        storage.write_bytes(mirror_name(name), raw)
+
+
+def _newest(files: Mapping[str, bytes]) -> int:
+    """The newest round that metadata names; 0: none."""
+    named = [raw for name, raw in files.items() if name.endswith(f".{CHECKPOINTS}.json")]
+    return max((number for raw in named for number in entries(raw)), default=0)
 
 
 async def _catch_up(target: _Target, found: Sequence[PublishedFolder], on_news: Callable[[Mirrored], object]) -> None:
@@ -72,7 +122,7 @@ async def _catch_up(target: _Target, found: Sequence[PublishedFolder], on_news: 
         if number in target.done or clock() < target.not_before:
             continue
         try:
-            await _beside(write_mirror, target.storage, one)
+            await _beside(partial(write_mirror, target.storage, one))
         except SwarmError as error:
             target.tries += 1
             pause_s = min(FIRST_PAUSE_S * 2**target.tries, LAST_PAUSE_S)
@@ -87,7 +137,7 @@ async def _catch_up(target: _Target, found: Sequence[PublishedFolder], on_news: 
         target.done.add(number)
 
 
-async def _beside(write: Callable[[Storage, PublishedFolder], None], storage: Storage, one: PublishedFolder) -> None:
+async def _beside(write: Callable[[], None]) -> None:
     """Run ``write`` in a thread that dies with the process: an upload of gigabytes must not hold up its end."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
@@ -99,7 +149,7 @@ async def _beside(write: Callable[[Storage, PublishedFolder], None], storage: St
     def work() -> None:
         error: BaseException | None = None
         try:
-            write(storage, one)
+            write()
         except BaseException as caught:
             error = caught
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more

@@ -24,6 +24,7 @@ from coordinator.store import Store
 from coordinator.tls import TlsKey
 from swarm import removals
 from swarm.errors import AlreadyRunning, ConfigError, PortInUse, ResourceError
+from swarm.manifest import SPEC_FILE
 
 DATABASE_FILE = "coordinator.sqlite"
 MAX_CONCURRENT_CALLS = 32
@@ -63,6 +64,11 @@ class RunningServer:
         self._lock = lock
         self.port = port
         self.tls_pin = tls_pin
+
+    async def mirrored_files(self) -> dict[str, bytes]:
+        """What a mirror holds beside checkpoints: the signed run spec, and the metadata as it is now."""
+        spec = self._service.signed_spec.SerializeToString(deterministic=True)
+        return {SPEC_FILE: spec, **await self._service.metadata_files()}
 
     async def stop(self) -> None:
         """Refuse new calls, give those under way `STOP_GRACE_S`, close the database."""

@@ -72,6 +72,10 @@ class Service:
         vouching.open_metadata(run, store, self._started_unix_ms)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinator-writer")
 
+    @property
+    def signed_spec(self) -> Signed:
+        return self._run.source.spec
+
     def close(self) -> None:
         """Finish the write that is under way, forget those that wait, close the store. Blocks."""
         self._writer.shutdown(wait=True, cancel_futures=True)
@@ -134,9 +138,13 @@ class Service:
         found = await asyncio.to_thread(publication.get_checkpoint, self._run, self._store, request.round)
         return pb.GetCheckpointReply(manifest=found.manifest, witnesses=found.witnesses, roots=found.roots)
 
-    async def get_metadata(self, _request: pb.GetMetadataRequest) -> pb.GetMetadataReply:
+    async def metadata_files(self) -> dict[str, bytes]:
+        """The run's metadata by name, in the order in which a mirror writes it."""
         now = self._now_unix_ms()
-        files = await self._write(lambda: vouching.current_files(self._run, self._store, now))
+        return await self._write(lambda: vouching.current_files(self._run, self._store, now))
+
+    async def get_metadata(self, _request: pb.GetMetadataRequest) -> pb.GetMetadataReply:
+        files = await self.metadata_files()
         return pb.GetMetadataReply(files=[pb.MetadataFile(name=name, content=raw) for name, raw in files.items()])
 
     def _has_listened(self, now_unix_ms: int) -> bool:

@@ -25,6 +25,7 @@ from swarm.identity import Identity
 RUN_FIELD = "x-swarmtrain-run"
 CHECKPOINTS = "checkpoints"
 TIMESTAMP_FILE = "timestamp.json"
+FOLDER = "metadata"  # of a mirror
 MAX_FILE_BYTES = 5_000_000
 MAX_CHECKPOINTS = 10_000  # of about 400 bytes each
 _SNAPSHOT_LIFETIME = timedelta(days=365)
@@ -68,6 +69,11 @@ class Period:
 
     now: datetime
     ended: bool = False
+
+
+def mirror_name(name: str) -> str:
+    """Where a mirror holds a file of the metadata, or the signed run spec, under its own URL."""
+    return f"{FOLDER}/{name}"
 
 
 def manifest_path(round_number: int | str) -> str:

@@ -8,6 +8,7 @@ written, when, and whether it is believed to the callers.
 from __future__ import annotations
 
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,13 @@ class Storage:
             finally:
                 if self._files.exists(temporary):
                     self._files.rm_file(temporary)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Put ``data`` there as ``name``, over what is there."""
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            self.write(name, Path(file.name))
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"

@@ -86,7 +86,7 @@ def _answer(handler: http.server.BaseHTTPRequestHandler, folder: Path, mirror: W
         handler.send_error(416)
         return
     body = mirror.spoil(raw[first : last + 1] if mirror.status == 206 else raw)
-    handler.send_response(mirror.status)
+    handler.send_response(mirror.status if asked else 200)
     handler.send_header("Content-Length", str(len(body)))
     handler.send_header("Content-Range", f"bytes {first}-{last}/{len(raw)}")
     handler.end_headers()

@@ -2,7 +2,8 @@
 
 Decides which URLs are mirrors (`https:`, `http:`, and any that `swarm.storage` opens; of those that the coordinator
 tells, none that reads this machine), and where a checkpoint lies there (``URL/checkpoint-ROUND/FILE``). A mirror is
-trusted with nothing: every chunk is checked by whoever asked, and no password of this machine (netrc) is sent to it.
+trusted with nothing: every chunk and file is checked by whoever asked, and no password of this machine (netrc) is sent
+to it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
-from peer.checkpoints.sources import LIMITS, MIRROR, PIECE_BYTES, Chunk, Source
-from swarm.errors import ConfigError, NetworkError, NotFound, Unreachable
+from peer.checkpoints.sources import LIMITS, MIRROR, PIECE_BYTES, Chunk
+from swarm.errors import ConfigError, NetworkError, NotFound, Unreachable, VerificationError
 from swarm.manifest import mirror_folder
 from swarm.storage import Storage
 
@@ -34,8 +35,12 @@ _GONE = (403, 404, 410, 416)  # S3 says 403 of what is not there, 416: the file 
 
 
 @asynccontextmanager
-async def open_mirrors(named: Sequence[str], told: Sequence[str], round_number: int) -> AsyncIterator[list[Source]]:
+async def open_mirrors(
+    named: Sequence[str], told: Sequence[str], round_number: int | None
+) -> AsyncIterator[list[HttpMirror | StorageMirror]]:
     """Mirrors as sources of this round's chunks: those that the person ``named``, and what the coordinator ``told``.
+
+    ``round_number`` None: their roots, where everything that is published lies.
 
     Raises `ConfigError` where the person named what is no mirror; what the coordinator told is then passed over.
     """
@@ -44,13 +49,13 @@ async def open_mirrors(named: Sequence[str], told: Sequence[str], round_number: 
     try:
         async with aiohttp.ClientSession(timeout=timeout, auto_decompress=False) as session:
 
-            def opened(url: str, max_redirects: int) -> Source:
-                base = f"{url.rstrip('/')}/{mirror_folder(round_number)}"
+            def opened(url: str, max_redirects: int) -> HttpMirror | StorageMirror:
+                base = url.rstrip("/") + (f"/{mirror_folder(round_number)}" if round_number is not None else "")
                 if _is_http(url):
                     return HttpMirror(session=session, name=base, max_redirects=max_redirects, proxy=_proxy(url))
                 return StorageMirror(Storage(base), threads)
 
-            sources = [opened(url, MAX_REDIRECTS) for url in dict.fromkeys(named)]
+            sources: list[HttpMirror | StorageMirror] = [opened(url, MAX_REDIRECTS) for url in dict.fromkeys(named)]
             for url in _usable(told):
                 with suppress(ConfigError):
                     if url not in named:
@@ -105,11 +110,31 @@ class HttpMirror:
 
     async def read(self, chunk: Chunk, start: int) -> AsyncIterator[bytes]:
         first, last = chunk.offset + start, chunk.offset + chunk.length - 1
-        headers = {"Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
-        url = f"{self.name}/{chunk.file}"
+        async with self._answer(chunk.file, {"Range": f"bytes={first}-{last}"}) as response:
+            whole = response.status == 200 and first == 0 and response.content_length == chunk.length
+            if response.status != 206 and not whole:
+                raise NetworkError(f"{response.url}: {response.status} {response.reason} where a range was asked for")
+            async for piece in response.content.iter_any():
+                yield piece
+
+    async def file(self, name: str, max_bytes: int) -> bytes:
+        """A whole file. Raises `VerificationError` for one that is larger."""
+        raw = bytearray()
+        async with self._answer(name, {}) as response:
+            if response.status != 200:
+                raise NetworkError(f"{response.url}: {response.status} {response.reason}")
+            async for piece in response.content.iter_any():
+                raw += piece
+                _check_size(name, len(raw), max_bytes)
+        return bytes(raw)
+
+    @asynccontextmanager
+    async def _answer(self, name: str, headers: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+        """What the server says about a file that it has."""
+        url = f"{self.name}/{name}"
         asking = self.session.get(
             url,
-            headers=headers,
+            headers={**headers, "Accept-Encoding": "identity"},
             allow_redirects=self.max_redirects > 0,
             max_redirects=self.max_redirects,
             proxy=self.proxy,
@@ -118,11 +143,7 @@ class HttpMirror:
             async with asking as response:
                 if response.status in _GONE:
                     raise NotFound(f"{url}: {response.status} {response.reason}")
-                whole = response.status == 200 and first == 0 and response.content_length == chunk.length
-                if response.status != 206 and not whole:
-                    raise NetworkError(f"{url}: {response.status} {response.reason} where a range was asked for")
-                async for piece in response.content.iter_any():
-                    yield piece
+                yield response
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
             raise Unreachable(f"{url}: {error or type(error).__name__}") from error
 
@@ -147,3 +168,15 @@ class StorageMirror:
             if len(piece) < last - first:
                 raise NotFound(f"{self.name}/{chunk.file} is shorter than it should be")
             yield piece
+
+    async def file(self, name: str, max_bytes: int) -> bytes:
+        """A whole file. Raises `VerificationError` for one that is larger."""
+        loop = asyncio.get_running_loop()
+        raw = await loop.run_in_executor(self.threads, self.storage.read, name, 0, max_bytes + 1)
+        _check_size(name, len(raw), max_bytes)
+        return raw
+
+
+def _check_size(name: str, size_bytes: int, max_bytes: int) -> None:
+    if size_bytes > max_bytes:
+        raise VerificationError(f"{name} of a mirror is larger than {max_bytes} bytes")

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swarm.cli import output
-from swarm.cli.download import Folder, Json, coordinator, invite_of, network, parse_run, verified
+from swarm.cli.download import Folder, Json, invite_of, parse_run, verified
+from swarm.cli.reaching import coordinator, network
 
 if TYPE_CHECKING:
     from peer.checkpoints.audit import AuditReport

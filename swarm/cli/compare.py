@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from swarm.cli import output
-from swarm.cli.download import Folder, Json, Run, known_roots, parse_run, verified
+from swarm.cli.download import Folder, Json, Run, parse_run, verified
+from swarm.cli.reaching import known_roots
 
 
 def diff(

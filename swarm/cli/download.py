@@ -1,7 +1,7 @@
 """`swarm download`, `verify`: a checkpoint fetched, and checked.
 
-Decides options and what is printed, and brings a network up for as long as a download takes; leaves the work to
-`peer.checkpoints.download` and `peer.checkpoints.verify`.
+Decides options and what is printed; leaves the work to `peer.checkpoints.download` and `peer.checkpoints.verify`, and
+whom to ask to `swarm.cli.reaching`.
 """
 
 from __future__ import annotations
@@ -9,31 +9,25 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from swarm.cli import output
+from swarm.cli.reaching import Where, coordinator, current_publication, known_roots, offered, sources_of
 
 if TYPE_CHECKING:
     from peer.checkpoints.filling import Fetching
     from peer.checkpoints.sources import OnProgress, Source, Tally
     from peer.checkpoints.verify import Report
-    from peer.coordinator_client import CoordinatorClient, RunInfo
-    from peer.p2p.transport import Transport
     from swarm.invite import Invite
-    from swarm.publication import Publication
-    from swarm.run_spec import RunSpec
 
 MEGABYTE = 1_000_000
 _MAX_ROUND = 2**63 - 1
 _RUN_ID = re.compile(r"[0-9a-fA-F]{40}")
-_STATUS_LIFETIME_S = 600.0  # the longest that the directory keeps a record
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder, as `swarm download` printed it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -44,14 +38,6 @@ Mirrors = Annotated[
     list[str] | None, typer.Option("--mirror", metavar="URL", help="A mirror to fetch from too; may be repeated.")
 ]
 MaxRate = Annotated[float | None, typer.Option("--max-rate", min=0.01, help="Fetch at most so fast, Mbit/s.")]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Where:
-    """What a person says about fetching: mirrors by URL, and how fast at most."""
-
-    named: tuple[str, ...] = ()
-    max_bytes_per_s: float | None = None
 
 
 def download(
@@ -147,57 +133,28 @@ def _verify(folder: Path, run_id: bytes | None) -> Report:
         return verify_folder(folder, run_id, _in_megabytes(advance), known_roots)
 
 
-def trusted_folder(run_id: bytes) -> Path:
-    """Where this machine keeps what it trusts of a run's metadata."""
-    from swarm.keyfiles import data_home
-
-    return data_home() / "trusted" / run_id.hex()
-
-
-def known_roots(run_id: bytes, spec: RunSpec) -> tuple[bytes, ...]:
-    """The run's roots that this machine trusts, for whoever checks a checkpoint's signatures."""
-    from peer.checkpoints import trusted
-
-    return trusted.known_roots(trusted_folder(run_id), run_id, spec)
-
-
 async def download_checkpoint(
     invite: Invite, round_number: int, out: Path | None, force: bool, where: Where
 ) -> tuple[Report, Tally]:
-    """Ask the coordinator for the checkpoint (round 0: the newest), fetch it, and verify it in place."""
+    """Fetch the checkpoint of a round (0: the newest), and verify it in place."""
     from peer.checkpoints import download as downloads
     from peer.checkpoints.sources import Tally
     from swarm import manifest
 
-    async with coordinator(invite) as client:
-        run = await client.get_run()
-        publication = await _publication(client, invite, round_number)
+    async with offered(invite, round_number, where) as (offer, found):
         order = downloads.Order(
             run_id=invite.run_id,
-            signed_spec=run.signed_spec,
-            publication=publication,
-            target=out if out is not None else Path(run.spec.name),
+            signed_spec=offer.signed_spec,
+            publication=offer.publication,
+            target=out if out is not None else Path(offer.spec.name),
             any_round=force or round_number > 0,
             known_roots=known_roots,
         )
-        wanted = manifest.parse(publication.manifest.payload)
+        wanted = manifest.parse(offer.publication.manifest.payload)
         tally = Tally()
         with output.progress(_megabytes(wanted.size_bytes), "MB", f"round {wanted.round}") as advance:
             tally.on_progress = _cumulative(advance, tally)
-            async with _sources(client, invite, wanted.round, where) as found:
-                return await downloads.download(order, _fetching(found, tally, where)), tally
-
-
-async def _publication(client: CoordinatorClient, invite: Invite, round_number: int) -> Publication:
-    """What is published of a round (0: the newest), by metadata that this machine may trust."""
-    from peer.checkpoints import trusted
-
-    run = await client.get_run()
-    source = trusted.files_source(await client.metadata())
-    known = await asyncio.to_thread(trusted.refresh, trusted_folder(invite.run_id), invite.run_id, run.spec, source)
-    publication = await client.checkpoint(round_number or known.newest_round)
-    known.check(publication)
-    return publication
+            return await downloads.download(order, _fetching(found, tally, where)), tally
 
 
 async def repair_checkpoint(folder: Path, run: str | None, where: Where, tally: Tally) -> Report:
@@ -220,7 +177,7 @@ async def repair_checkpoint(folder: Path, run: str | None, where: Where, tally: 
         if invite is None:
             provenance = read_provenance(folder, parse_run(run), known_roots)
             opening = mirrors.open_mirrors(where.named, (), provenance.manifest.round)
-            found = await stack.enter_async_context(opening)
+            found: list[Source] = list(await stack.enter_async_context(opening))
         else:
             client = await stack.enter_async_context(coordinator(invite))
             try:
@@ -229,9 +186,9 @@ async def repair_checkpoint(folder: Path, run: str | None, where: Where, tally: 
                 if round_number == 0:
                     raise
                 _refuse_other_run(folder, invite.run_id)
-                known, publication = await client.get_run(), await _publication(client, invite, round_number)
+                known, publication = await client.get_run(), await current_publication(client, invite, round_number)
                 provenance = check_provenance(known.signed_spec, publication, invite.run_id, known_roots)
-            found = await stack.enter_async_context(_sources(client, invite, provenance.manifest.round, where))
+            found = await stack.enter_async_context(sources_of(client, invite, provenance.manifest.round, where))
         return await repair(folder, provenance, _fetching(found, tally, where))
 
 
@@ -262,69 +219,6 @@ def _fetching(found: Sequence[Source], tally: Tally, where: Where) -> Fetching:
     from peer.checkpoints.filling import Fetching
 
     return Fetching(sources=found, tally=tally, max_bytes_per_s=where.max_bytes_per_s)
-
-
-@asynccontextmanager
-async def _sources(
-    client: CoordinatorClient, invite: Invite, round_number: int, where: Where
-) -> AsyncIterator[list[Source]]:
-    """Whoever may have this round: peers where they can be reached, mirrors, and the coordinator itself."""
-    from peer.checkpoints import download as downloads
-    from peer.checkpoints import mirrors
-    from peer.checkpoints.sources import CoordinatorSource, PeerSource
-    from peer.rounds.statuses import StatusRules
-    from swarm.errors import NetworkError
-
-    run, told = await client.get_run(), await client.mirrors()
-    rules = StatusRules(
-        run_id=invite.run_id,
-        publication_key=bytes.fromhex(run.spec.publication_key),
-        founders=tuple(run.genesis.voters),
-        lifetime_s=_STATUS_LIFETIME_S,
-    )
-    async with AsyncExitStack() as stack:
-        found = await stack.enter_async_context(mirrors.open_mirrors(where.named, told, round_number))
-        found.append(CoordinatorSource(client))
-        try:
-            transport = await stack.enter_async_context(network(invite, run))
-            now_unix_s = time.time() + run.clock_offset_s
-            holders = await downloads.find_holders(transport, rules, round_number, now_unix_s)
-            found += [PeerSource(transport, holder) for holder in holders]
-        except NetworkError as error:
-            print(f"warning: no peer can be reached ({error}); mirrors and the coordinator may do", file=sys.stderr)
-        yield found
-
-
-@asynccontextmanager
-async def coordinator(invite: Invite) -> AsyncIterator[CoordinatorClient]:
-    from peer.coordinator_client import CoordinatorClient
-
-    client = await CoordinatorClient.connect(invite)
-    try:
-        yield client
-    finally:
-        await client.close()
-
-
-@asynccontextmanager
-async def network(invite: Invite, run: RunInfo) -> AsyncIterator[Transport]:
-    """A connection to the run's peers under a key of its own, gone afterwards."""
-    from peer.p2p.network import NetworkConfig, open_network
-    from peer.rounds.statuses import status_key
-    from swarm.identity import Identity
-
-    config = NetworkConfig(
-        run_id=invite.run_id,
-        clock=lambda: time.time() + run.clock_offset_s,
-        directory_keys=tuple(status_key(shard) for shard in range(run.spec.num_shards)),
-        initial_peers=run.seed_addresses,
-        dht_server=False,
-    )
-    network = await open_network(config, Identity.generate())
-    try:
-        yield network
-    finally:
-        await network.close()
 
 
 def _print_report(report: Report, run_was_named: bool) -> None:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli import output
-from swarm.cli.download import Folder, Json, coordinator, invite_of, known_roots, parse_run, verified
+from swarm.cli.download import Folder, Json, invite_of, parse_run, verified
+from swarm.cli.reaching import coordinator, known_roots
 
 if TYPE_CHECKING:
     from swarm.errors import SwarmError

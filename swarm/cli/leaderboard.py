@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.cli import output
-from swarm.cli.download import Json, coordinator, known_roots
+from swarm.cli.download import Json
+from swarm.cli.reaching import coordinator, known_roots
 
 if TYPE_CHECKING:
     from peer.checkpoints.leaderboard import Row

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import DecodeError
 
-from coordinator.mirroring import Mirrored, keep_mirrors
+from coordinator.mirroring import Mirrored, PublishedRun, keep_mirrors
 from coordinator.run import RunSource
 from coordinator.server import RunningServer, ServerConfig, serve
 from coordinator.service import Outlets
@@ -263,14 +263,17 @@ async def keep_seed_peer(
         await asyncio.sleep(SEED_RESTART_PAUSE_S)
 
 
-async def write_mirrors(prepared: PreparedRun, say: Callable[[str, dict[str, Any]], None]) -> None:
+async def write_mirrors(
+    prepared: PreparedRun, server: RunningServer, say: Callable[[str, dict[str, Any]], None]
+) -> None:
     """Write what is published to the run file's targets, until cancelled. Raises `ConfigError` where one is none."""
 
     def tell(what: Mirrored) -> None:
         values = {"round": what.round, "mirror": what.url}
         say("mirrored" if not what.error else "not mirrored", values | ({"error": what.error} if what.error else {}))
 
-    await keep_mirrors(prepared.checkpoints, prepared.spec.run_id, prepared.spec, prepared.mirrors.write, tell)
+    published = PublishedRun(folder=prepared.checkpoints, run_id=prepared.spec.run_id, spec=prepared.spec)
+    await keep_mirrors(published, prepared.mirrors.write, tell, server.mirrored_files)
 
 
 def _remembered_port(path: Path) -> int:

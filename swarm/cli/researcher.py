@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swarm.cli import output
-from swarm.cli.download import MEGABYTE, Json, coordinator
+from swarm.cli.download import MEGABYTE, Json
+from swarm.cli.reaching import coordinator
 
 if TYPE_CHECKING:
     from swarm.invite import Invite

@@ -131,7 +131,7 @@ def start(
         if with_seed:
             jobs.append(asyncio.create_task(keep_seed_peer(prepared, invite, options, voice.hear_line)))
         if prepared.mirrors.write:
-            jobs.append(asyncio.create_task(write_mirrors(prepared, voice.say)))
+            jobs.append(asyncio.create_task(write_mirrors(prepared, server, voice.say)))
         try:
             done, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
             for job in done:

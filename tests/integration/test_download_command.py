@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,12 +24,21 @@ from coordinator.checkpoint_files import CheckpointFiles, PublishedFolder
 from coordinator.mirroring import write_mirror
 from peer.checkpoints.verify import verify_folder
 from peer.coordinator_client import CoordinatorClient, RunInfo
-from swarm.cli import compare, push
+from swarm.cli import compare, push, reaching
 from swarm.cli import download as commands
 from swarm.cli.audit import audit
 from swarm.cli.generate import generate
 from swarm.cli.leaderboard import leaderboard
-from swarm.errors import ConfigError, NotFound, RefusedCheckpoint, SignatureError, SwarmError, Unreachable
+from swarm.errors import (
+    ConfigError,
+    NotFound,
+    PinError,
+    RefusedCheckpoint,
+    SignatureError,
+    SwarmError,
+    Unreachable,
+    VerificationError,
+)
 from swarm.identity import Identity
 from swarm.invite import Invite, parse
 from swarm.manifest import MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE
@@ -78,6 +87,14 @@ class Coordinator:
     urls: tuple[str, ...] = ()
     has_new_key: bool = False
     renewed: Publication | None = None
+    is_away: SwarmError | None = None
+
+    def mirror_metadata(self, folder: Path, now: datetime = NOW) -> None:
+        """As `coordinator.mirroring` writes it."""
+        (folder / "metadata").mkdir(exist_ok=True)
+        files = asyncio.run(self._repository(now)).files
+        for name, raw in {**files, SPEC_FILE: self.made.signed_spec.SerializeToString()}.items():
+            (folder / "metadata" / name).write_bytes(raw)
 
     async def get_run(self) -> RunInfo:
         return RunInfo(
@@ -94,8 +111,8 @@ class Coordinator:
     async def metadata(self) -> dict[str, bytes]:
         return (await self._repository()).files
 
-    async def _repository(self) -> Repository:
-        repository = Repository((await self.get_run()).spec, (ORGANIZER,), PUBLISHER, now=NOW)
+    async def _repository(self, now: datetime = NOW) -> Repository:
+        repository = Repository((await self.get_run()).spec, (ORGANIZER,), PUBLISHER, now=now)
         if self.has_new_key:
             repository.change([ORGANIZER], publisher=NEW_PUBLISHER)
         repository.publish(await self.checkpoint(0), self.made.manifest.round)
@@ -152,6 +169,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     coordinator = Coordinator(made, CheckpointFiles(tmp_path / "home", made.run_id, make_parts().spec))
 
     async def connect(invite: Invite) -> Coordinator:
+        if coordinator.is_away is not None:
+            raise coordinator.is_away
         return coordinator
 
     @asynccontextmanager
@@ -161,7 +180,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
 
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setattr(CoordinatorClient, "connect", connect)
-    monkeypatch.setattr(commands, "network", no_network)
+    monkeypatch.setattr(reaching, "network", no_network)
     with web_mirror(tmp_path / "www") as mirror:
         yield Place(made, coordinator, mirror, tmp_path)
 
@@ -199,6 +218,65 @@ def test_a_rate_limit_is_kept_by_the_command(place: Place) -> None:
     assert time.monotonic() - started >= 0.9 * place.size_bytes * 8 / 80e6
 
 
+AWAY = Unreachable("no coordinator answers")
+
+
+def test_a_mirror_alone_will_do_while_the_coordinator_is_away(place: Place) -> None:
+    place.coordinator.is_away = AWAY
+    place.coordinator.mirror_metadata(place.folder / "www")
+    for round_name in ("", "@10"):
+        got = run("download", place.invite + round_name, "--out", place.folder / "got", "--mirror", place.mirror.url)
+        assert got.exit_code == 0, got.stderr
+        assert "asking mirrors what is published" in got.stderr
+    assert verify_folder(place.folder / "got" / "round-000010", place.made.run_id).ok
+    missing = run("download", f"{place.invite}@9", "--out", place.folder / "got", "--mirror", place.mirror.url)
+    assert missing.exception is AWAY and "no checkpoint of round 9" in missing.stderr
+
+
+def test_mirrors_that_the_coordinator_told_once_are_remembered_for_when_it_is_away(place: Place) -> None:
+    place.coordinator.urls = (place.mirror.url,)
+    downloaded(place)
+    place.coordinator.is_away = AWAY
+    place.coordinator.mirror_metadata(place.folder / "www")
+    got = run_json("download", place.invite, "--out", place.folder / "other")
+    assert got["ok"] and {source["kind"] for source in got["sources"]} == {"mirror"}
+
+
+def test_without_a_mirror_an_absent_coordinator_is_told(place: Place) -> None:
+    place.coordinator.is_away = AWAY
+    assert run("download", place.invite, "--out", place.folder / "got").exception is AWAY
+
+
+@pytest.mark.parametrize("case", ["stale", "of another run", "another manifest", "endless", "no signatures"])
+def test_a_mirror_cannot_pass_off_what_the_run_does_not_vouch_for(place: Place, case: str) -> None:
+    """TUF's rules hold without the coordinator, too: an old timestamp holds newer checkpoints back, say."""
+    place.coordinator.is_away = AWAY
+    www = place.folder / "www"
+    place.coordinator.mirror_metadata(www, now=NOW - timedelta(days=8) if case == "stale" else NOW)
+    signature = www / "checkpoint-10" / SIGNATURE_FILE
+    if case == "of another run":
+        other = signed_checkpoint(place.folder / "other" / "checkpoint-10", make_parts(name="other"))
+        (www / "metadata" / SPEC_FILE).write_bytes(other.signed_spec.SerializeToString())
+    elif case == "another manifest":
+        other = signed_checkpoint(place.folder / "other" / "checkpoint-10", make_parts(num_values=2_000))
+        signature.write_bytes(other.signed_manifest.SerializeToString())
+    elif case == "endless":
+        (www / "metadata" / "timestamp.json").write_bytes(b" " * 5_000_001)
+    elif case == "no signatures":
+        signature.unlink()
+    result = run("download", place.invite, "--out", place.folder / "got", "--mirror", place.mirror.url)
+    expected = {"of another run": SwarmError, "no signatures": Unreachable}.get(case, VerificationError)
+    assert isinstance(result.exception, expected), result.exception
+    assert not (place.folder / "got" / "round-000010").exists()
+
+
+def test_another_key_in_the_coordinators_place_is_refused_whatever_mirrors_say(place: Place) -> None:
+    place.coordinator.is_away = PinError("another key answers")
+    place.coordinator.mirror_metadata(place.folder / "www")
+    result = run("download", place.invite, "--out", place.folder / "got", "--mirror", place.mirror.url)
+    assert isinstance(result.exception, PinError)
+
+
 READERS: dict[str, tuple[Callable[..., None], tuple[object, ...]]] = {
     "verify": (commands.verify, ()),
     "generate": (generate, ("hello",)),
@@ -213,7 +291,7 @@ READERS: dict[str, tuple[Callable[..., None], tuple[object, ...]]] = {
 def test_every_command_refuses_a_replaced_key_once_this_machine_knows(name: str, place: Place) -> None:
     folder = downloaded(place)
     asyncio.run(place.coordinator.replace_key())
-    asyncio.run(commands._publication(cast(CoordinatorClient, place.coordinator), parse(place.invite), 0))
+    asyncio.run(reaching.current_publication(cast(CoordinatorClient, place.coordinator), parse(place.invite), 0))
     one = typer.Typer()
     one.command()(READERS[name][0])
     result = CliRunner().invoke(one, [str(folder), *map(str, READERS[name][1])])

@@ -11,7 +11,7 @@ import pytest
 
 from coordinator import mirroring
 from coordinator.checkpoint_files import MAX_PIECE_BYTES, MAX_READS_AT_ONCE, CheckpointFiles, published_folders
-from coordinator.mirroring import Mirrored, keep_mirrors
+from coordinator.mirroring import Mirrored, PublishedRun, keep_mirrors
 from peer.checkpoints.checkpoint import write_signed
 from swarm.digest import sha256
 from swarm.errors import ConfigError, NetworkError, NotFound, ProtocolError
@@ -45,8 +45,10 @@ def checkpoint(home: Path, number: int) -> SignedCheckpoint:
     return small_checkpoint(home / f"checkpoint-{number}", round_number=number)
 
 
-def mirror_until(home: Path, run_id: bytes, urls: list[str], count: int) -> list[Mirrored]:
-    """What is told while `keep_mirrors` runs, until ``count`` things were."""
+def mirror_until(
+    home: Path, run_id: bytes, urls: list[str], count: int, repository: Repository | None = None
+) -> list[Mirrored]:
+    """What is told while `keep_mirrors` runs, until ``count`` things were; then until the metadata is there, too."""
     heard: list[Mirrored] = []
 
     async def body() -> None:
@@ -57,8 +59,18 @@ def mirror_until(home: Path, run_id: bytes, urls: list[str], count: int) -> list
             if len(heard) >= count:
                 enough.set()
 
-        keeping = asyncio.create_task(keep_mirrors(home, run_id, SPEC, urls, tell))
-        waiting = asyncio.create_task(enough.wait())
+        async def metadata() -> dict[str, bytes]:
+            return repository.files if repository is not None else {}
+
+        async def wait() -> None:
+            await enough.wait()
+            timestamp = Path(urls[0].removeprefix("file://")) / "metadata" / "timestamp.json"
+            while repository is not None and not timestamp.exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+        published = PublishedRun(folder=home, run_id=run_id, spec=SPEC)
+        keeping = asyncio.create_task(keep_mirrors(published, urls, tell, metadata))
+        waiting = asyncio.create_task(wait())
         await asyncio.wait((keeping, waiting), timeout=30, return_when=asyncio.FIRST_COMPLETED)
         keeping.cancel()
         waiting.cancel()
@@ -168,3 +180,27 @@ def test_too_many_readers_at_once_are_sent_elsewhere(home: Path) -> None:
     files._reading = MAX_READS_AT_ONCE
     with pytest.raises(NetworkError, match="busy"):
         files.piece(bytes.fromhex(made.manifest.files[0].chunks[0]), 0, 1)
+
+
+def test_metadata_lies_beside_the_checkpoints_that_it_names_and_is_written_last(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A target that lacks the newest checkpoint is told nothing of it."""
+    made = checkpoint(home, 10)
+    repository = Repository(SPEC, (ORGANIZER,), PUBLISHER)
+    repository.publish(made.publication, 10)
+    written: list[str] = []
+    write = Storage.write
+
+    def noted(self: Storage, name: str, source: Path) -> None:
+        if "late" in self.url and name == "checkpoint-10/swarm-manifest.sig":
+            raise NetworkError("not now")
+        written.append(name)
+        write(self, name, source)
+
+    monkeypatch.setattr(Storage, "write", noted)
+    monkeypatch.setattr(mirroring, "LOOK_INTERVAL_S", 0.05)
+    mirror_until(home, made.run_id, [f"file://{tmp_path}/www", f"file://{tmp_path}/late"], 1, repository)
+    assert written[-1] == "metadata/timestamp.json"
+    assert {name: (tmp_path / "www" / "metadata" / name).read_bytes() for name in repository.files} == repository.files
+    assert not (tmp_path / "late" / "metadata").exists()

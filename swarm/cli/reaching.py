@@ -1,0 +1,173 @@
+"""Reaching a run: its coordinator, its peers and its mirrors, for as long as a command takes.
+
+Decides whom a download asks, and that a coordinator that is away is no obstacle: what is published then comes from
+mirrors, by the same metadata, for as long as that is valid. Another key in the coordinator's place is refused. Leaves
+fetching to `peer.checkpoints.download`, what is believed to `peer.checkpoints.trusted`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peer.checkpoints.mirrored import Offer
+    from peer.checkpoints.sources import Source
+    from peer.coordinator_client import CoordinatorClient, RunInfo
+    from peer.p2p.transport import Transport
+    from swarm.errors import SwarmError
+    from swarm.invite import Invite
+    from swarm.publication import Publication
+    from swarm.run_spec import RunSpec
+
+_STATUS_LIFETIME_S = 600.0  # the longest that the directory keeps a record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """What a person says about fetching: mirrors by URL, and how fast at most."""
+
+    named: tuple[str, ...] = ()
+    max_bytes_per_s: float | None = None
+
+
+def trusted_folder(run_id: bytes) -> Path:
+    """Where this machine keeps what it trusts of a run's metadata."""
+    from swarm.keyfiles import data_home
+
+    return data_home() / "trusted" / run_id.hex()
+
+
+def known_roots(run_id: bytes, spec: RunSpec) -> tuple[bytes, ...]:
+    """The run's roots that this machine trusts, for whoever checks a checkpoint's signatures."""
+    from peer.checkpoints import trusted
+
+    return trusted.known_roots(trusted_folder(run_id), run_id, spec)
+
+
+@asynccontextmanager
+async def offered(invite: Invite, round_number: int, where: Where) -> AsyncIterator[tuple[Offer, list[Source]]]:
+    """What is published of a round (0: the newest), and who may have its chunks."""
+    from peer.checkpoints import mirrored
+    from peer.checkpoints.mirrors import open_mirrors
+    from swarm.errors import DeadlineExceeded, Unreachable
+
+    async with AsyncExitStack() as stack:
+        try:
+            client = await stack.enter_async_context(coordinator(invite))
+            run = await client.get_run()
+            publication = await current_publication(client, invite, round_number)
+        except (Unreachable, DeadlineExceeded) as error:
+            told = await asyncio.to_thread(mirrored.remembered, trusted_folder(invite.run_id))
+            if not where.named and not told:
+                raise
+            offer = await _offer_of_mirrors(invite, round_number, where, told, error)
+            found = await stack.enter_async_context(open_mirrors(where.named, told, offer.round))
+            yield offer, list(found)
+            return
+        offer = mirrored.Offer(spec=run.spec, signed_spec=run.signed_spec, publication=publication)
+        await asyncio.to_thread(mirrored.remember, trusted_folder(invite.run_id), await client.mirrors())
+        yield offer, await stack.enter_async_context(sources_of(client, invite, offer.round, where))
+
+
+async def _offer_of_mirrors(
+    invite: Invite, round_number: int, where: Where, told: tuple[str, ...], away: SwarmError
+) -> Offer:
+    """What the first mirror that has it whole says is published; what is wrong with all of them otherwise."""
+    from peer.checkpoints.mirrored import offer_of
+    from peer.checkpoints.mirrors import open_mirrors
+    from swarm.errors import NetworkError, VerificationError
+
+    print(f"warning: {away}; asking mirrors what is published", file=sys.stderr)
+    failures: list[SwarmError] = []
+    async with open_mirrors(where.named, told, None) as found:
+        for mirror in found:
+            try:
+                return await offer_of(mirror, trusted_folder(invite.run_id), invite.run_id, round_number)
+            except (NetworkError, VerificationError) as error:
+                failures.append(error)
+                print(f"warning: {mirror.name}: {error}", file=sys.stderr)
+    raise next((error for error in failures if isinstance(error, VerificationError)), away)
+
+
+async def current_publication(client: CoordinatorClient, invite: Invite, round_number: int) -> Publication:
+    """What is published of a round (0: the newest), by metadata that this machine may trust."""
+    from peer.checkpoints import trusted
+
+    run = await client.get_run()
+    source = trusted.files_source(await client.metadata())
+    known = await asyncio.to_thread(trusted.refresh, trusted_folder(invite.run_id), invite.run_id, run.spec, source)
+    publication = await client.checkpoint(round_number or known.newest_round)
+    known.check(publication)
+    return publication
+
+
+@asynccontextmanager
+async def sources_of(
+    client: CoordinatorClient, invite: Invite, round_number: int, where: Where
+) -> AsyncIterator[list[Source]]:
+    """Whoever may have this round: peers where they can be reached, mirrors, and the coordinator itself."""
+    from peer.checkpoints import download as downloads
+    from peer.checkpoints import mirrors
+    from peer.checkpoints.sources import CoordinatorSource, PeerSource
+    from peer.rounds.statuses import StatusRules
+    from swarm.errors import NetworkError
+
+    run, told = await client.get_run(), await client.mirrors()
+    rules = StatusRules(
+        run_id=invite.run_id,
+        publication_key=bytes.fromhex(run.spec.publication_key),
+        founders=tuple(run.genesis.voters),
+        lifetime_s=_STATUS_LIFETIME_S,
+    )
+    async with AsyncExitStack() as stack:
+        found: list[Source] = list(
+            await stack.enter_async_context(mirrors.open_mirrors(where.named, told, round_number))
+        )
+        found.append(CoordinatorSource(client))
+        try:
+            transport = await stack.enter_async_context(network(invite, run))
+            now_unix_s = time.time() + run.clock_offset_s
+            holders = await downloads.find_holders(transport, rules, round_number, now_unix_s)
+            found += [PeerSource(transport, holder) for holder in holders]
+        except NetworkError as error:
+            print(f"warning: no peer can be reached ({error}); mirrors and the coordinator may do", file=sys.stderr)
+        yield found
+
+
+@asynccontextmanager
+async def coordinator(invite: Invite) -> AsyncIterator[CoordinatorClient]:
+    from peer.coordinator_client import CoordinatorClient
+
+    client = await CoordinatorClient.connect(invite)
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+@asynccontextmanager
+async def network(invite: Invite, run: RunInfo) -> AsyncIterator[Transport]:
+    """A connection to the run's peers under a key of its own, gone afterwards."""
+    from peer.p2p.network import NetworkConfig, open_network
+    from peer.rounds.statuses import status_key
+    from swarm.identity import Identity
+
+    config = NetworkConfig(
+        run_id=invite.run_id,
+        clock=lambda: time.time() + run.clock_offset_s,
+        directory_keys=tuple(status_key(shard) for shard in range(run.spec.num_shards)),
+        initial_peers=run.seed_addresses,
+        dht_server=False,
+    )
+    network = await open_network(config, Identity.generate())
+    try:
+        yield network
+    finally:
+        await network.close()
