@@ -239,7 +239,7 @@ def test_mirrors_that_the_coordinator_told_once_are_remembered_for_when_it_is_aw
     place.coordinator.is_away = AWAY
     place.coordinator.mirror_metadata(place.folder / "www")
     got = run_json("download", place.invite, "--out", place.folder / "other")
-    assert got["ok"] and {source["kind"] for source in got["sources"]} == {"mirror"}
+    assert got["ok"] and {source["kind"] for source in got["sources"]} == {"mirrors"}
 
 
 def test_without_a_mirror_an_absent_coordinator_is_told(place: Place) -> None:
