@@ -23,7 +23,7 @@ from swarm.run_spec import Checkpoints
 ATTESTATION_CONTEXT = "attestation"
 WITNESSES_CONTEXT = "witnesses"
 MAX_ATTESTATION_BYTES = 512
-MAX_WITNESSES_BYTES = 1 << 20
+MAX_WITNESSES_BYTES = 16 << 20
 MAX_REPLICAS = 256
 
 

@@ -19,7 +19,7 @@ from coordinator.run import Run, open_run
 from coordinator.store import Store
 from coordinator.witnesses import ATTEST_WITHIN_MS, Hearing
 from peer.checkpoints import trusted
-from swarm import governance, metadata
+from swarm import governance, metadata, witness
 from swarm.digest import join_subtrees, sha256
 from swarm.errors import ConfigError, NotAdmitted, NotFound, ProtocolError, SignatureError, VerificationError
 from swarm.identity import Identity
@@ -69,6 +69,18 @@ def test_an_honest_manifest_is_signed_by_the_publication_key(world: World, store
     assert published.manifest.payload == payload
     assert published.manifest.signer == PUBLICATION.public_key
     assert published.verified(world.run_id, world.spec).round == number
+
+
+def test_more_witnesses_than_researchers_take_are_cut_to_as_many_as_are_needed(
+    world: World, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a large run could publish nothing: two of the three that attested are enough here."""
+    attestation = world.attest_request(SEED, 2).ByteSize()
+    monkeypatch.setattr(witness, "MAX_WITNESSES_BYTES", 3 * attestation)
+    published = _publish(world, store, world.manifest(2))
+    quorum = witness.parse_witnesses(published.witnesses, world.run_id, PUBLICATION.public_key)
+    assert (len(quorum.attestations), len(quorum.replicas)) == (2, 3)
+    assert published.verified(world.run_id, world.spec).round == 2
 
 
 def test_the_same_manifest_gets_the_same_answer(world: World, store: Store) -> None:
