@@ -59,7 +59,15 @@ def make(store: Store, round_number: int, num_shards: int) -> RunRecord:
         if peer.key in told and told[peer.key].name
     ]
     losses = store.losses(round_number, round_number).get(round_number)
-    work = [PeerWork(tokens=peer.tokens, device=peer.device, tokens_per_s=peer.tokens_per_s) for peer in known]
+    work = [
+        PeerWork(
+            tokens=peer.tokens,
+            device=peer.device,
+            tokens_per_s=peer.tokens_per_s,
+            known_s=max(0, peer.last_seen_unix_ms - peer.first_seen_unix_ms) / 1000,
+        )
+        for peer in known
+    ]
     return RunRecord(
         round=round_number,
         num_peers=len(known),

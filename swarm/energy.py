@@ -1,12 +1,14 @@
 """How much energy training took: an estimate from what the record of a run holds, never a measurement.
 
 Decides the power of a device by what peers call it, and the factors. Seconds are credited tokens over reported
-tokens/s, so time that nobody counted (start, waiting, lost work) is not in them; power is the device's rated power, so
-it is rather too high. Factors are codecarbon's for when it is offline; a test compares them with its files.
+tokens/s, and no more than the time for which the coordinator has known the peer, so time that nobody counted (start,
+waiting, lost work) is not in them; power is the device's rated power, so it is rather too high. Factors are
+codecarbon's for when it is offline; a test compares them with its files.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -44,8 +46,9 @@ GPU_WATTS = (
 UNKNOWN_GPU_WATTS = 300.0
 MIN_BELIEVABLE_TOKENS_PER_S = 1.0  # peers that have just begun, or lie, report less
 METHOD = (
-    "estimate: tokens that the signed log credits, over the tokens/s that each peer reported, times the rated power of "
-    f"its device ({WATTS_PER_CPU_THREAD:g} W per CPU thread and {DEFAULT_CPU_WATTS:g} W for unknown CPUs as codecarbon "
+    "estimate: tokens that the signed log credits, over the tokens/s that each peer reported (for at most as long as "
+    "the coordinator knew it), times the rated power of its device "
+    f"({WATTS_PER_CPU_THREAD:g} W per CPU thread and {DEFAULT_CPU_WATTS:g} W for unknown CPUs as codecarbon "
     f"assumes, board power for GPUs, {UNKNOWN_GPU_WATTS:g} W for unknown ones); CO2 by codecarbon's offline world "
     f"average of {CO2_G_PER_KWH:g} g/kWh. Not measured; hosts, networks, the coordinator and lost work are left out."
 )
@@ -53,11 +56,15 @@ METHOD = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerWork:
-    """What is known of one peer: tokens by the log, device and speed by its own report ("" and 0: none)."""
+    """What is known of one peer: tokens by the log, device and speed by its own report ("" and 0: none).
+
+    ``known_s``: between the first and the last time that the coordinator heard of it.
+    """
 
     tokens: int
     device: str
     tokens_per_s: float
+    known_s: float = math.inf
 
 
 def watts_of(device: str) -> float:
@@ -80,7 +87,7 @@ def estimate(work: Iterable[PeerWork]) -> Energy:
             unknown += peer.tokens
         elif peer.tokens:
             counts[peer.device] = counts.get(peer.device, 0) + 1
-            seconds.setdefault(peer.device, []).append(peer.tokens / peer.tokens_per_s)
+            seconds.setdefault(peer.device, []).append(min(peer.tokens / peer.tokens_per_s, peer.known_s))
     devices = tuple(
         DeviceUse(
             device=name, num_peers=counts[name], training_s=round(sum(sorted(seconds[name])), 1), watts=watts_of(name)

@@ -33,7 +33,9 @@ def world(store: Store) -> World:
     made = World()
     membership.admit(made.run, store, made.admit_request(ANNA, name="Anna", agent="swarmtrain/1"), NOW)
     membership.admit(made.run, store, made.admit_request(BORIS, agent="swarmtrain/2"), NOW)
-    membership.report(made.run, store, made.report_request(ANNA, device="CPU, 2 threads", tokens_per_s=10.0), NOW)
+    later = NOW + 60_000
+    report = made.report_request(ANNA, device="CPU, 2 threads", tokens_per_s=10.0, sent_unix_ms=later)
+    membership.report(made.run, store, report, later)
     Ledger(made.run, store).record(made.commits(2), NOW)
     return made
 
@@ -46,6 +48,15 @@ def test_a_record_names_who_asked_for_it_and_estimates_what_can_be(world: World,
     (use,) = found.energy.devices
     assert (use.device, use.training_s, use.watts) == ("CPU, 2 threads", 20.0, 8.0)
     assert found.energy.unknown_tokens == 400  # Boris reported nothing
+
+
+def test_a_rate_that_is_too_low_makes_nobody_train_for_longer_than_the_run_knows_it(world: World, store: Store) -> None:
+    """At 1 token/s Anna's 200 tokens would have taken 200 s; she has been here for 90."""
+    later = NOW + 90_000
+    slow = world.report_request(ANNA, device="CPU, 2 threads", tokens_per_s=1.0, sent_unix_ms=later)
+    membership.report(world.run, store, slow, later)
+    (use,) = records.make(store, 2, 1).energy.devices
+    assert use.training_s == 90.0
 
 
 def test_reports_that_fit_into_no_estimate_do_not_stop_publication(
