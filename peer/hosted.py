@@ -15,9 +15,11 @@ from peer.joining import Joined, ShardStart
 from peer.rounds.answering import answer_peers
 from peer.rounds.exchange import Exchange
 from peer.rounds.exchange_parts import Committed, ExchangeParts
+from peer.rounds.ledger import Ledger
 from peer.rounds.member import Member, MemberParts, Words
 from peer.rounds.mending import Incident
 from peer.rounds.pace import Pace
+from peer.surroundings import Surroundings, SurroundingsParts
 from peer.training.feeding import ShardTraining, Training
 from peer.training.layout import slices_of
 from swarm import schedule
@@ -33,7 +35,7 @@ class Listeners:
 
 
 class HostedShards:
-    """All shards of the run, in order."""
+    """The shards of this peer's span, in order."""
 
     def __init__(
         self,
@@ -45,16 +47,16 @@ class HostedShards:
     ) -> None:
         self._spec = joined.run.spec
         pieces = slices_of([start.shard.num_values for start in starts])
-        pace = Pace(len(starts))
+        pace = Pace(self._spec.num_shards)
         members = []
-        for number, (start, values) in enumerate(zip(starts, pieces, strict=True)):
+        for start, values, ledger in zip(starts, pieces, joined.ledgers, strict=True):
             trainer = ShardTraining(training, values) if training is not None else None
-            exchange = _exchange(joined, number, start, trainer, listeners)
+            exchange = _exchange(joined, ledger, start, trainer, listeners)
             parts = MemberParts(
                 identity=joined.identity,
                 transport=joined.transport,
                 exchange=exchange,
-                ledger=joined.ledgers[number],
+                ledger=ledger,
                 chunks=joined.chunks,
                 rules=joined.status_rules,
                 words=words,
@@ -63,6 +65,29 @@ class HostedShards:
             )
             members.append(Member(parts))
         self.members = tuple(members)
+        self.surroundings = Surroundings(
+            SurroundingsParts(
+                transport=joined.transport,
+                spec=self._spec,
+                rules=joined.status_rules,
+                clock=joined.clock,
+                me=joined.identity.public_key,
+                pace=pace,
+            ),
+            self.members,
+        )
+
+    def exchange_of(self, shard: int) -> Exchange:
+        """Of a shard that is hosted here."""
+        return self.members[shard - self.shards[0]].parts.exchange
+
+    @property
+    def shards(self) -> list[int]:
+        return [exchange.shard.index for exchange in self.exchanges]
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.members) == self._spec.num_shards
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
@@ -70,7 +95,7 @@ class HostedShards:
 
     @property
     def first(self) -> Exchange:
-        """The first shard's: its rounds say what is read, at which learning rate, and when the run is over."""
+        """The first one's that is hosted here: its rounds say what is read, and at which learning rate."""
         return self.members[0].parts.exchange
 
     @property
@@ -79,10 +104,20 @@ class HostedShards:
         return min(exchange.head.round for exchange in self.exchanges)
 
     @property
-    def is_finished(self) -> bool:
-        """The first shard has the tokens of the run, and the others followed it to its last round."""
+    def end_round(self) -> int | None:
+        """The round in which the first shard of the run had the tokens of the run; None before."""
+        if self.shards[0] > 0:
+            return self.surroundings.end_round()
         head = self.first.head
-        return schedule.is_finished(self._spec, head.total_tokens) and self.round == head.round
+        return head.round if schedule.is_finished(self._spec, head.total_tokens) else None
+
+    @property
+    def is_finished(self) -> bool:
+        """The first shard has the tokens of the run, and the others, wherever they are, followed it to that round."""
+        end, elsewhere = self.end_round, self.surroundings.elsewhere
+        if end is None or self.round < end:
+            return False
+        return all(self.surroundings.standing(shard).round > end for shard in elsewhere)
 
     @property
     def state_digest(self) -> bytes:
@@ -101,14 +136,17 @@ class HostedShards:
     def progress(self, tokens_per_s: float) -> list[dict[str, int]]:
         """Of every shard: the round that is committed, who trains it, and how fast; ``tokens_per_s``: of this peer."""
         told = []
-        for number, member in enumerate(self.members):
-            training = [status for status in member.statuses.values() if status.trains and not status.leaving]
+        mine = {exchange.shard.index: exchange.head.round for exchange in self.exchanges}
+        for shard in range(self._spec.num_shards):
+            statuses = self.surroundings.statuses(shard).values()
+            training = [status for status in statuses if status.trains and not status.leaving]
+            here = shard in mine and self.members[0].parts.words.trains
             told.append(
                 {
-                    "shard": number,
-                    "round": member.parts.exchange.head.round,
-                    "replicas": len(training) + member.parts.words.trains,
-                    "tokens/s": round(tokens_per_s + sum(status.tokens_per_s for status in training)),
+                    "shard": shard,
+                    "round": mine.get(shard, self.surroundings.standing(shard).round - 1),
+                    "replicas": len(training) + here,
+                    "tokens/s": round(tokens_per_s * here + sum(status.tokens_per_s for status in training)),
                 }
             )
         return told
@@ -118,7 +156,8 @@ class HostedShards:
 
     def jobs(self) -> list[Coroutine[Any, Any, None]]:
         """What runs until it is cancelled."""
-        return [member.run() for member in self.members]
+        elsewhere = [] if self.is_whole else [self.surroundings.run()]
+        return [*(member.run() for member in self.members), *elsewhere]
 
     async def leave(self) -> None:
         """Tell the others that we go."""
@@ -132,8 +171,10 @@ class HostedShards:
 
 
 def _exchange(
-    joined: Joined, number: int, start: ShardStart, trainer: ShardTraining | None, listeners: Listeners
+    joined: Joined, ledger: Ledger, start: ShardStart, trainer: ShardTraining | None, listeners: Listeners
 ) -> Exchange:
+    number = start.shard.index
+
     async def on_commit(committed: Committed) -> None:
         await listeners.on_commit(number, committed)
 
@@ -141,7 +182,7 @@ def _exchange(
         identity=joined.identity,
         transport=joined.transport,
         shard=start.shard,
-        ledger=joined.ledgers[number],
+        ledger=ledger,
         chunks=joined.chunks,
         founders=joined.founders,
         trainer=trainer,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from peer import placing
 from peer.checkpoints.checkpoint import CheckpointParts
 from peer.checkpoints.gathering import Gathering
 from peer.checkpoints.publishing import StateCopy, Template
@@ -38,7 +39,7 @@ from peer.training.hosting import Hosting, choose_hosting
 from peer.training.trainer import Limits
 from swarm import data_manifest, log, schedule
 from swarm.data_manifest import DataManifest
-from swarm.errors import NetworkError, NotFound, ResourceError, Unreachable
+from swarm.errors import NetworkError, NotFound, Unreachable
 from swarm.identity import Identity, public_key_of
 from swarm.invite import Invite
 from swarm.log import LogHead
@@ -101,28 +102,35 @@ class Joined:
     folder: Path
     chunks: ChunkStore
     ledgers: tuple[Ledger, ...]
-    """of every shard of the run, in order"""
+    """of every shard that is hosted here, in order"""
     book: HolderBook
+    hosting: Hosting | None = None
+    """what is trained here; None on a seed peer"""
+    reason: str = ""
+    """why this span of all that fit"""
 
     @property
     def founders(self) -> tuple[bytes, ...]:
         return tuple(self.run.genesis.voters)
 
     def is_checkpoint_round(self, number: int) -> bool:
-        """At the run's cadence, and when the run ends, which the first shard's log says for all."""
+        """At the run's cadence, and when the run ends, as the log of the first shard that is hosted here says."""
         log_of_first = self.ledgers[0]
         total_tokens = log_of_first.heads[number].total_tokens if number <= log_of_first.head.round else 0
         return number > 0 and schedule.is_checkpoint_round(self.run.spec, number, total_tokens)
 
     @property
     def status_rules(self) -> StatusRules:
-        interval_s = self.run.spec.rounds.status_interval_s
-        return StatusRules(
-            run_id=self.options.invite.run_id,
-            publication_key=bytes.fromhex(self.run.spec.publication_key),
-            founders=self.founders,
-            lifetime_s=max(MIN_STATUS_LIFETIME_S, STATUS_LIFETIME_INTERVALS * interval_s),
-        )
+        return status_rules(self.run)
+
+
+def status_rules(run: RunInfo) -> StatusRules:
+    return StatusRules(
+        run_id=run.spec.run_id,
+        publication_key=bytes.fromhex(run.spec.publication_key),
+        founders=tuple(run.genesis.voters),
+        lifetime_s=max(MIN_STATUS_LIFETIME_S, STATUS_LIFETIME_INTERVALS * run.spec.rounds.status_interval_s),
+    )
 
 
 def checkpoint_template(joined: Joined) -> Template:
@@ -172,24 +180,27 @@ async def meet_coordinator(
     return client, run
 
 
-async def choose(options: PeerOptions, run: RunInfo) -> Hosting:
+async def measure(options: PeerOptions, run: RunInfo) -> Hosting:
     """What of the run fits into this machine's memory, before anything is fetched. Raises `ResourceError`."""
     gc.collect()  # a replica that diverged takes room until then
     vocab_size = data_manifest.parse(run.manifest_bytes).vocab_size
-    hosting = await asyncio.to_thread(choose_hosting, run.spec, vocab_size, options.device, options.memory_bytes)
-    span = hosting.choice.plan.span
-    if not span.is_whole:
-        raise ResourceError(
-            f"of this run's model only {span} fits here, and this version trains whole models only",
-            "close other programs, raise --memory, or choose another --device",
-        )
-    return hosting
+    return await asyncio.to_thread(choose_hosting, run.spec, vocab_size, options.device, options.memory_bytes)
 
 
-async def join(
-    options: PeerOptions, identity: Identity, client: CoordinatorClient, run: RunInfo, stack: AsyncExitStack
-) -> Joined:
-    """Open the network, be admitted, open the folders. What was opened is closed by ``stack``."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """Who joins what, once the run's signatures are right; ``hosting``: what fits here, None on a seed peer."""
+
+    options: PeerOptions
+    identity: Identity
+    client: CoordinatorClient
+    run: RunInfo
+    hosting: Hosting | None
+
+
+async def join(entry: Entry, stack: AsyncExitStack) -> Joined:
+    """Open the network, be admitted, choose what to host, open the folders. ``stack`` closes what was opened."""
+    options, identity, client, run = entry.options, entry.identity, entry.client, entry.run
 
     def clock() -> float:
         return time.time() + run.clock_offset_s
@@ -204,9 +215,12 @@ async def join(
         chunks.add_source(token_shard_source(options.data_folder, manifest))
         keep_genesis(folder, run.signed_genesis)
     kept = LedgerOptions(archive=not options.trains)
+    hosting, reason = None, ""
+    if entry.hosting is not None:
+        hosting, reason = await _settle(entry.hosting, run, transport, clock)
     ledgers = tuple(
         Ledger(folder / f"shard-{shard}", log.genesis_head(run.genesis, shard), chunks, kept)
-        for shard in range(run.spec.num_shards)
+        for shard in (range(run.spec.num_shards) if hosting is None else hosting.span.shards)
     )
     return Joined(
         options=options,
@@ -221,7 +235,23 @@ async def join(
         chunks=chunks,
         ledgers=ledgers,
         book=HolderBook(random.Random(identity.public_key)),
+        hosting=hosting,
+        reason=reason,
     )
+
+
+async def _settle(
+    hosting: Hosting, run: RunInfo, transport: LastingTransport, clock: Callable[[], float]
+) -> tuple[Hosting, str]:
+    """The span to host, and why: what all others tell decides, unless the whole model fits."""
+    rules, told = status_rules(run), []
+    for shard in range(run.spec.num_shards):
+        try:
+            told.append(read_statuses(await transport.lookup(status_key(shard)), rules, clock()))
+        except NetworkError as error:
+            logger.info("shard %d: nobody's status can be had: %s", shard, error)
+            told.append({})
+    return placing.settle(hosting, told, transport.public_key)
 
 
 def own_addresses(options: PeerOptions, transport: LastingTransport) -> tuple[str, ...]:
@@ -284,22 +314,23 @@ class Start:
     """Where a peer takes part from, in every shard.
 
     ``due``: checkpoints on the way there, that a crash may have prevented; those that other shards have yet to reach
-    are in ``gathering``.
+    are in ``gathering``, which is None where a part of the model is hosted: no checkpoint can be made there.
     """
 
     shards: tuple[ShardStart, ...]
     due: tuple[StateCopy, ...]
-    gathering: Gathering
+    gathering: Gathering | None
 
 
 async def find_start(joined: Joined) -> Start:
     """States, the rounds after them that this disk has, what this peer owed. Raises what the last attempt raised."""
-    found = [await _starting_state(joined, shard) for shard in range(len(joined.ledgers))]
+    found = [await _starting_state(joined, ledger) for ledger in joined.ledgers]
     sizes, due = [shard.num_values for _, shard in found], list[StateCopy]()
-    gathering = Gathering(joined.folder, sizes, archive=not joined.options.trains)
+    is_whole = len(found) == joined.run.spec.num_shards
+    gathering = Gathering(joined.folder, sizes, archive=not joined.options.trains) if is_whole else None
 
     def look(head: LogHead, shard: Shard) -> None:
-        if joined.is_checkpoint_round(head.round):
+        if gathering is not None and joined.is_checkpoint_round(head.round):
             copy = gathering.add(head, shard)
             due.extend([copy] if copy is not None else [])
 
@@ -310,12 +341,13 @@ async def find_start(joined: Joined) -> Start:
     return Start(shards=tuple(starts), due=tuple(due), gathering=gathering)
 
 
-async def _starting_state(joined: Joined, number: int) -> tuple[LogHead, Shard]:
+async def _starting_state(joined: Joined, ledger: Ledger) -> tuple[LogHead, Shard]:
     """Asks again while nobody offers one."""
+    number = ledger.head.shard
     genesis = joined.run.genesis.shards[number]
     newcomer = Newcomer(
         transport=joined.transport,
-        ledger=joined.ledgers[number],
+        ledger=ledger,
         chunks=joined.chunks,
         spec=joined.run.spec,
         shard=number,

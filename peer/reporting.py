@@ -41,14 +41,14 @@ class Reporter:
         describe: Callable[[], ReportPayload],
         renew: Callable[[], Awaitable[None]],
     ) -> None:
-        """``ledgers``: of every shard, in order; ``renew`` asks for admission again."""
+        """``ledgers``: of every shard that is hosted here, in order; ``renew`` asks for admission again."""
         self._coordinator, self._ledgers, self._describe, self._renew = coordinator, ledgers, describe, renew
         self._renewed_at = asyncio.get_running_loop().time()
         self._validation: dict[int, float] = {}
         self._incidents: list[str] = []
         self._news = asyncio.Event()
         self.recorded_round = 0
-        """the coordinator has recorded every round of the first shard up to this one"""
+        """the coordinator has recorded every round of the first shard that is hosted here up to this one"""
 
     def tell_soon(self) -> None:
         """There is news: do not wait for the interval."""
@@ -93,7 +93,8 @@ class Reporter:
             await self._coordinator.report(payload)
             self._validation.pop(round_number, None)
         wanted = await self._coordinator.report(self._describe())
-        recorded = [await self._record(ledger, first) for ledger, first in zip(self._ledgers, wanted, strict=False)]
+        hosted = [ledger for ledger in self._ledgers if ledger.head.shard < len(wanted)]
+        recorded = [await self._record(ledger, wanted[ledger.head.shard]) for ledger in hosted]
         self.recorded_round = recorded[0] - 1
         await self._tell_incidents()
 

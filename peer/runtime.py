@@ -10,42 +10,46 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peer.checkpoints.publishing import CheckpointMaker, StateCopy
 from peer.home import locked_identity
 from peer.hosted import HostedShards, Listeners
 from peer.joining import (
+    Entry,
     Joined,
     PeerOptions,
     Start,
-    checkpoint_template,
-    choose,
     find_holders,
     find_start,
     join,
+    measure,
     meet_coordinator,
     own_addresses,
 )
 from peer.p2p.fetch import fetch_chunk
+from peer.placing import Mover, SpanMoved
 from peer.removing import RemovalWatch
 from peer.reporting import Reporter
-from peer.rounds.exchange import Exchange
 from peer.rounds.exchange_parts import Committed, tell_verdicts
 from peer.rounds.member import Words
 from peer.rounds.mending import Incident
-from peer.rounds.planning import evaluator
+from peer.spanning import span_trainer
+from peer.states import States
 from peer.training import device
 from peer.training.between_steps import Stats
 from peer.training.data import ReaderOptions, TokenReader
-from peer.training.feeding import Training
-from peer.training.hosting import Hosting, build_replica
+from peer.training.feeding import Build, Training
+from peer.training.hosting import build_replica
+from peer.training.trainer import Trainer
 from swarm.errors import DivergedError, NetworkError, SwarmError
 from swarm.identity import Identity
 from swarm.proto.coordinator_pb2 import ReportPayload
+
+if TYPE_CHECKING:
+    from peer.pipeline.trainer import HostedReplica
 
 LEAVE_TIMEOUT_S = 3.0
 TRAINER_STOP_S = 5.0
@@ -59,7 +63,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class News:
-    """What happened last. ``kind``: joining, ready, progress, commit, incident, checkpoint, finished or left."""
+    """What happened last.
+
+    ``kind``: joining, hosting, ready, progress, commit, incident, checkpoint, finished, moving or left.
+    """
 
     kind: str
     values: dict[str, Any]
@@ -73,10 +80,14 @@ async def run_peer(options: PeerOptions, stop: asyncio.Event, watch: Watch) -> N
     if options.trains:
         device.choose(options.device)  # a missing one is told before anything is fetched
     with locked_identity(options.home) as identity:
-        for _ in range(MAX_DIVERGENCES):
+        divergences = 0
+        while divergences < MAX_DIVERGENCES:
             try:
                 return await _take_part(options, identity, stop, watch)
+            except SpanMoved as moved:
+                watch(News(kind="moving", values={"reason": str(moved)}))
             except DivergedError as error:
+                divergences += 1
                 logger.error("%s; joining again with the state that the log proves", error)
         raise DivergedError(
             f"this replica diverged from the run {MAX_DIVERGENCES} times",
@@ -102,17 +113,20 @@ async def _take_part(options: PeerOptions, identity: Identity, stop: asyncio.Eve
 
 async def _join(options: PeerOptions, identity: Identity, watch: Watch, stack: AsyncExitStack) -> Peer:
     client, run = await meet_coordinator(options, identity, stack)
-    hosting = await choose(options, run) if options.trains else None
+    hosting = await measure(options, run) if options.trains else None
     told = {"peer id": identity.peer_id, "spec": run.spec, "options": options, "hosting": hosting}
     watch(News(kind="joining", values=told))
-    joined = await join(options, identity, client, run, stack)
-    return Peer(joined, await find_start(joined), watch, hosting)
+    entry = Entry(options=options, identity=identity, client=client, run=run, hosting=hosting)
+    joined = await join(entry, stack)
+    if joined.hosting is not None and run.spec.num_shards > 1:
+        hosts = list(joined.hosting.span.shards)
+        watch(News(kind="hosting", values={"shards": hosts, "reason": joined.reason}))
+    return Peer(joined, await find_start(joined), watch)
 
 
 class Peer:
-    def __init__(self, joined: Joined, start: Start, watch: Watch, hosting: Hosting | None) -> None:
-        """``hosting``: None where the peer does not train."""
-        self.joined, self.watch, self.hosting, self._due = joined, watch, hosting, start.due
+    def __init__(self, joined: Joined, start: Start, watch: Watch) -> None:
+        self.joined, self.watch, hosting = joined, watch, joined.hosting
         self.spec, self.transport = joined.run.spec, joined.transport
         threads = joined.options.limits.num_threads
         self.device = device.describe(hosting.device, threads) if hosting is not None else "none"
@@ -125,25 +139,19 @@ class Peer:
         listeners = Listeners(on_commit=self._on_commit, on_incident=self._on_incident)
         self.hosted = HostedShards(joined, start.shards, self.training, self.words, listeners)
         self.reporter = Reporter(joined.client, joined.ledgers, self._report, self._renew_admission)
-        self.checkpoints = CheckpointMaker(checkpoint_template(joined), joined.chunks, self._on_checkpoint)
-        self._gathering, self._to_evaluate = start.gathering, set[int]()
+        self.states = States(joined, self.hosted, start, self.reporter, self._on_checkpoint)
         self._finished = asyncio.Event()
         self._told: Stats = Stats()
-        self._evaluations: set[asyncio.Task[None]] = set()
 
     # ---- life ---------------------------------------------------------------------------------------------------
 
     async def live(self, stop: asyncio.Event) -> None:
         """Serve, train and make rounds, until the run ends or the person does."""
-        newest = self.checkpoints.resume(self.spec.run_id)
-        self.words.checkpoint_round = newest
-        for copy in self._due:
-            if copy.round > newest:
-                self.checkpoints.offer(copy)
+        self.words.checkpoint_round = self.states.resume()
         await self._start_training()
         await self.hosted.serve()  # last: from here on others may open rounds with us
         state = self.hosted.state_digest.hex()
-        ready = {"round": self.hosted.round, "device": self.device, "state digest": state}
+        ready = {"round": self.hosted.round, "device": self.device, "state digest": state, "hosts": self.hosted.shards}
         self.watch(News(kind="ready", values=ready))
         jobs: list[asyncio.Task[Any]] = [
             asyncio.create_task(job)
@@ -152,11 +160,12 @@ class Peer:
                 self._see_the_run_off(),
                 *self.hosted.jobs(),
                 self.reporter.run(),
-                self.checkpoints.run(),
+                *self.states.jobs(),
                 self.transport.watch(),
                 self._tell_progress(),
                 self.removals.run(),
                 self._watch_trainer(),
+                self._consider_moves(),
             )
         ]
         self._consider_end()
@@ -165,33 +174,35 @@ class Peer:
             for task in done:
                 task.result()
         finally:
-            await self._leave([*jobs, *self._evaluations])
+            await self._leave([*jobs, *self.states.beside])
 
     async def _start_training(self) -> None:
-        if self.training is None or self.hosting is None:
+        training, hosting = self.training, self.joined.hosting
+        if training is None or hosting is None:
             return
         self.removals.resume()
         await self.removals.look()
-        replica = await asyncio.to_thread(build_replica, self.hosting, self.spec, self.joined.identity.public_key)
-        exchanges = self.hosted.exchanges
-        anchors = [exchange.shard.anchor for exchange in exchanges]
-        await self.training.start(replica, anchors, self.hosted.first.head, self._on_bad_steps)
-        if all(exchange.head.round == 0 for exchange in exchanges):
-            self._to_evaluate.add(0)
-            for exchange in exchanges:
-                await self._copy(exchange)
+        replica = await asyncio.to_thread(build_replica, hosting, self.spec, self.joined.identity.public_key)
+        anchors = [exchange.shard.anchor for exchange in self.hosted.exchanges]
+        build: Build[HostedReplica] = Trainer if self.spec.num_shards == 1 else span_trainer(self.joined, self.hosted)
+        await training.start(replica, anchors, self.hosted.first.head, self._on_bad_steps, build)
+        await self.states.begin(training)
 
     async def _see_the_run_off(self) -> None:
         """Return when the run is over and its last checkpoint is published (or that took too long)."""
         await self._finished.wait()
         last = self.hosted.round
+        await self.states.ended()
         if self.training is not None:
             self.training.trainer.pause()
         waited = 0.0
         while waited < CHECKPOINT_WAIT_S:
             try:
                 await self.reporter.tell()
-                if any(info.round >= last for info in await self.joined.client.checkpoints()) and not self._evaluations:
+                if (
+                    any(info.round >= last for info in await self.joined.client.checkpoints())
+                    and not self.states.beside
+                ):
                     break
             except SwarmError as error:
                 logger.info("the last checkpoint is not seen yet: %s", error)
@@ -220,12 +231,9 @@ class Peer:
     async def _on_commit(self, shard: int, committed: Committed) -> None:
         record, head = committed.record, committed.head
         contributors = {share.peer_key for part in record.parts for share in part.shares}
-        if shard == 0 and self.training is not None:
+        if shard == self.hosted.shards[0] and self.training is not None:
             self.training.follow(head)
-            is_ours = evaluator(head.round, contributors) == self.joined.identity.public_key
-            if is_ours and (self.training.may_evaluate or self.joined.is_checkpoint_round(head.round)):
-                self._to_evaluate = {head.round, *(n for n in self._to_evaluate if n >= head.round - 2)}
-        await self._copy_where_wanted(shard, head.round)
+        await self.states.committed(shard, contributors, self.training)
         values = self._values() | {
             "shard": shard,
             "round": head.round,
@@ -246,33 +254,11 @@ class Peer:
         self._consider_end()
 
     def _on_incident(self, shard: int, incident: Incident) -> None:
-        head = self.hosted.exchanges[shard].head
-        if shard == 0 and self.training is not None:
+        head = self.hosted.exchange_of(shard).head
+        if shard == self.hosted.shards[0] and self.training is not None:
             self.training.follow(head)
         self.watch(News(kind="incident", values={"shard": shard, "round": head.round, "reason": str(incident)}))
         self.reporter.met_branch(str(incident))
-
-    async def _copy_where_wanted(self, shard: int, number: int) -> None:
-        """Of a round that is published or evaluated here, each shard's state is copied when it stands there."""
-        if not (self.joined.is_checkpoint_round(number) or {number} & {*self._to_evaluate, *self._gathering.rounds}):
-            return
-        await self._copy(self.hosted.exchanges[shard])
-        if shard == 0:  # others may have come first, before it was known that the round is wanted
-            for exchange in self.hosted.exchanges[1:]:
-                async with exchange.at_rest():
-                    if exchange.head.round == number and number in self._gathering.rounds:
-                        await self._copy(exchange)
-
-    async def _copy(self, exchange: Exchange) -> None:
-        """Copy a shard's state as it is now; nobody changes it until this has returned."""
-        copy = await asyncio.to_thread(self._gathering.add, exchange.head, exchange.shard)
-        if copy is None:
-            return
-        if self.joined.is_checkpoint_round(copy.round):
-            self.checkpoints.offer(copy)
-        if copy.round in self._to_evaluate:
-            self._to_evaluate.discard(copy.round)
-            self._beside(self._evaluate(copy))
 
     def _on_checkpoint(self, round_number: int) -> None:
         self.words.checkpoint_round = max(self.words.checkpoint_round, round_number)
@@ -280,31 +266,31 @@ class Peer:
 
     def _on_bad_steps(self, count: int) -> None:
         logger.warning("%d inner steps in a row were not finite; starting again from the anchor", count)
-        self._beside(self.hosted.reset_replica())
+        self.states.do_beside(self.hosted.reset_replica())
 
     def _consider_end(self) -> None:
         if self.hosted.is_finished:
             self._finished.set()
 
-    async def _evaluate(self, copy: StateCopy) -> None:
-        try:
-            if self.training is not None:
-                self.reporter.measured(copy.round, await self.training.evaluate(copy.anchor))
-        except SwarmError as error:
-            logger.warning("round %d was not evaluated: %s", copy.round, error)
-
-    def _beside(self, job: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(job)
-        self._evaluations.add(task)
-        task.add_done_callback(self._evaluations.discard)
-
     # ---- what others are told -----------------------------------------------------------------------------------
 
     async def _tell_progress(self) -> None:
         while True:
-            self.words.tokens_per_s = self.training.stats.tokens_per_s if self.training is not None else 0.0
+            if self.training is not None:
+                self.words.tokens_per_s = self.training.stats.tokens_per_s
+                self.words.service_tokens_per_s = self.training.service_tokens_per_s
             self.watch(News(kind="progress", values=self._values()))
+            self._consider_end()  # the shards elsewhere may have been the last
             await asyncio.sleep(PROGRESS_INTERVAL_S)
+
+    async def _consider_moves(self) -> None:
+        """Until another span is worth a move: then we leave, and join again where we help most."""
+        if self.training is None or self.joined.hosting is None or self.hosted.is_whole:
+            await asyncio.Event().wait()
+            return
+        mover = Mover(self.joined.hosting, self.hosted.surroundings.everywhere, self.joined.identity.public_key)
+        rules = self.joined.status_rules
+        raise SpanMoved(await mover.decide(lambda: self.words.service_tokens_per_s, self.joined.clock, rules))
 
     async def _watch_trainer(self) -> None:
         if self.training is None:
@@ -323,12 +309,17 @@ class Peer:
             "my tokens": stats.tokens,
             "tokens/s": round(stats.tokens_per_s),
             "loss": stats.last_loss,
-            "peers": len({peer for member in self.hosted.members for peer in member.statuses}),
+            "peers": len(self.hosted.surroundings.peers),
             "sent bytes": sent,
             "received bytes": received,
             "disk bytes": self.joined.chunks.used_bytes,
-            **({"shards": self.hosted.progress(stats.tokens_per_s)} if len(self.hosted.members) > 1 else {}),
+            **(self._of_shards(stats) if self.spec.num_shards > 1 else {}),
         }
+
+    def _of_shards(self, stats: Stats) -> dict[str, Any]:
+        waits_for = self.training.waits_for if self.training is not None else ""
+        shards = self.hosted.progress(stats.tokens_per_s)
+        return {"hosts": self.hosted.shards, "shards": shards, **({"waits for": waits_for} if waits_for else {})}
 
     async def _renew_admission(self) -> None:
         addresses = own_addresses(self.joined.options, self.transport)
@@ -351,6 +342,8 @@ class Peer:
             leaving=self.words.leaving,
             seed_addresses=own_addresses(self.joined.options, self.transport),
             device=self.device,
+            first_shard=self.hosted.shards[0],
+            num_shards=len(self.hosted.shards),
         )
 
     # ---- building -----------------------------------------------------------------------------------------------
@@ -370,4 +363,5 @@ class Peer:
             max_cache_bytes=max(1 << 28, self.joined.options.disk_bytes // 2),
         )
         reader = TokenReader(self.joined.manifest, options, fetch)
-        return Training(self.spec, self.joined.identity.public_key, reader, self.joined.options.limits)
+        reads = self.joined.ledgers[0].head.shard == 0  # later spans are sent what they train on
+        return Training(self.spec, self.joined.identity.public_key, reader, self.joined.options.limits, reads=reads)

@@ -70,7 +70,14 @@ def fits(planned: MemoryPlan, room: Room, device: str) -> bool:
 def choose(
     numbers_of: Callable[[int], ModelNumbers], shards: Sequence[Span], working: Working, batch: int, room: Room
 ) -> Choice:
-    """The span with the most layers that fits, with ``batch`` sequences at once, or half, or a quarter, ... of them.
+    """The span with the most layers that fits; see `choices`."""
+    return choices(numbers_of, shards, working, batch, room)[0]
+
+
+def choices(
+    numbers_of: Callable[[int], ModelNumbers], shards: Sequence[Span], working: Working, batch: int, room: Room
+) -> tuple[Choice, ...]:
+    """Every span that fits, the most layers first, with ``batch`` sequences at once, or half of them, or a quarter.
 
     ``numbers_of`` gives the model's figures for a number of sequences. A whole batch comes before a larger span:
     smaller microbatches are slower, and their gradients wait. Raises `ResourceError` where even one sequence through
@@ -82,11 +89,18 @@ def choose(
         numbers = numbers_of(size)
         split = replace(working, microbatches=-(-batch // size) * working.microbatches)
         plans = [plan(numbers, span, split) for span in candidates]
-        best = next((planned for planned in plans if fits(planned, room, working.device)), None)
-        if best is not None:
+        fitting = [planned for planned in plans if fits(planned, room, working.device)]
+        if fitting:
             halved = f", {size} of {batch} sequences at once" if size < batch else ""
-            reason = f"{best.span}: {_amounts(best, room, working.device)}{halved}"
-            return Choice(plan=best, working=split, batch=size, reason=reason)
+            return tuple(
+                Choice(
+                    plan=planned,
+                    working=split,
+                    batch=size,
+                    reason=f"{planned.span}: {_amounts(planned, room, working.device)}{halved}",
+                )
+                for planned in fitting
+            )
         if size == 1:
             raise _nothing_fits(min(plans, key=lambda planned: planned.device_bytes), room, working.device)
         size //= 2

@@ -20,13 +20,16 @@ from peer.pipeline.messages import Answer, HopRules
 from peer.pipeline.onward import Hosts
 from peer.pipeline.place import Place, PlaceParts
 from peer.pipeline.steps import Stepped
-from peer.training.between_steps import COMMAND_TIMEOUT_S, BetweenSteps, Replica, after_step
+from peer.training.between_steps import COMMAND_TIMEOUT_S, BetweenSteps, Replica
 from peer.training.microbatches import StepResult, Tokens
 from peer.training.passes import SpanReplica
 from peer.training.trainer import Hooks, Limits
 from swarm.errors import DeadlineExceeded, SwarmError
 
 T = TypeVar("T")
+
+# Of the estimate before, at each inner step.
+RATE_KEPT = 0.8
 
 
 class HostedReplica(Replica, SpanReplica, Protocol):
@@ -45,6 +48,7 @@ class SpanParts:
     max_in_flight: int
     hosts: Callable[[int], Hosts]
     is_admitted: Callable[[bytes], bool]
+    drain_s: float = 30.0
 
 
 class SpanTrainer(BetweenSteps):
@@ -52,6 +56,8 @@ class SpanTrainer(BetweenSteps):
         super().__init__(replica)
         self._hooks, self._limits = hooks, limits
         self._last_end_s = 0.0
+        self._computed_s = 0.0
+        self._service_tokens_per_s = 0.0
         self._failure: SwarmError | None = None
         self._watching: asyncio.Task[None] | None = None
         self._place = Place(
@@ -70,6 +76,7 @@ class SpanTrainer(BetweenSteps):
                 on_step=self._stepped,
                 on_answer=self._answered,
                 limits=limits,
+                drain_s=span.drain_s,
             )
         )
 
@@ -83,6 +90,10 @@ class SpanTrainer(BetweenSteps):
         """Why microbatches do not come back, in words; empty while they do."""
         source = self._place.source
         return source.waits_for if source is not None else ""
+
+    @property
+    def service_tokens_per_s(self) -> float:
+        return self._service_tokens_per_s
 
     def start(self) -> None:
         """Begin to train, and to answer. Once per trainer, where an event loop runs."""
@@ -145,18 +156,23 @@ class SpanTrainer(BetweenSteps):
 
     def _stepped(self, stepped: Stepped) -> None:
         now_s = time.monotonic()
-        self._stats = after_step(self._stats, stepped.result, stepped.num_tokens, now_s - self._last_end_s)
-        self._last_end_s = now_s
-        self._tell_of_bad_steps()
+        elapsed_s, self._last_end_s = now_s - self._last_end_s, now_s
+        self._measure(stepped.num_tokens)
+        self._tell_of_bad_steps(self._count(stepped.result, stepped.num_tokens, elapsed_s))
+
+    def _measure(self, num_tokens: int) -> None:
+        """Tokens of a step by what it was computed in, whatever was waited for between."""
+        computed_s = self._place.slot.computed_s
+        rate, self._computed_s = num_tokens / max(computed_s - self._computed_s, 1e-9), computed_s
+        kept = RATE_KEPT if self._service_tokens_per_s else 0.0
+        self._service_tokens_per_s = kept * self._service_tokens_per_s + (1 - kept) * rate
 
     def _answered(self, tokens: Tokens, answer: Answer) -> None:
         """A microbatch whose loss is not finite is in no inner step: the source alone hears of it."""
         if math.isnan(answer.loss):
             bad = StepResult(loss=math.nan, grad_norm=math.nan, ok=False)
-            self._stats = after_step(self._stats, bad, 0, 0.0)
-            self._tell_of_bad_steps()
+            self._tell_of_bad_steps(self._count(bad, 0, 0.0))
 
-    def _tell_of_bad_steps(self) -> None:
-        bad = self._stats.consecutive_bad_steps
+    def _tell_of_bad_steps(self, bad: int) -> None:
         if bad and bad % self._limits.max_bad_steps == 0:
             self._hooks.on_bad(bad)

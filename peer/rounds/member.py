@@ -48,6 +48,8 @@ class Words:
     """until it has been measured"""
     admission: Signed | None = None
     tokens_per_s: float = 0.0
+    service_tokens_per_s: float = 0.0
+    """what we could train if we never waited for others"""
     leaving: bool = False
     checkpoint_round: int = 0
 
@@ -101,6 +103,7 @@ class Member:
             tokens=exchange.replica.tokens,
             committed_tokens=exchange.head.total_tokens,
             tokens_per_s=words.tokens_per_s,
+            service_tokens_per_s=words.service_tokens_per_s,
             upload_bps=self.parts.transport.uplink_bps() or words.upload_bps,
             trains=words.trains,
             leaving=words.leaving,

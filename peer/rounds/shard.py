@@ -123,9 +123,9 @@ class Shard:
         return state_bytes(self.anchor), self.momentum.data.data
 
     def _note_digests(self) -> None:
-        """State digest and the momentum's part in it, from memory."""
+        """State digest, and what it is made of, from memory."""
         anchor, momentum = map(digest.merkle_root, self.chunk_digests())
-        self.momentum_digest = momentum
+        self.anchor_digest, self.momentum_digest = anchor, momentum
         self.state_digest = digest.join_subtrees(anchor, momentum)
 
     def offer(self, movement: Movement, tokens: int, codec: str | None = None) -> ReplicaSnapshot | None:
@@ -224,7 +224,8 @@ class Shard:
     def become(self, other: Shard) -> None:
         """Take over the state of ``other``, in place; what is owed stays."""
         self.anchor[:], self.momentum.data[:] = other.anchor, other.momentum.data
-        self.state_digest, self.momentum_digest = other.state_digest, other.momentum_digest
+        self.anchor_digest, self.momentum_digest = other.anchor_digest, other.momentum_digest
+        self.state_digest = other.state_digest
 
     def owed(self, values: slice) -> Float32:
         """What no commit has counted yet of what was offered. ``values`` is made of whole blocks."""

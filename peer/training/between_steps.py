@@ -8,6 +8,7 @@ model alone, `peer.pipeline.trainer` of a span among others).
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from peer.rounds.codec import Float32
 from peer.training.movement import Movement
+from swarm.errors import SwarmError
 
 if TYPE_CHECKING:
     from peer.training.microbatches import StepResult, Tokens
@@ -83,15 +85,50 @@ class Snapshot:
 
 
 class BetweenSteps(ABC):
-    """``values``: of which shard, in the flat vector of all that is trained here; None: all."""
+    """A trainer, as rounds and the runtime see it.
+
+    ``values``: of which shard, in the flat vector of all that is trained here; None: all.
+    """
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
-        self._stats = Stats()  # replaced as a whole, by whoever owns the replica
+        self._stats = Stats()  # replaced as a whole, under the lock
+        self._counting = threading.Lock()
 
     @property
     def stats(self) -> Stats:
         return self._stats
+
+    @property
+    @abstractmethod
+    def failure(self) -> SwarmError | None:
+        """Why training ended by itself, or None."""
+
+    @property
+    def waits_for(self) -> str:
+        """What training waits for, in words; empty while it goes on."""
+        return ""
+
+    @property
+    def service_tokens_per_s(self) -> float:
+        """What could be trained if nothing was ever waited for; 0 before that was seen."""
+        return self._stats.tokens_per_s
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin to train. Once per trainer."""
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Begin nothing new; what is under way is finished, and commands are still carried out."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """There may be a batch now."""
+
+    @abstractmethod
+    async def stop(self, timeout_s: float) -> None:
+        """End, and finish what is being computed. Raises `DeadlineExceeded` if that takes longer."""
 
     @abstractmethod
     async def call(self, function: Callable[[], T], timeout_s: float = COMMAND_TIMEOUT_S) -> T:
@@ -100,6 +137,12 @@ class BetweenSteps(ABC):
         Raises `DeadlineExceeded` after ``timeout_s`` (the function may still run then, if it had begun), and what
         ended the training if it ended.
         """
+
+    def _count(self, result: StepResult, num_tokens: int, elapsed_s: float) -> int:
+        """Count a step that was made, in whichever thread; gives how many were bad in a row."""
+        with self._counting:
+            self._stats = after_step(self._stats, result, num_tokens, elapsed_s)
+            return self._stats.consecutive_bad_steps
 
     async def snapshot(self, values: slice | None = None, timeout_s: float = COMMAND_TIMEOUT_S) -> Snapshot:
         return await self.call(lambda: Snapshot(movement=self._replica.movement(values), stats=self._stats), timeout_s)
@@ -113,7 +156,8 @@ class BetweenSteps(ABC):
 
         def reset() -> None:
             self._replica.reset(anchor, values)
-            self._stats = replace(self._stats, consecutive_bad_steps=0)
+            with self._counting:
+                self._stats = replace(self._stats, consecutive_bad_steps=0)
 
         await self.call(reset)
 

@@ -1,8 +1,8 @@
 """What a volunteer trains: joins the trainer's thread, the token reader and the run's schedules into one replica.
 
-Decides which batch an inner step gets and at which learning rate; leaves steps to `peer.training.trainer`, what a peer
-reads to `swarm.assignment` and `swarm.removals`, and rounds to `peer.rounds.exchange`, whose `Trainer` each shard of
-it is.
+Decides which batch an inner step gets and at which learning rate; leaves steps to the trainer that is built for the
+replica, what a peer reads to `swarm.assignment` and `swarm.removals`, and rounds to `peer.rounds.exchange`, whose
+`Trainer` each shard of it is.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from peer.rounds.codec import Float32
 from peer.training.allowance import Allowance
-from peer.training.between_steps import Replica, Stats
+from peer.training.between_steps import BetweenSteps, Replica, Stats
 from peer.training.data import TokenReader
 from peer.training.layout import slices_of
 from peer.training.movement import Movement
-from peer.training.trainer import Hooks, Limits, Trainer
+from peer.training.trainer import Hooks, Limits
 from swarm import assignment, schedule
 from swarm.assignment import Reading
 from swarm.errors import NetworkError, SwarmError, VerificationError
@@ -34,6 +35,10 @@ VALIDATION_SEQUENCES = 64
 # Of a peer's time. Where rounds are short, each evaluated by somebody, it would be a tenth and more.
 EVALUATION_SHARE = 0.03
 RETRY_S = 2.0
+
+R = TypeVar("R", bound=Replica)
+Build = Callable[[R, Hooks, Limits], BetweenSteps]
+"""makes the trainer of a replica"""
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +60,11 @@ class _Unread:
 
 
 class Training:
-    def __init__(self, spec: RunSpec, peer_key: bytes, reader: TokenReader, limits: Limits) -> None:
+    def __init__(
+        self, spec: RunSpec, peer_key: bytes, reader: TokenReader, limits: Limits, *, reads: bool = True
+    ) -> None:
+        """``reads``: whether batches are read here; those of a later span come from other peers."""
+        self._reads = reads
         self._spec, self._peer_key, self._reader, self._limits = spec, peer_key, reader, limits
         self._all = Left(counts=tuple(reader.sequences_per_shard()), kept={})
         self._unread = _Unread()
@@ -64,13 +73,13 @@ class Training:
         self._committed_tokens = 0
         self._readable: set[int] = set()
         self._prefetching: asyncio.Task[None] | None = None
-        self._trainer: Trainer | None = None
         self._evaluating = Allowance(EVALUATION_SHARE)
+        self._trainer: BetweenSteps | None = None
         self.failed = asyncio.Event()
         self.failure: SwarmError | None = None
 
     @property
-    def trainer(self) -> Trainer:
+    def trainer(self) -> BetweenSteps:
         if self._trainer is None:
             raise SwarmError("training has not begun")
         return self._trainer
@@ -80,12 +89,22 @@ class Training:
         return self._trainer.stats if self._trainer is not None else Stats()
 
     @property
+    def service_tokens_per_s(self) -> float:
+        """What could be trained if nothing was ever waited for; 0 before that was seen."""
+        return self._trainer.service_tokens_per_s if self._trainer is not None else 0.0
+
+    @property
+    def waits_for(self) -> str:
+        """What training waits for, in words; empty while it goes on."""
+        return self._trainer.waits_for if self._trainer is not None else ""
+
+    @property
     def tokens(self) -> int:
         """Tokens trained since the start."""
         return self.stats.tokens
 
     async def start(
-        self, replica: Replica, anchors: Sequence[Float32], head: LogHead, on_bad: Callable[[int], None]
+        self, replica: R, anchors: Sequence[Float32], head: LogHead, on_bad: Callable[[int], None], build: Build[R]
     ) -> None:
         """Begin from ``anchors``, of all shards hosted, in order; the first one's stands at ``head``.
 
@@ -100,24 +119,27 @@ class Training:
             on_failed=lambda error: _quietly(loop, self.failed.set),
             on_bad=lambda count: _quietly(loop, on_bad, count),
         )
-        self._trainer = Trainer(replica, hooks, self._limits)
+        self._trainer = build(replica, hooks, self._limits)
         self.follow(head)
         self._trainer.start()
 
     def follow(self, head: LogHead) -> None:
         """Read for the round after ``head`` from now on, with the learning rate of its committed tokens.
 
-        Of several shards the first one's rounds say when.
+        Of several shards the first one's rounds, of those that are hosted here, say when.
         """
         self._committed_tokens = head.total_tokens
         self._reading = _Reading(head.round + 1, self._attempts)
-        if self._prefetching is None or self._prefetching.done():
-            self._prefetching = asyncio.get_running_loop().create_task(self._prefetch())
+        self._prefetch_beside()
 
     def remove(self, removals: Sequence[Removal]) -> None:
         """Read these documents no more, each from its round on."""
         self._unread = _Unread(tuple(removals))
-        if self._trainer is not None and (self._prefetching is None or self._prefetching.done()):
+        if self._trainer is not None:
+            self._prefetch_beside()
+
+    def _prefetch_beside(self) -> None:
+        if self._reads and (self._prefetching is None or self._prefetching.done()):
             self._prefetching = asyncio.get_running_loop().create_task(self._prefetch())
 
     async def snapshot(self, values: slice | None = None) -> tuple[Movement, int]:

@@ -8,7 +8,7 @@ choice among spans to `swarm.fitting`, weights to whoever loads an anchor.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from peer.training import device as devices
@@ -16,27 +16,52 @@ from peer.training import model
 from peer.training.room import measure_room
 from swarm import fitting, sharding
 from swarm.digest import sha256
+from swarm.errors import ResourceError
 from swarm.fitting import RUNTIME_BYTES, Choice
 from swarm.memory_plan import ModelNumbers, piece_values
+from swarm.pipeline_plan import flops_per_token
+from swarm.placement import Hosted
 from swarm.run_spec import RunSpec
+from swarm.sharding import Span
 
 if TYPE_CHECKING:
     import torch
 
-    from peer.training.between_steps import Replica
+    from peer.pipeline.trainer import HostedReplica
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hosting:
-    """``config``: the whole model's."""
+    """``config``: the whole model's; ``shards``: of the run; ``work``: operations of a token in each of them."""
 
     device: torch.device
     config: Any
+    shards: tuple[Span, ...]
+    work: tuple[float, ...]
+    fits: tuple[Choice, ...]
+    """every span that fits here, the largest first"""
     choice: Choice
+    in_flight: tuple[int, ...]
+    """of each of ``fits``: microbatches whose activations fit beside the replica"""
+
+    def hosted(self, choice: Choice) -> Hosted:
+        """The shards of a choice."""
+        span = choice.plan.span
+        inside = [i for i, shard in enumerate(self.shards) if span.first <= shard.first and shard.last <= span.last]
+        return Hosted(first=inside[0], last=inside[-1] + 1)
+
+    @property
+    def span(self) -> Hosted:
+        """The shards that are hosted here."""
+        return self.hosted(self.choice)
+
+    @property
+    def max_in_flight(self) -> int:
+        return self.in_flight[self.fits.index(self.choice)]
 
 
 def choose_hosting(spec: RunSpec, vocab_size: int, device_name: str, memory_bytes: int | None = None) -> Hosting:
-    """What this machine takes on. ``memory_bytes``: the most that training may take of the device's memory.
+    """What this machine can take on, the largest span first. ``memory_bytes``: the most of the device's memory.
 
     Raises `DeviceError` where there is no such device, and `ResourceError` where nothing fits.
     """
@@ -51,13 +76,28 @@ def choose_hosting(spec: RunSpec, vocab_size: int, device_name: str, memory_byte
     batch = spec.inner.microbatch_sequences
     shards = sharding.split(config.num_hidden_layers, spec.num_shards, piece_values(numbers_of(batch)))
     room, working = measure_room(device, memory_bytes), fitting.working(spec.inner, device.type)
-    choice = fitting.choose(numbers_of, shards, working, batch, room)
+    if spec.num_shards > 1:  # gradients of several microbatches are gathered
+        working = replace(working, microbatches=spec.pipeline.step_microbatches)
+    found = fitting.choices(numbers_of, shards, working, batch, room)
+    if spec.num_shards > 1 and found[0].batch < batch:
+        raise ResourceError(
+            f"of this run's model not even {found[-1].plan.span} fits here with a microbatch of {batch} sequences",
+            "close other programs, raise --memory, or choose another --device",
+        )
     if memory_bytes is not None:
         devices.limit_memory(device, memory_bytes - RUNTIME_BYTES[device.type])
-    return Hosting(device=device, config=config, choice=choice)
+    return Hosting(
+        device=device,
+        config=config,
+        shards=shards,
+        work=tuple(float(flops_per_token(numbers_of(batch), shard, working)) for shard in shards),
+        fits=found,
+        choice=found[0],
+        in_flight=tuple(fitting.in_flight(choice, numbers_of(choice.batch), room) for choice in found),
+    )
 
 
-def build_replica(hosting: Hosting, spec: RunSpec, peer_key: bytes) -> Replica:
+def build_replica(hosting: Hosting, spec: RunSpec, peer_key: bytes) -> HostedReplica:
     """The replica that was chosen, without weights: load an anchor."""
     from peer.training.fp32_replica import Replica
     from peer.training.int8_replica import Int8Replica

@@ -53,7 +53,7 @@ class StepOutcome:
 class SpanReplica(Protocol):
     """What the pipeline needs of a replica; one thread owns it."""
 
-    def begin_step(self, learning_rate: float, num_microbatches: int | None = None) -> None:
+    def begin_step(self, learning_rate: float, num_microbatches: int | None = None) -> object:
         """Gather gradients from now on. None: nobody knows yet of how many microbatches."""
         ...
 

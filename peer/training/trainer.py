@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from peer.training.between_steps import COMMAND_TIMEOUT_S, BetweenSteps, Replica, after_step
+from peer.training.between_steps import COMMAND_TIMEOUT_S, BetweenSteps, Replica
 from swarm.errors import ConfigError, DeadlineExceeded, ResourceError, SwarmError
 
 if TYPE_CHECKING:
@@ -197,10 +197,9 @@ class Trainer(BetweenSteps):
         end_s = self._clock()
         self._attempts += 1
         num_tokens = batch.shape[0] * (batch.shape[1] - 1)
-        self._stats = after_step(self._stats, result, num_tokens, end_s - self._last_end_s)
+        bad = self._count(result, num_tokens, end_s - self._last_end_s)
         self._last_end_s = end_s
         self._rest_until_s = end_s + (end_s - start_s) * (1 / self._limits.max_duty - 1)
-        bad = self._stats.consecutive_bad_steps
         if bad and bad % self._limits.max_bad_steps == 0:
             self._hooks.on_bad(bad)
 

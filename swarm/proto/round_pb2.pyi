@@ -14,7 +14,7 @@ class Frame(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("shard", "round", "log_digest", "state_digest", "tokens", "tokens_per_s", "upload_bps", "trains", "leaving", "sent_unix_ms", "admission", "addresses", "checkpoint_round", "committed_tokens")
+    __slots__ = ("shard", "round", "log_digest", "state_digest", "tokens", "tokens_per_s", "upload_bps", "trains", "leaving", "sent_unix_ms", "admission", "addresses", "checkpoint_round", "committed_tokens", "service_tokens_per_s")
     SHARD_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     LOG_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class Status(_message.Message):
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_ROUND_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     shard: int
     round: int
     log_digest: bytes
@@ -43,7 +44,8 @@ class Status(_message.Message):
     addresses: _containers.RepeatedScalarFieldContainer[str]
     checkpoint_round: int
     committed_tokens: int
-    def __init__(self, shard: _Optional[int] = ..., round: _Optional[int] = ..., log_digest: _Optional[bytes] = ..., state_digest: _Optional[bytes] = ..., tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., upload_bps: _Optional[int] = ..., trains: _Optional[bool] = ..., leaving: _Optional[bool] = ..., sent_unix_ms: _Optional[int] = ..., admission: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., addresses: _Optional[_Iterable[str]] = ..., checkpoint_round: _Optional[int] = ..., committed_tokens: _Optional[int] = ...) -> None: ...
+    service_tokens_per_s: float
+    def __init__(self, shard: _Optional[int] = ..., round: _Optional[int] = ..., log_digest: _Optional[bytes] = ..., state_digest: _Optional[bytes] = ..., tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., upload_bps: _Optional[int] = ..., trains: _Optional[bool] = ..., leaving: _Optional[bool] = ..., sent_unix_ms: _Optional[int] = ..., admission: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ..., addresses: _Optional[_Iterable[str]] = ..., checkpoint_round: _Optional[int] = ..., committed_tokens: _Optional[int] = ..., service_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class Ballot(_message.Message):
     __slots__ = ("number", "leader")

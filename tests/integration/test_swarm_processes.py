@@ -93,8 +93,8 @@ class Swarm:
         self.seed = self._start("seed", "seed", self.invite, "--home", home, "--data", self.data)
         self.seed.wait_news("ready", START_S)
 
-    def join(self, name: str) -> Program:
-        self.volunteers[name] = self._start(name, "join", self.invite, "--home", self.home(name), *LIMITS)
+    def join(self, name: str, *more: object) -> Program:
+        self.volunteers[name] = self._start(name, "join", self.invite, "--home", self.home(name), *LIMITS, *more)
         return self.volunteers[name]
 
     def home(self, name: str) -> Path:

@@ -15,7 +15,7 @@ import pytest
 from peer.training import feeding
 from peer.training.data import ReaderOptions, TokenReader
 from peer.training.feeding import Training
-from peer.training.trainer import Limits
+from peer.training.trainer import Limits, Trainer
 from swarm import assignment
 from swarm.errors import DataError, DiskFull, NotFound, Unreachable
 from swarm.log import LogHead
@@ -98,7 +98,7 @@ async def until(condition: Callable[[], Any], what: str) -> None:
 def with_training(source: Source, test: Callable[[Training, Recording], Coroutine[Any, Any, None]]) -> None:
     async def main() -> None:
         training, replica = Training(SPEC, ME, source.reader, Limits()), Recording()
-        await training.start(replica, [ANCHOR], head_after(0), lambda count: None)
+        await training.start(replica, [ANCHOR], head_after(0), lambda count: None, Trainer)
         try:
             await test(training, replica)
         finally:

@@ -9,12 +9,10 @@ from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from peer import joining as peer_joining
 from peer import runtime
 from peer.checkpoints.gathering import Gathering
 from peer.checkpoints.publishing import StateCopy
@@ -31,7 +29,7 @@ from peer.runtime import MAX_DIVERGENCES, News, Peer, run_peer
 from peer.training import device, model
 from peer.training.cut import cut
 from swarm.digest import sha256
-from swarm.errors import DivergedError, NotFound, ResourceError, Unreachable
+from swarm.errors import DivergedError, NotFound, Unreachable
 from swarm.identity import Identity
 from swarm.invite import Invite
 from swarm.log import genesis_head
@@ -39,7 +37,6 @@ from swarm.proto.common_pb2 import Genesis, ShardGenesis, Signed
 from swarm.proto.coordinator_pb2 import ReportPayload
 from swarm.proto.round_pb2 import Commit, Record
 from swarm.run_spec import RunSpec
-from swarm.sharding import Span
 from tests.simulation.memory_transport import MemoryNetwork, MemoryTransport
 from tests.unit.small_models import small_spec
 from tests.unit.test_data_reader import Data
@@ -233,7 +230,7 @@ def make_peer(
         book=HolderBook(random.Random(0)),
     )
     gathering = Gathering(folder, [shard.num_values for shard in shards])
-    return Peer(joined, Start(shards=starts, due=(), gathering=gathering), unheard, None)
+    return Peer(joined, Start(shards=starts, due=(), gathering=gathering), unheard)
 
 
 async def until(condition: Callable[[], Any], what: str) -> None:
@@ -315,7 +312,7 @@ def test_checkpoints_of_two_shards_hold_each_at_the_round_and_the_run_ends_at_th
         transport = Transport(MemoryNetwork(), identity := Identity(b"i" * 32))
         peer = make_peer(tmp_path, transport, identity, (spec, data, [Shard(spec, s.index, s.anchor) for s in shards]))
         offered: list[StateCopy] = []
-        peer.checkpoints.offer = offered.append  # type: ignore[method-assign]
+        peer.states.checkpoints.offer = offered.append  # type: ignore[method-assign]
         commit, ends = commits_of(peer, {1: 100, 2: 200, 3: 300}), []
         for shard, number in order:
             await commit(shard, number)
@@ -328,16 +325,3 @@ def test_checkpoints_of_two_shards_hold_each_at_the_round_and_the_run_ends_at_th
         assert ends == [False] * (len(order) - 1) + [True]
 
     in_time(main())
-
-
-def test_a_machine_that_holds_a_part_of_the_model_is_told_so_before_it_joins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    part = Span(first=0, last=2, num_layers=7)
-    hosting = SimpleNamespace(choice=SimpleNamespace(plan=SimpleNamespace(span=part)))
-    monkeypatch.setattr(peer_joining, "choose_hosting", lambda *arguments: hosting)
-    spec, data, _ = make_state(3)
-    run: Any = SimpleNamespace(spec=spec, manifest_bytes=data.manifest.canonical_bytes())
-    with pytest.raises(ResourceError, match=r"only layers 0-1 \+ embedding fits here") as told:
-        in_time(peer_joining.choose(make_options(tmp_path), run))  # type: ignore[arg-type]
-    assert "--memory" in told.value.advice

@@ -1,0 +1,94 @@
+"""A run whose model no volunteer holds: two shards, peers with one each, one of them killed, and a published whole."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.processes import Program, environment, swarm, swarm_json, wait_for
+from tests.integration.test_swarm_processes import PACKAGES, ROUNDS_S, START_S, Swarm, write_run_file
+
+pytestmark = pytest.mark.slow
+
+# One shard of the tiny model fits, the whole does not.
+MEMORY = ("--memory", "8MB")
+NAMES = ("anna", "bert", "cora", "dora")
+CHANGES = {
+    "num_shards": 2,
+    "total_tokens": 10**6,
+    "rounds": {"tokens_per_round": 8192},
+    "checkpoints": {"every_rounds": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    arguments = ("--vocab-size", 512, "--validation-fraction", 0.05, "--token-shard-tokens", 65536)
+    done = swarm("data", "prepare", *PACKAGES, "--out", folder / "data", *arguments, env=environment(folder))
+    assert done.returncode == 0, done.stderr
+    return folder / "data"
+
+
+def hosts(program: Program) -> list[int]:
+    """The shards that it hosts, once it takes part."""
+    shards: list[int] = program.wait_news("ready", START_S)["hosts"]
+    return shards
+
+
+def join(run: Swarm, name: str) -> Program:
+    """One after the other, as each chooses by what the others host."""
+    program = run.join(name, *MEMORY)
+    hosts(program)
+    return program
+
+
+def counted(program: Program, after: int = 0) -> int:
+    """Wait until ``program`` was counted in a round later than ``after``; which."""
+    news = program.wait_news("commit", ROUNDS_S, lambda news: news["counted"] and news["round"] > after)
+    return int(news["round"])
+
+
+def assert_equal_states(run: Swarm) -> dict[tuple[int, int], str]:
+    """Whoever applied a round of a shard said the same state digest; which, by shard and round."""
+    told: dict[tuple[int, int], set[str]] = {}
+    for news in itertools.chain.from_iterable(program.news for program in run.programs):
+        if news["event"] in ("commit", "seed commit"):
+            told.setdefault((news["shard"], news["round"]), set()).add(news["state digest"])
+    assert {key: states for key, states in told.items() if len(states) > 1} == {}
+    return {key: next(iter(states)) for key, states in told.items()}
+
+
+def test_a_model_that_no_peer_holds_is_trained_by_spans_one_of_which_is_killed(data: Path, tmp_path: Path) -> None:
+    """Two peers a shard: rounds of both shards commit, replicas stay equal, the loss falls, the whole is verified."""
+    run = Swarm(tmp_path, write_run_file(tmp_path / "run", data, "split", CHANGES), data)
+    try:
+        run.start_coordinator()
+        run.coordinator.wait_news("seed ready", START_S)
+        spans = [join(run, name) for name in NAMES]
+        assert sorted(shard for program in spans for shard in hosts(program)) == [0, 0, 1, 1]
+        number = max(counted(program) for program in spans)
+        victim, *survivors = spans
+        victim.kill()
+        number = max(counted(program, number + 1) for program in survivors)
+        checkpoint = wait_for(lambda: published(run, number), "a checkpoint", ROUNDS_S)
+        told = assert_equal_states(run)
+        assert all(program.leave(signal.SIGTERM, ROUNDS_S) == 0 for program in survivors)
+        wanted = f"{run.invite}@{checkpoint['round']}"
+        folder = Path(swarm_json("download", wanted, "--out", tmp_path / "got", env=run.env)["folder"])
+        verified = swarm_json("verify", folder, "--run", run.invite, env=run.env)
+        states = [told[shard, checkpoint["round"]] for shard in (0, 1)]
+        assert [shard["state_digest"] for shard in verified["shards"]] == states
+    finally:
+        run.end()
+
+
+def published(run: Swarm, number: int) -> dict[str, Any] | None:
+    """A checkpoint of a round after ``number``."""
+    listed = swarm_json("checkpoints", run.invite, env=run.env)["checkpoints"]
+    found = [entry for entry in listed if entry["round"] > number]
+    return found[-1] if found else None
