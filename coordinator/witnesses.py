@@ -9,7 +9,6 @@ and write run on the writer's thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from coordinator import incidents
@@ -20,7 +19,7 @@ from swarm import digest, schedule, witness
 from swarm.errors import NotAdmitted, NotFound, ProtocolError
 from swarm.log import tokens_by_peer
 from swarm.manifest import CheckpointManifest
-from swarm.proto.checkpoint_pb2 import Attestation, Witnesses
+from swarm.proto.checkpoint_pb2 import Attestation, ShardReplicas, Witnesses
 from swarm.proto.common_pb2 import Signed
 from swarm.proto.round_pb2 import Commit, Record
 
@@ -77,29 +76,40 @@ def gather(
     Each shard has a quorum of its own.
     """
     expected = [witness.said(attestation) for attestation in witness.attestations_of(checkpoint)]
-    known = _replicas(run, store, checkpoint.round)
+    known = _replicas_by_shard(run, store, checkpoint.round)
     agreeing: list[dict[bytes, Signed]] = [{} for _ in expected]  # by signer: one may say the same in several ways
     attested: set[bytes] = set()
     for signed, attestation in _kept(run, store, checkpoint.round):
         attested.add(signed.signer)
-        if signed.signer in known and witness.said(attestation) == expected[attestation.shard]:
+        if signed.signer in known[attestation.shard] and witness.said(attestation) == expected[attestation.shard]:
             agreeing[attestation.shard].setdefault(signed.signer, signed)
-    live = known & attested | _awaited(run, store, checkpoint.round, known, hearing)
-    wanted, fewest = witness.needed(len(live), run.spec.checkpoints), min(len(of_shard) for of_shard in agreeing)
-    if fewest < wanted:
-        raise NotFound(
-            f"round {checkpoint.round} waits for witnesses: {fewest} of {len(live)} live replicas attested its"
-            f" state, {wanted} are needed",
-            "it is published once they did; look for an incident in: swarm status",
-        )
+    live = [
+        of_shard & (attested | _awaited(run, store, checkpoint.round, shard, hearing))
+        for shard, of_shard in enumerate(known)
+    ]
+    wanted = [witness.needed(len(lived), run.spec.checkpoints) for lived in live]
+    for shard, (agree, lived) in enumerate(zip(agreeing, live, strict=True)):
+        if len(agree) < wanted[shard]:
+            name = f"round {checkpoint.round}" + (f", shard {shard}," if shard else "")
+            raise NotFound(
+                f"{name} waits for witnesses: {len(agree)} of {len(lived)} live replicas"
+                f" attested its state, {wanted[shard]} are needed",
+                "it is published once they did; look for an incident in: swarm status",
+            )
+    replicas = sorted(set().union(*live))
+    places = [[replicas.index(peer) for peer in sorted(lived)] for lived in live]
     quorum = Witnesses(
         round=checkpoint.round,
         manifest_digest=manifest_digest,
-        replicas=sorted(live),
+        replicas=replicas,
         attestations=[signed for of_shard in agreeing for signed in of_shard.values()],
+        # Left out where all hold all shards: of one shard, always.
+        shards=[ShardReplicas(places=of) for of in places] if any(lived != live[0] for lived in live) else [],
     )
     if quorum.ByteSize() > witness.MAX_WITNESSES_BYTES:  # researchers would refuse it: as many as are needed will do
-        enough = [signed for of_shard in agreeing for signed in list(of_shard.values())[:wanted]]
+        enough = [
+            signed for of_shard, most in zip(agreeing, wanted, strict=True) for signed in list(of_shard.values())[:most]
+        ]
         del quorum.attestations[:]
         quorum.attestations.extend(enough)
     return quorum
@@ -122,26 +132,33 @@ def _note_disagreement(run: Run, store: Store, new: Attestation, now_unix_ms: in
 
 
 def _replicas(run: Run, store: Store, round_number: int) -> set[bytes]:
-    """Who held the state after a round, by the log."""
-    known = set(run.seed_peers)
+    """Who held a state after a round, by the log."""
+    return set().union(*_replicas_by_shard(run, store, round_number))
+
+
+def _replicas_by_shard(run: Run, store: Store, round_number: int) -> list[set[bytes]]:
+    found = []
     for shard in range(run.spec.num_shards):
         raw = store.commit(shard, round_number)
         if raw is None:
             raise NotFound(f"round {round_number} is not recorded yet", "record its commit first")
         record = Record.FromString(Commit.FromString(raw).record)
-        known |= {*record.next_voters, *tokens_by_peer(record)}
-    return known
+        found.append({*run.seed_peers, *record.next_voters, *tokens_by_peer(record)})
+    return found
 
 
-def _awaited(run: Run, store: Store, round_number: int, known: Iterable[bytes], hearing: Hearing) -> set[bytes]:
-    """Those of ``known`` who may still attest the round."""
-    rows = [store.round(shard, round_number) for shard in range(run.spec.num_shards)]
+def _awaited(run: Run, store: Store, round_number: int, shard: int, hearing: Hearing) -> set[bytes]:
+    """Who may still attest a shard's state after a round."""
+    rows = [store.round(number, round_number) for number in range(run.spec.num_shards)]
     last_unix_ms = max((row.recorded_unix_ms for row in rows if row is not None), default=0)
     if None in rows or last_unix_ms < hearing.now_unix_ms - ATTEST_WITHIN_MS:
         return set()
-    heard = {key: store.peer(key) for key in known}
+    heard = {key: store.peer(key) for key in _replicas_by_shard(run, store, round_number)[shard]}
     return {
         key
         for key, peer in heard.items()
-        if peer is not None and not peer.leaving and peer.last_seen_unix_ms >= hearing.silent_before_unix_ms
+        if peer is not None
+        and not peer.leaving
+        and peer.last_seen_unix_ms >= hearing.silent_before_unix_ms
+        and shard in peer.span(run.spec.num_shards)
     }

@@ -105,6 +105,7 @@ def check_quorum(witnesses: Witnesses, run_id: bytes, rules: Checkpoints, checkp
     expected = attestations_of(checkpoint)
     if len(witnesses.attestations) > len(replicas) * len(expected):
         raise ProtocolError("more attestations than replicas")
+    live = _live(witnesses, len(expected))
     signers: list[set[bytes]] = [set() for _ in expected]
     for signed in witnesses.attestations:
         attestation = parse_attestation(signed, run_id)
@@ -115,11 +116,23 @@ def check_quorum(witnesses: Witnesses, run_id: bytes, rules: Checkpoints, checkp
         if said(attestation) != said(expected[attestation.shard]):
             raise VerificationError(f"round {checkpoint.round}: a witness signed another state than the manifest's")
         signers[attestation.shard].add(signed.signer)
-    wanted, fewest = needed(len(replicas), rules), min(len(of_shard) for of_shard in signers)
-    if fewest < wanted:
-        raise VerificationError(
-            f"round {checkpoint.round}: {fewest} of {len(replicas)} live replicas are witnesses; {wanted} needed"
-        )
+    for shard, (signed_by, lived) in enumerate(zip(signers, live, strict=True)):
+        wanted, found = needed(len(lived), rules), len(signed_by & lived)
+        if found < wanted:
+            name = named(expected[shard])
+            raise VerificationError(f"{name}: {found} of {len(lived)} live replicas are witnesses; {wanted} needed")
+
+
+def _live(witnesses: Witnesses, num_shards: int) -> list[set[bytes]]:
+    """Who lived of each shard's replicas."""
+    if not witnesses.shards:
+        return [set(witnesses.replicas)] * num_shards
+    if len(witnesses.shards) != num_shards:
+        raise ProtocolError(f"the replicas of {len(witnesses.shards)} shards; the checkpoint has {num_shards}")
+    of_shards = [[place for place in shard.places if place < len(witnesses.replicas)] for shard in witnesses.shards]
+    if not all(of_shards):
+        raise ProtocolError("the witnesses name a shard without a replica")
+    return [{witnesses.replicas[place] for place in places} for places in of_shards]
 
 
 def disagreement(attestations: Sequence[tuple[bytes, Attestation]]) -> str | None:

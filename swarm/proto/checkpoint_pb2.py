@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from swarm.proto import common_pb2 as swarm_dot_proto_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cswarm/proto/checkpoint.proto\x12\x08swarm.v1\x1a\x18swarm/proto/common.proto\"\x9c\x01\n\x0b\x41ttestation\x12\r\n\x05shard\x18\x01 \x01(\r\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x12\n\nlog_digest\x18\x03 \x01(\x0c\x12\x14\n\x0cstate_digest\x18\x04 \x01(\x0c\x12\x15\n\ranchor_digest\x18\x05 \x01(\x0c\x12\x17\n\x0fmomentum_digest\x18\x06 \x01(\x0c\x12\x15\n\rlayout_digest\x18\x07 \x01(\x0c\"m\n\tWitnesses\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\x0c\x12\x10\n\x08replicas\x18\x03 \x03(\x0c\x12&\n\x0c\x61ttestations\x18\x04 \x03(\x0b\x32\x10.swarm.v1.Signed\"\x16\n\x05Roots\x12\r\n\x05roots\x18\x01 \x03(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cswarm/proto/checkpoint.proto\x12\x08swarm.v1\x1a\x18swarm/proto/common.proto\"\x9c\x01\n\x0b\x41ttestation\x12\r\n\x05shard\x18\x01 \x01(\r\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x12\n\nlog_digest\x18\x03 \x01(\x0c\x12\x14\n\x0cstate_digest\x18\x04 \x01(\x0c\x12\x15\n\ranchor_digest\x18\x05 \x01(\x0c\x12\x17\n\x0fmomentum_digest\x18\x06 \x01(\x0c\x12\x15\n\rlayout_digest\x18\x07 \x01(\x0c\"\x96\x01\n\tWitnesses\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x17\n\x0fmanifest_digest\x18\x02 \x01(\x0c\x12\x10\n\x08replicas\x18\x03 \x03(\x0c\x12&\n\x0c\x61ttestations\x18\x04 \x03(\x0b\x32\x10.swarm.v1.Signed\x12\'\n\x06shards\x18\x05 \x03(\x0b\x32\x17.swarm.v1.ShardReplicas\"\x1f\n\rShardReplicas\x12\x0e\n\x06places\x18\x01 \x03(\r\"\x16\n\x05Roots\x12\r\n\x05roots\x18\x01 \x03(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ATTESTATION']._serialized_start=69
   _globals['_ATTESTATION']._serialized_end=225
-  _globals['_WITNESSES']._serialized_start=227
-  _globals['_WITNESSES']._serialized_end=336
-  _globals['_ROOTS']._serialized_start=338
-  _globals['_ROOTS']._serialized_end=360
+  _globals['_WITNESSES']._serialized_start=228
+  _globals['_WITNESSES']._serialized_end=378
+  _globals['_SHARDREPLICAS']._serialized_start=380
+  _globals['_SHARDREPLICAS']._serialized_end=411
+  _globals['_ROOTS']._serialized_start=413
+  _globals['_ROOTS']._serialized_end=435
 # @@protoc_insertion_point(module_scope)

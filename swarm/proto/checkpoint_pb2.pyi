@@ -26,16 +26,24 @@ class Attestation(_message.Message):
     def __init__(self, shard: _Optional[int] = ..., round: _Optional[int] = ..., log_digest: _Optional[bytes] = ..., state_digest: _Optional[bytes] = ..., anchor_digest: _Optional[bytes] = ..., momentum_digest: _Optional[bytes] = ..., layout_digest: _Optional[bytes] = ...) -> None: ...
 
 class Witnesses(_message.Message):
-    __slots__ = ("round", "manifest_digest", "replicas", "attestations")
+    __slots__ = ("round", "manifest_digest", "replicas", "attestations", "shards")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     ATTESTATIONS_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
     round: int
     manifest_digest: bytes
     replicas: _containers.RepeatedScalarFieldContainer[bytes]
     attestations: _containers.RepeatedCompositeFieldContainer[_common_pb2.Signed]
-    def __init__(self, round: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., replicas: _Optional[_Iterable[bytes]] = ..., attestations: _Optional[_Iterable[_Union[_common_pb2.Signed, _Mapping]]] = ...) -> None: ...
+    shards: _containers.RepeatedCompositeFieldContainer[ShardReplicas]
+    def __init__(self, round: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., replicas: _Optional[_Iterable[bytes]] = ..., attestations: _Optional[_Iterable[_Union[_common_pb2.Signed, _Mapping]]] = ..., shards: _Optional[_Iterable[_Union[ShardReplicas, _Mapping]]] = ...) -> None: ...
+
+class ShardReplicas(_message.Message):
+    __slots__ = ("places",)
+    PLACES_FIELD_NUMBER: _ClassVar[int]
+    places: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, places: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Roots(_message.Message):
     __slots__ = ("roots",)

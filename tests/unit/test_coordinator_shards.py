@@ -21,7 +21,7 @@ from swarm.errors import NotFound, ProtocolError, VerificationError
 from swarm.identity import Identity
 from swarm.log import LogHead
 from swarm.proto import coordinator_pb2 as pb
-from swarm.proto.checkpoint_pb2 import Attestation, Witnesses
+from swarm.proto.checkpoint_pb2 import Attestation, ShardReplicas, Witnesses
 from swarm.publication import Publication
 from tests.coordinator_world import (
     ANNA,
@@ -156,6 +156,36 @@ def test_each_shard_needs_a_quorum_of_its_own(store: Store) -> None:
     cut = PUBLICATION.sign("witnesses", world.run_id, quorum.SerializeToString())
     with pytest.raises(VerificationError, match="0 of 3 live replicas are witnesses"):
         dataclasses.replace(published, witnesses=cut).verified(world.run_id, world.spec)
+
+
+def test_a_quorum_names_the_replicas_of_each_shard_and_counts_these_alone(store: Store) -> None:
+    """One of each shard alone is too few where the quorum says that two held it."""
+    world = World(num_shards=2)
+    payload = manifest_of(world, recorded(world, store))
+    for who, shards in ((SEED, (0, 1)), (ANNA, (0,)), (BORIS, (0,))):
+        attest(world, store, who, payload, shards=shards)
+    signed = [item for item, _ in witnesses._kept(world.run, store, 2)]
+    keys = sorted(who.public_key for who in (SEED, ANNA, BORIS))
+
+    def problem(*places: list[int]) -> str:
+        made = Witnesses(
+            round=2,
+            replicas=keys,
+            attestations=signed,
+            shards=[ShardReplicas(places=of_shard) for of_shard in places],
+        )
+        try:
+            witness.check_quorum(made, world.run_id, world.spec.checkpoints, manifest.parse(payload))
+        except (ProtocolError, VerificationError) as error:
+            return str(error)
+        return ""
+
+    seed = keys.index(SEED.public_key)
+    assert problem([0, 1, 2], [seed]) == ""
+    assert "shard 1: 1 of 2 live replicas" in problem([0, 1, 2], sorted({seed, (seed + 1) % 3}))
+    assert "shard 1: 0 of 1 live replicas" in problem([0, 1, 2], [(seed + 1) % 3])
+    assert "a shard without a replica" in problem([0, 1, 2], [])
+    assert "the replicas of 1 shards" in problem([0, 1, 2])
 
 
 def test_witnesses_of_one_shard_that_disagree_are_an_incident_and_other_shards_are_not_compared(store: Store) -> None:
