@@ -50,7 +50,7 @@ class HostedShards:
         pace = Pace(self._spec.num_shards)
         members = []
         for start, values, ledger in zip(starts, pieces, joined.ledgers, strict=True):
-            trainer = ShardTraining(training, values) if training is not None else None
+            trainer = ShardTraining(training, start.shard.index, values) if training is not None else None
             exchange = _exchange(joined, ledger, start, trainer, listeners)
             parts = MemberParts(
                 identity=joined.identity,

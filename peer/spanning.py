@@ -11,6 +11,7 @@ from peer.hosted import HostedShards
 from peer.joining import Joined
 from peer.training.between_steps import BetweenSteps
 from peer.training.feeding import Build
+from peer.training.layout import slices_of
 from peer.training.trainer import Hooks, Limits
 from swarm.errors import SwarmError
 
@@ -35,7 +36,10 @@ def span_trainer(joined: Joined, hosted: HostedShards) -> Build[HostedReplica]:
         vocab_size=hosting.config.vocab_size,
         codec=spec.pipeline.hop_codec,
     )
-    last = hosting.span.last
+    last, shards = hosting.span.last, hosted.shards
+    pieces = slices_of([exchange.shard.num_values for exchange in hosted.exchanges])
+    later = {shard: slice(piece.start, pieces[-1].stop) for shard, piece in zip(shards, pieces, strict=True)}
+    later.pop(shards[0])
     parts = SpanParts(
         transport=joined.transport,
         rules=rules,
@@ -45,6 +49,7 @@ def span_trainer(joined: Joined, hosted: HostedShards) -> Build[HostedReplica]:
         max_in_flight=min(hosting.max_in_flight, spec.pipeline.step_microbatches),
         hosts=hosted.surroundings.hosts,
         is_admitted=hosted.surroundings.is_admitted,
+        later=later,
         # A snapshot that comes later is of no use to its round.
         drain_s=min(MAX_DRAIN_S, spec.rounds.reduce_timeout_s / 2),
     )

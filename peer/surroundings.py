@@ -66,12 +66,11 @@ class Surroundings:
         return [self.statuses(shard) for shard in range(self._parts.spec.num_shards)]
 
     def hosts(self, shard: int) -> dict[bytes, tuple[str, ...]]:
-        """Whose span begins with ``shard``, and where they are reached."""
-        before = self.statuses(shard - 1) if shard else {}
+        """Who trains ``shard``, and where they are reached: a span may be entered at each of its shards."""
         return {
             peer: tuple(status.addresses)
             for peer, status in self.statuses(shard).items()
-            if status.trains and not status.leaving and peer not in before
+            if status.trains and not status.leaving
         }
 
     def is_admitted(self, peer: bytes) -> bool:

@@ -7,6 +7,7 @@ bytes of hidden states to `peer.pipeline.hop_codec`, and calls to `peer.pipeline
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,8 @@ class Entering:
     """for everything up to the answer"""
     hidden_BLH: torch.Tensor | None = None
     """None where it enters the first span"""
+    first_shard: int = 0
+    """whose first layer it enters"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +92,8 @@ def with_time(request: bytes, time_left_s: float) -> bytes:
     return TrainRequest(time_left_ms=max(1, int(time_left_s * 1000))).SerializeToString() + request
 
 
-def read_request(data: bytes, first_shard: int, rules: HopRules) -> Entering:
-    """Raises `ProtocolError` for all that is no microbatch of this run for the span that begins with this shard."""
+def read_request(data: bytes, entrances: Collection[int], rules: HopRules) -> Entering:
+    """Raises `ProtocolError` for all that is no microbatch of this run that enters at one of these shards."""
     if len(data) > rules.max_request_bytes:
         raise ProtocolError(f"a microbatch of {len(data)} bytes exceeds {rules.max_request_bytes}")
     try:
@@ -99,8 +102,8 @@ def read_request(data: bytes, first_shard: int, rules: HopRules) -> Entering:
         raise ProtocolError("a microbatch cannot be read") from error
     if len(request.microbatch_id) != ID_BYTES:
         raise ProtocolError(f"a microbatch's id of {len(request.microbatch_id)} bytes")
-    if request.first_shard != first_shard:
-        raise ProtocolError(f"a microbatch for shard {request.first_shard}, where this span begins with {first_shard}")
+    if request.first_shard not in entrances:
+        raise ProtocolError(f"a microbatch for shard {request.first_shard}, which cannot be entered here")
     if not 1 <= request.sequences <= rules.max_sequences:
         raise ProtocolError(f"a microbatch of {request.sequences} sequences, where 1 to {rules.max_sequences} may come")
     if request.time_left_ms < 1:
@@ -111,6 +114,7 @@ def read_request(data: bytes, first_shard: int, rules: HopRules) -> Entering:
         tokens=_tokens(request.tokens, request.sequences, rules),
         time_left_s=min(request.time_left_ms / 1000, MAX_TIME_LEFT_S),
         hidden_BLH=HOP_CODECS[rules.codec].decode(request.hidden, shape),
+        first_shard=request.first_shard,
     )
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import SystemRandom
 from typing import Any
 
@@ -44,6 +44,8 @@ class PlaceParts:
     """shard -> whose span begins with it, as the directory says now"""
     is_admitted: Callable[[bytes], bool]
     limits: Limits
+    later: Mapping[int, slice] = field(default_factory=dict)
+    """shards of the span after its first, each with the replica's values from there on: entrances, too"""
     next_batch: Callable[[int], Tokens | None] | None = None
     """for a span that begins with the first shard"""
     on_step: Callable[[Stepped], None] = lambda stepped: None
@@ -63,7 +65,7 @@ class Place:
         self.onward = self._build_onward()
         self.hop = Hop(
             HopParts(
-                steps=Steps(parts.replica, parts.learning_rate, parts.step_microbatches),
+                steps=Steps(parts.replica, parts.learning_rate, parts.step_microbatches, parts.later),
                 gate=Gate(step_microbatches=parts.step_microbatches, max_in_flight=parts.max_in_flight),
                 slot=self.slot,
                 onward=self.onward,
@@ -76,11 +78,12 @@ class Place:
 
     async def begin(self) -> None:
         parts = self._parts
-        if parts.first_shard > 0:
+        entrances = [*parts.later, *([parts.first_shard] if parts.first_shard else [])]
+        if entrances:
             serving = ServingParts(
                 hop=self.hop,
                 rules=parts.rules,
-                first_shard=parts.first_shard,
+                entrances=entrances,
                 is_admitted=parts.is_admitted,
                 run=asyncio.to_thread,
             )
@@ -139,6 +142,8 @@ class Place:
                 next_batch=parts.next_batch,
                 new_id=lambda: secrets.token_bytes(ID_BYTES),
                 timeout_s=parts.timeout_s,
+                # With nothing to wait for, one at a time leaves room for those of others.
+                max_in_flight=1 if parts.next_shard is None else parts.max_in_flight,
                 on_answer=parts.on_answer,
             )
         )

@@ -5,7 +5,7 @@ Leaves what a request must look like to `peer.pipeline.messages`, and the rest t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from peer.p2p.transport import Transport
@@ -19,8 +19,8 @@ from swarm.errors import NotAdmitted
 class ServingParts:
     hop: Hop
     rules: HopRules
-    first_shard: int
-    """of the span"""
+    entrances: Collection[int]
+    """shards at whose first layer a microbatch may enter: those of the span"""
     is_admitted: Callable[[bytes], bool]
     """whether the run knows the peer with this public key"""
     run: Run
@@ -40,7 +40,7 @@ class Serving:
             raise NotAdmitted("only peers of the run may ask for this")
         parts.hop.admit()  # before anything is read: to be busy costs nothing
         try:
-            entering = await parts.run(lambda: read_request(data, parts.first_shard, parts.rules))
+            entering = await parts.run(lambda: read_request(data, parts.entrances, parts.rules))
         except BaseException:
             parts.hop.give_up()
             raise

@@ -30,6 +30,7 @@ class SourceParts:
     next_batch: Callable[[int], Tokens | None]
     """how many were read before -> tokens [B, L+1]; None: there are none now"""
     new_id: Callable[[], bytes]
+    max_in_flight: int
     timeout_s: float = 120.0
     """for one microbatch there and back; after it, it is asked for again"""
     on_answer: Callable[[Tokens, Answer], None] = lambda tokens, answer: None
@@ -51,7 +52,7 @@ class Source:
             while True:
                 await hop.room()
                 self._raise_failures()
-                if len(self._under_way) >= hop.parts.gate.max_in_flight:
+                if len(self._under_way) >= self._parts.max_in_flight:
                     await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
                     continue
                 tokens = self._parts.next_batch(self.num_read)

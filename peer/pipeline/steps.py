@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from peer.pipeline.hop_codec import can_travel
@@ -29,6 +29,8 @@ class Stepped:
     result: StepResult
     num_tokens: int
     microbatch_ids: tuple[bytes, ...]
+    entered_later: Mapping[int, int]
+    """of these tokens those that entered at a later shard than the span's first, by that shard"""
 
 
 @dataclass(slots=True)
@@ -37,14 +39,25 @@ class _Gathered:
     """sum of the means of the microbatches"""
     num_tokens: int = 0
     microbatch_ids: list[bytes] = field(default_factory=list)
+    entered_later: dict[int, list[int]] = field(default_factory=dict)
+    """shard -> tokens of each microbatch that entered there"""
     is_spoiled: bool = False
     """a way back broke off, or its gradients are not finite: nobody knows what of it was taken in"""
 
 
 class Steps:
-    def __init__(self, replica: SpanReplica, learning_rate: Callable[[], float], step_microbatches: int) -> None:
-        """``step_microbatches``: of an inner step, at most. Where that is one, its gradients never wait."""
-        self._replica, self._learning_rate = replica, learning_rate
+    def __init__(
+        self,
+        replica: SpanReplica,
+        learning_rate: Callable[[], float],
+        step_microbatches: int,
+        later: Mapping[int, slice] | None = None,
+    ) -> None:
+        """``step_microbatches``: of an inner step, at most. Where that is one, its gradients never wait.
+
+        ``later``: shards after the span's first at which microbatches may enter, and the replica's values from there.
+        """
+        self._replica, self._learning_rate, self._later = replica, learning_rate, later or {}
         self._known_number = 1 if step_microbatches == 1 else None
         self._gathered = _Gathered()
         self._counted: OrderedDict[bytes, None] = OrderedDict()
@@ -63,7 +76,9 @@ class Steps:
             self._replica.begin_step(self._learning_rate(), self._known_number)
             self._has_begun = True
         weight = 1 / entering.tokens[:, 1:].size
-        return self._replica.forward(Microbatch(tokens=entering.tokens, weight=weight, hidden_BLH=entering.hidden_BLH))
+        entrance = entering.first_shard if entering.first_shard in self._later else None
+        given = Microbatch(tokens=entering.tokens, weight=weight, hidden_BLH=entering.hidden_BLH, entrance=entrance)
+        return self._replica.forward(given)
 
     def backward(self, entering: Entering, passed: Passed, came: Answer | None, generation: int) -> Answer:
         """``came``: from the span after, None in the last one; ``generation``: of the weights on the way there.
@@ -89,7 +104,7 @@ class Steps:
             loss=came.loss if came is not None else trained.loss / num_tokens, gradient_BLH=trained.gradient_BLH
         )
         if counts:
-            self._count(entering.microbatch_id, num_tokens, answer.loss)
+            self._count(entering, num_tokens, answer.loss)
         return answer
 
     def finish(self) -> Stepped | None:
@@ -102,16 +117,24 @@ class Steps:
             if has_begun:
                 self._replica.drop_step()
             return None
-        outcome = self._replica.finish_step(number)
+        entered = [(self._later[shard], len(tokens)) for shard, tokens in gathered.entered_later.items()]
+        outcome = self._replica.finish_step(number - sum(count for _, count in entered), entered)
         result = StepResult(
             loss=gathered.loss / number, grad_norm=outcome.grad_norm, ok=outcome.ok, num_microbatches=number
         )
-        return Stepped(result=result, num_tokens=gathered.num_tokens, microbatch_ids=tuple(gathered.microbatch_ids))
+        return Stepped(
+            result=result,
+            num_tokens=gathered.num_tokens,
+            microbatch_ids=tuple(gathered.microbatch_ids),
+            entered_later={shard: sum(tokens) for shard, tokens in gathered.entered_later.items()},
+        )
 
-    def _count(self, microbatch_id: bytes, num_tokens: int, loss: float) -> None:
+    def _count(self, entering: Entering, num_tokens: int, loss: float) -> None:
         self._gathered.loss += loss
         self._gathered.num_tokens += num_tokens
-        self._gathered.microbatch_ids.append(microbatch_id)
-        self._counted[microbatch_id] = None
+        self._gathered.microbatch_ids.append(entering.microbatch_id)
+        if entering.first_shard in self._later:
+            self._gathered.entered_later.setdefault(entering.first_shard, []).append(num_tokens)
+        self._counted[entering.microbatch_id] = None
         if len(self._counted) > MAX_REMEMBERED:
             self._counted.popitem(last=False)

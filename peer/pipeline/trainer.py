@@ -11,8 +11,8 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from peer.p2p.transport import Transport
@@ -48,6 +48,8 @@ class SpanParts:
     max_in_flight: int
     hosts: Callable[[int], Hosts]
     is_admitted: Callable[[bytes], bool]
+    later: Mapping[int, slice] = field(default_factory=dict)
+    """shards of the span after its first, each with the replica's values from there on: entrances, too"""
     drain_s: float = 30.0
 
 
@@ -72,6 +74,7 @@ class SpanTrainer(BetweenSteps):
                 learning_rate=hooks.learning_rate,
                 hosts=span.hosts,
                 is_admitted=span.is_admitted,
+                later=span.later,
                 next_batch=hooks.next_batch if span.first_shard == 0 else None,
                 on_step=self._stepped,
                 on_answer=self._answered,
@@ -158,7 +161,7 @@ class SpanTrainer(BetweenSteps):
         now_s = time.monotonic()
         elapsed_s, self._last_end_s = now_s - self._last_end_s, now_s
         self._measure(stepped.num_tokens)
-        self._tell_of_bad_steps(self._count(stepped.result, stepped.num_tokens, elapsed_s))
+        self._tell_of_bad_steps(self._count(stepped.result, stepped.num_tokens, elapsed_s, stepped.entered_later))
 
     def _measure(self, num_tokens: int) -> None:
         """Tokens of a step by what it was computed in, whatever was waited for between."""

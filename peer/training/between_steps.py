@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from peer.rounds.codec import Float32
@@ -52,6 +52,13 @@ class Stats:
     tokens_per_s: float = 0.0
     loss_sum: float = 0.0  # nats per token, over good steps
     last_loss: float = math.nan
+
+    entered_later: Mapping[int, int] = field(default_factory=dict)
+    """of the tokens those that passed no shard before this one, by that shard: they entered there"""
+
+    def tokens_of(self, shard: int) -> int:
+        """Tokens that the replica's values of ``shard`` were trained on."""
+        return self.tokens - sum(tokens for entrance, tokens in self.entered_later.items() if entrance > shard)
 
     def mean_loss_since(self, earlier: Stats) -> float:
         """Mean training loss of the good steps since ``earlier``; NaN where there were none."""
@@ -138,11 +145,21 @@ class BetweenSteps(ABC):
         ended the training if it ended.
         """
 
-    def _count(self, result: StepResult, num_tokens: int, elapsed_s: float) -> int:
-        """Count a step that was made, in whichever thread; gives how many were bad in a row."""
+    def _count(
+        self, result: StepResult, num_tokens: int, elapsed_s: float, entered_later: Mapping[int, int] | None = None
+    ) -> int:
+        """Count a step that was made, in whichever thread; gives how many were bad in a row.
+
+        Bad steps count no tokens. ``entered_later``: see `Stats`.
+        """
         with self._counting:
-            self._stats = after_step(self._stats, result, num_tokens, elapsed_s)
-            return self._stats.consecutive_bad_steps
+            stats = after_step(self._stats, result, num_tokens, elapsed_s)
+            if entered_later and result.ok:
+                before = stats.entered_later
+                entered = {e: before.get(e, 0) + entered_later.get(e, 0) for e in {*before, *entered_later}}
+                stats = replace(stats, entered_later=entered)
+            self._stats = stats
+            return stats.consecutive_bad_steps
 
     async def snapshot(self, values: slice | None = None, timeout_s: float = COMMAND_TIMEOUT_S) -> Snapshot:
         return await self.call(lambda: Snapshot(movement=self._replica.movement(values), stats=self._stats), timeout_s)

@@ -142,10 +142,10 @@ class Training:
         if self._reads and (self._prefetching is None or self._prefetching.done()):
             self._prefetching = asyncio.get_running_loop().create_task(self._prefetch())
 
-    async def snapshot(self, values: slice | None = None) -> tuple[Movement, int]:
-        """See `peer.rounds.exchange_parts.Trainer`; ``values``: of which shard, None: all."""
+    async def snapshot(self, shard: int = 0, values: slice | None = None) -> tuple[Movement, int]:
+        """See `peer.rounds.exchange_parts.Trainer`; ``values``: of ``shard``, None: all."""
         snapshot = await self.trainer.snapshot(values)
-        return snapshot.movement, snapshot.stats.tokens
+        return snapshot.movement, snapshot.stats.tokens_of(shard)
 
     async def land(
         self, anchor: Float32, snapshot: Movement | None, round_number: int, values: slice | None = None
@@ -241,17 +241,18 @@ class ShardTraining:
     """The `peer.rounds.exchange_parts.Trainer` of one shard's rounds: ``values`` of all that is trained here."""
 
     training: Training
+    shard: int
     values: slice
 
     async def snapshot(self) -> tuple[Movement, int]:
-        return await self.training.snapshot(self.values)
+        return await self.training.snapshot(self.shard, self.values)
 
     async def land(self, anchor: Float32, snapshot: Movement | None, round_number: int) -> None:
         await self.training.land(anchor, snapshot, round_number, self.values)
 
     @property
     def tokens(self) -> int:
-        return self.training.tokens
+        return self.training.stats.tokens_of(self.shard)
 
 
 def _quietly(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> None:

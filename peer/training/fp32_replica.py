@@ -25,7 +25,7 @@ from peer.training.inner_optimizer import build_optimizer
 from peer.training.layout import Layout
 from peer.training.microbatches import Microbatch, Microbatches, StepResult, Tokens, Trained, check_batch
 from peer.training.movement import Movement
-from peer.training.passes import Passed, Passes, StepOutcome
+from peer.training.passes import Later, Passed, Passes, StepOutcome
 from peer.training.span import materialise
 from swarm.errors import DataError, ResourceError, SwarmError
 from swarm.run_spec import Inner
@@ -69,7 +69,7 @@ class Replica:
         self._head = ends.get_output_embeddings()
         compute = torch.bfloat16 if computes_in_bf16(device) else torch.float32
         has_head = not isinstance(self._head, torch.nn.Identity)
-        self._passes = Passes(self._model, device, compute, self._head_loss if has_head else None)
+        self.passes = Passes(self._model, device, compute, self._head_loss if has_head else None)
         self._learning_rate = 0.0
         self._optimizer = build_optimizer(self._parameters, inner, device)
         self._microbatches = Microbatches(microbatch_sequences, device)
@@ -126,7 +126,7 @@ class Replica:
         Raises `DataError` for tokens of a wrong shape or outside the vocabulary, and `ResourceError` where even one
         sequence at a time does not fit into memory.
         """
-        check_batch(tokens, self._passes.vocab_size)
+        check_batch(tokens, self.passes.vocab_size)
         loss = self._gradients(tokens)
         grad_norm = self._learn(learning_rate, ok=math.isfinite(loss))
         ok = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -139,27 +139,28 @@ class Replica:
 
     def forward(self, given: Microbatch) -> Passed:
         """See `peer.training.passes.SpanReplica`."""
-        return self._passes.forward(given)
+        return self.passes.forward(given)
 
     def backward(self, passed: Passed, gradient_BLH: torch.Tensor | None, *, counts: bool = True) -> Trained:
         """See `peer.training.passes.SpanReplica`."""
         if counts:
-            return self._passes.backward(passed, gradient_BLH)
+            return self.passes.backward(passed, gradient_BLH)
         gathered = [parameter.grad for parameter in self._parameters]
         try:
             self.drop_step()
-            return self._passes.backward(passed, gradient_BLH)
+            return self.passes.backward(passed, gradient_BLH)
         finally:
             for parameter, gradient in zip(self._parameters, gathered, strict=True):
                 parameter.grad = gradient
 
-    def finish_step(self, num_microbatches: int) -> StepOutcome:
+    def finish_step(self, num_microbatches: int, later: Later = ()) -> StepOutcome:
         """See `peer.training.passes.SpanReplica`."""
-        if num_microbatches < 1:
+        numbers = self._layout.numbers(num_microbatches, later)
+        if max(numbers) < 1:
             raise SwarmError("an inner step that nothing counted towards")
-        for parameter in self._parameters:
+        for parameter, number in zip(self._parameters, numbers, strict=True):
             if parameter.grad is not None:
-                parameter.grad.div_(num_microbatches)
+                parameter.grad.div_(number)
         grad_norm = self._learn(self._learning_rate, ok=True)
         return StepOutcome(grad_norm=grad_norm, ok=math.isfinite(grad_norm))
 
@@ -188,7 +189,7 @@ class Replica:
             with self._holding(anchor), torch.no_grad():
                 for tokens in batches:
                     for piece in self._microbatches.of(tokens):
-                        batch = self._passes.batch(piece)
+                        batch = self.passes.batch(piece)
                         total += self._loss(batch).item() * batch[:, 1:].numel()
                         num_tokens += batch[:, 1:].numel()
         except torch.OutOfMemoryError as error:
@@ -226,14 +227,14 @@ class Replica:
         self._optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for piece in self._microbatches.of(tokens):
-            loss = self._loss(self._passes.batch(piece)) * (len(piece) / len(tokens))
+            loss = self._loss(self.passes.batch(piece)) * (len(piece) / len(tokens))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         return total
 
     def _loss(self, batch_BL: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy of the next token, in nats."""
-        with self._passes.precision():
+        with self.passes.precision():
             logits_BLV = self._model(input_ids=batch_BL[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits_BLV.float().flatten(0, 1), batch_BL[:, 1:].flatten())
 
@@ -242,7 +243,7 @@ class Replica:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `peer.training.passes.Loss`."""
         entered_NI = hidden_NI.requires_grad_()
-        with self._passes.precision():
+        with self.passes.precision():
             logits_NV = self._head(entered_NI)
         total = F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
         if not math.isfinite(total.item() * weight):

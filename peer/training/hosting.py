@@ -17,6 +17,7 @@ from peer.training.room import measure_room
 from swarm import fitting, sharding
 from swarm.digest import sha256
 from swarm.errors import ResourceError
+from swarm.families import family_of
 from swarm.fitting import RUNTIME_BYTES, Choice
 from swarm.memory_plan import ModelNumbers, piece_values
 from swarm.pipeline_plan import flops_per_token
@@ -101,11 +102,18 @@ def build_replica(hosting: Hosting, spec: RunSpec, peer_key: bytes) -> HostedRep
     """The replica that was chosen, without weights: load an anchor."""
     from peer.training.fp32_replica import Replica
     from peer.training.int8_replica import Int8Replica
+    from peer.training.span import from_layer
 
     built = model.build_span(hosting.config, hosting.choice.plan.span, hosting.device)
     layout, at_once = model.layout_of(built), hosting.choice.batch
-    if spec.inner.weights == "fp32":
-        return Replica(built, layout, spec.inner, hosting.device, at_once)
     # Replicas round differently, so that what one loses by chance another keeps.
-    seed = sha256(f"swarm.v1 rounding {spec.seed}".encode() + peer_key)
-    return Int8Replica(built, layout, spec.inner, hosting.device, int.from_bytes(seed[:8], "little") >> 1, at_once)
+    seed = int.from_bytes(sha256(f"swarm.v1 rounding {spec.seed}".encode() + peer_key)[:8], "little") >> 1
+    replica = (
+        Replica(built, layout, spec.inner, hosting.device, at_once)
+        if spec.inner.weights == "fp32"
+        else Int8Replica(built, layout, spec.inner, hosting.device, seed, at_once)
+    )
+    for shard in hosting.span.shards[1:]:
+        later = from_layer(built, family_of(spec.model.family), hosting.shards[shard].first)
+        replica.passes.open_entrance(shard, later)
+    return replica

@@ -39,7 +39,7 @@ from peer.training.int8_modules import Int8Linear, cross_entropy
 from peer.training.layout import Layout, Piece
 from peer.training.microbatches import Microbatch, Microbatches, StepResult, Tokens, Trained, check_batch
 from peer.training.movement import BLOCK_VALUES, Movement, PackedEntry, PackedWeights, ReplicaMovement
-from peer.training.passes import Passed, Passes, StepOutcome
+from peer.training.passes import Later, Passed, Passes, StepOutcome
 from peer.training.quantized import num_blocks, quantise_
 from swarm.errors import ResourceError, SwarmError
 from swarm.run_spec import Inner
@@ -91,7 +91,7 @@ class Int8Replica:
         ends: Any = self._model
         head = ends.get_output_embeddings()
         self._head: Int8Linear | None = head if isinstance(head, Int8Linear) else None
-        self._passes = Passes(self._model, device, self._compute, self._loss if self._head is not None else None)
+        self.passes = Passes(self._model, device, self._compute, self._loss if self._head is not None else None)
         self._inner_step: InnerStep | None = None
         self._microbatches = Microbatches(microbatch_sequences, device)
         optimised = self._vectors or [nn.Parameter(torch.zeros(1, device=device))]
@@ -210,7 +210,7 @@ class Int8Replica:
         nothing changes. Raises `DataError` for tokens of a wrong shape or outside the vocabulary, and `ResourceError`
         where even one sequence at a time does not fit into memory.
         """
-        check_batch(tokens, self._passes.vocab_size)
+        check_batch(tokens, self.passes.vocab_size)
         with self.inner_step(learning_rate, self._microbatches.number(tokens)) as step:
             loss = self._gradients(tokens, step)
         return StepResult(
@@ -248,17 +248,18 @@ class Int8Replica:
         self._loss_is_finite, self._inner_step = True, step
         return step
 
-    def finish_step(self, num_microbatches: int) -> StepOutcome:
+    def finish_step(self, num_microbatches: int, later: Later = ()) -> StepOutcome:
         """See `peer.training.passes.SpanReplica`."""
         step = self._inner_step
-        if step is None or num_microbatches < 1:
+        numbers = self._layout.numbers(num_microbatches, later)
+        if step is None or max(numbers) < 1:
             raise SwarmError("an inner step that nothing counted towards")
         try:
-            for matrix in reversed(self._matrices):
-                matrix.finish(1 / num_microbatches)
-            for vector in self._vectors:
-                if vector.grad is not None:
-                    vector.grad.div_(num_microbatches)
+            for member, number in reversed([*zip(self._members, numbers, strict=True)]):
+                if isinstance(member, Int8Matrix):
+                    member.finish(1 / max(1, number))
+                elif member.grad is not None:
+                    member.grad.div_(number)
             self._end_step(step)
         finally:
             self.drop_step()
@@ -276,24 +277,24 @@ class Int8Replica:
 
         Raises `DataError` for tokens or hidden states of a wrong shape, or tokens outside the vocabulary.
         """
-        trained = self._passes.train(given, self.backward)
+        trained = self.passes.train(given, self.backward)
         self._loss_is_finite &= not math.isnan(trained.loss)
         return trained
 
     def forward(self, given: Microbatch) -> Passed:
         """See `peer.training.passes.SpanReplica`."""
-        return self._passes.forward(given)
+        return self.passes.forward(given)
 
     def backward(self, passed: Passed, gradient_BLH: torch.Tensor | None, *, counts: bool = True) -> Trained:
         """See `peer.training.passes.SpanReplica`."""
         if counts:
-            return self._passes.backward(passed, gradient_BLH)
+            return self.passes.backward(passed, gradient_BLH)
         gathered = [vector.grad for vector in self._vectors]
         for matrix in self._matrices:
             matrix.is_muted = True
         try:
             self._optimizer.zero_grad(set_to_none=True)
-            return self._passes.backward(passed, gradient_BLH)
+            return self.passes.backward(passed, gradient_BLH)
         finally:
             for matrix in self._matrices:
                 matrix.is_muted = False
@@ -362,12 +363,12 @@ class Int8Replica:
         The anchor stays on the host; its matrices visit the device one at a time. Nobody may change it meanwhile.
         Raises `DataError` where there are no batches, and `ResourceError` where memory runs out.
         """
-        if self._head is None or not self._passes.has_embedding:
+        if self._head is None or not self.passes.has_embedding:
             raise SwarmError("a span that is not the whole model has no loss of its own")
         pieces = (piece for tokens in batches for piece in self._microbatches.of(tokens))
         try:
             with holding(self._model, self._members, views_of(self._layout, anchor)):
-                return mean_loss(self._passes, self._head, pieces)
+                return mean_loss(self.passes, self._head, pieces)
         except torch.OutOfMemoryError as error:
             raise ResourceError(f"an evaluation does not fit into the memory of {self._device}") from error
 

@@ -66,6 +66,14 @@ class Layout:
             raise SwarmError(f"values {first} to {last} are not whole parameters")
         return Piece(values=slice(first, last), indices=range(inside[0], inside[-1] + 1), layout=layout)
 
+    def numbers(self, of_all: int, more: Iterable[tuple[slice, int]]) -> list[int]:
+        """A number for each parameter: ``of_all``, and what ``more`` says of the values that it lies in."""
+        numbers = [of_all] * len(self.entries)
+        for values, number in more:
+            for index in self.piece(values).indices:
+                numbers[index] += number
+        return numbers
+
     def views(self, flat: Float32) -> dict[str, Float32]:
         """Every parameter by name, as a view into ``flat`` (no copy). Raises `SwarmError` for another length."""
         if flat.ndim != 1 or len(flat) != self.num_values:

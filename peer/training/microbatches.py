@@ -86,6 +86,8 @@ class Microbatch:
     """of every token's loss in the loss of the inner step"""
     hidden_BLH: torch.Tensor | None = None
     """what the span before gave; None for the span that has the embedding"""
+    entrance: int | None = None
+    """the shard within the span whose first layer it enters; None: the span's own first"""
     onward: Onward | None = None
     """None for the span that has the head"""
 

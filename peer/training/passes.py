@@ -8,7 +8,7 @@ change to the replicas, and where hidden states come from and go to `peer.pipeli
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +22,10 @@ from swarm.errors import DataError, SwarmError
 Loss = Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor | None]]
 """(hidden [N, I], targets [N], weight) -> (sum of cross entropies, gradient of weight * sum for hidden); the head's own
 gradients are taken in. Where the sum is not finite and none of them was, there is no gradient for hidden either."""
+
+
+Later = Sequence[tuple[slice, int]]
+"""(values of the span from some shard on, microbatches that entered at that shard)"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,8 +72,11 @@ class SpanReplica(Protocol):
         """
         ...
 
-    def finish_step(self, num_microbatches: int) -> StepOutcome:
-        """Learn from the mean of the ``num_microbatches`` that counted since the step began."""
+    def finish_step(self, num_microbatches: int, later: Later = ()) -> StepOutcome:
+        """Learn from the mean of the ``num_microbatches`` that counted since the step began.
+
+        ``later``: of which values it is so many more, as these entered within the span.
+        """
         ...
 
     def drop_step(self) -> None:
@@ -86,11 +93,19 @@ class Passes:
         self._model, self._device, self._compute, self.loss = ends, device, compute, loss
         self.has_embedding = not isinstance(ends.get_input_embeddings(), torch.nn.Identity)
         self.vocab_size: int = ends.config.vocab_size
+        self._entrances: dict[int, Any] = {}
+
+    def open_entrance(self, shard: int, later: torch.nn.Module) -> None:
+        """Microbatches may enter at ``shard`` too; ``later``: the model from there on, over the same memory."""
+        self._entrances[shard] = later
 
     def forward(self, given: Microbatch) -> Passed:
         batch_BL = self.batch(given.tokens)
-        entered = batch_BL[:, :-1] if self.has_embedding else self._entered(given, batch_BL)
-        return Passed(batch_BL=batch_BL, entered=entered, hidden_BLH=self.hidden(entered), weight=given.weight)
+        later = None if given.entrance is None else self._entrances[given.entrance]
+        begins = self.has_embedding and later is None
+        entered = batch_BL[:, :-1] if begins else self._entered(given, batch_BL)
+        hidden_BLH = self.hidden(entered) if later is None else self._through(later, {"inputs_embeds": entered})
+        return Passed(batch_BL=batch_BL, entered=entered, hidden_BLH=hidden_BLH, weight=given.weight)
 
     def backward(self, passed: Passed, gradient_BLH: torch.Tensor | None) -> Trained:
         """All gradients of the span are taken in, unless the loss is not finite: then none is, or it is spoiled."""
@@ -105,7 +120,7 @@ class Passes:
             raise DataError(f"a gradient of {gradient_BLH.numel()} values for hidden states of {hidden_BLH.numel()}")
         gradient_BLH = gradient_BLH.to(hidden_BLH.device, hidden_BLH.dtype).view(hidden_BLH.shape)
         hidden_BLH.backward(gradient_BLH)  # type: ignore[no-untyped-call]
-        return Trained(loss=loss, gradient_BLH=None if self.has_embedding else passed.entered.grad)
+        return Trained(loss=loss, gradient_BLH=passed.entered.grad if passed.entered.requires_grad else None)
 
     def train(self, given: Microbatch, backward: Callable[[Passed, torch.Tensor | None], Trained]) -> Trained:
         """There, on through the spans after, and back, all at once."""
@@ -118,9 +133,11 @@ class Passes:
 
     def hidden(self, entered: torch.Tensor) -> torch.Tensor:
         """Tokens [B, L], or hidden states of the span before, through this span: [B, L, H]."""
-        given = {"input_ids" if self.has_embedding else "inputs_embeds": entered}
+        return self._through(self._model, {"input_ids" if self.has_embedding else "inputs_embeds": entered})
+
+    def _through(self, model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
         with self.precision():
-            hidden_BLH: torch.Tensor = self._model.base_model(**given, use_cache=False).last_hidden_state
+            hidden_BLH: torch.Tensor = model.base_model(**given, use_cache=False).last_hidden_state
         return hidden_BLH
 
     def precision(self) -> AbstractContextManager[Any]:

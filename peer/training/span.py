@@ -12,6 +12,7 @@ Shapes: tokens [B, L] int64; hidden [B, L, H]; logits [B, L, V].
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -46,14 +47,33 @@ def cut(model: Any, family: Family, span: Span) -> None:
     for index in set(range(span.num_layers)) - set(range(span.first, span.last)):
         delattr(layers, str(index))  # the others keep their names: layer indices of the whole model
     if not span.has_embedding:
-        setattr(base, family.embedding, nn.Identity())
-        if family.positions:
-            setattr(base, family.positions, NoPositions())
-        if family.embedding_norm:
-            setattr(base, family.embedding_norm, nn.Identity())
+        _let_pass(base, family)
     if not span.has_head:
         setattr(base, family.norm, nn.Identity())
         setattr(model, family.head, nn.Identity())
+
+
+def from_layer(model: Any, family: Family, first: int) -> Any:
+    """``model`` without what comes before layer ``first``: other modules around the same layers, without a copy."""
+    later, base = copy.copy(model), copy.copy(getattr(model, family.base))
+    layers = copy.copy(getattr(base, family.layers))
+    for module in (later, base, layers):
+        module._modules = dict(module._modules)
+    for name in [name for name in layers._modules if int(name) < first]:
+        delattr(layers, name)
+    setattr(base, family.layers, layers)
+    _let_pass(base, family)
+    setattr(later, family.base, base)
+    return later
+
+
+def _let_pass(base: Any, family: Family) -> None:
+    """Hidden states in the place of tokens."""
+    setattr(base, family.embedding, nn.Identity())
+    if family.positions:
+        setattr(base, family.positions, NoPositions())
+    if family.embedding_norm:
+        setattr(base, family.embedding_norm, nn.Identity())
 
 
 def forward(model: Any, span: Span, value: torch.Tensor) -> torch.Tensor:

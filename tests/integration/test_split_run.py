@@ -1,4 +1,4 @@
-"""A run whose model no volunteer holds: two shards, peers with one each, one of them killed, and a published whole."""
+"""A run of two shards: volunteers with one each beside one with the whole, a kill, and a published checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 # One shard of the tiny model fits, the whole does not.
 MEMORY = ("--memory", "8MB")
-NAMES = ("anna", "bert", "cora", "dora")
+NAMES = ("bert", "cora", "dora")
 CHANGES = {
     "num_shards": 2,
     "total_tokens": 10**6,
@@ -63,21 +63,25 @@ def assert_equal_states(run: Swarm) -> dict[tuple[int, int], str]:
     return {key: next(iter(states)) for key, states in told.items()}
 
 
-def test_a_model_that_no_peer_holds_is_trained_by_spans_one_of_which_is_killed(data: Path, tmp_path: Path) -> None:
-    """Two peers a shard: rounds of both shards commit, replicas stay equal, the loss falls, the whole is verified."""
+def test_spans_and_a_whole_model_train_together_while_one_is_killed(data: Path, tmp_path: Path) -> None:
+    """Rounds of both shards commit, replicas stay equal, the loss falls, and the whole is published and verified."""
     run = Swarm(tmp_path, write_run_file(tmp_path / "run", data, "split", CHANGES), data)
     try:
         run.start_coordinator()
         run.coordinator.wait_news("seed ready", START_S)
-        spans = [join(run, name) for name in NAMES]
-        assert sorted(shard for program in spans for shard in hosts(program)) == [0, 0, 1, 1]
-        number = max(counted(program) for program in spans)
-        victim, *survivors = spans
+        whole, *spans = run.join("anna"), *(join(run, name) for name in NAMES)
+        assert hosts(whole) == [0, 1]
+        assert sorted(hosts(spans[0]) + hosts(spans[1])) == [0, 1], "the second takes what lacks a replica"
+        number = max(counted(program) for program in (whole, *spans))
+        victim = next(program for program in spans if hosts(program) == [1])
         victim.kill()
+        survivors = [program for program in (whole, *spans) if program is not victim]
         number = max(counted(program, number + 1) for program in survivors)
-        checkpoint = wait_for(lambda: published(run, number), "a checkpoint", ROUNDS_S)
+        checkpoint = wait_for(lambda: published(run, number), "a checkpoint and its loss", ROUNDS_S)
         told = assert_equal_states(run)
         assert all(program.leave(signal.SIGTERM, ROUNDS_S) == 0 for program in survivors)
+        status = swarm_json("status", run.invite, env=run.env)
+        assert checkpoint["validation_loss"] < 0.95 * status["initial validation loss"]
         wanted = f"{run.invite}@{checkpoint['round']}"
         folder = Path(swarm_json("download", wanted, "--out", tmp_path / "got", env=run.env)["folder"])
         verified = swarm_json("verify", folder, "--run", run.invite, env=run.env)
@@ -88,7 +92,7 @@ def test_a_model_that_no_peer_holds_is_trained_by_spans_one_of_which_is_killed(d
 
 
 def published(run: Swarm, number: int) -> dict[str, Any] | None:
-    """A checkpoint of a round after ``number``."""
+    """A checkpoint of a round after ``number`` whose loss was reported."""
     listed = swarm_json("checkpoints", run.invite, env=run.env)["checkpoints"]
-    found = [entry for entry in listed if entry["round"] > number]
+    found = [entry for entry in listed if entry["round"] > number and entry["validation_loss"] is not None]
     return found[-1] if found else None

@@ -21,7 +21,7 @@ from peer.pipeline.slot import Slot
 from peer.pipeline.source import Source, SourceParts
 from peer.pipeline.steps import Stepped, Steps
 from peer.training.microbatches import Microbatch, Trained
-from peer.training.passes import Passed, StepOutcome
+from peer.training.passes import Later, Passed, StepOutcome
 from swarm.identity import Identity
 from tests.simulation.memory_transport import MemoryNetwork, MemoryTransport
 
@@ -52,7 +52,7 @@ class FakeReplica:
         gradient = None if self.has_embedding else torch.ones_like(passed.hidden_BLH)
         return Trained(loss=2.0 if self.has_head else 0.0, gradient_BLH=gradient)
 
-    def finish_step(self, num_microbatches: int) -> StepOutcome:
+    def finish_step(self, num_microbatches: int, later: Later = ()) -> StepOutcome:
         if num_microbatches != self._gathered:
             raise AssertionError(f"{num_microbatches} told, {self._gathered} gathered")
         self.version += 1
@@ -147,12 +147,13 @@ class SimulatedPipeline:
                     next_batch=self._next_batch,
                     new_id=lambda: self.random.randbytes(16),
                     timeout_s=options.timeout_s,
+                    max_in_flight=options.max_in_flight,
                     on_answer=lambda tokens, answer: self.answers.append((int(tokens[0, 0]), answer)),
                 )
             )
         else:
             serving = ServingParts(
-                hop=hop, rules=self.rules, first_shard=shard, is_admitted=self._is_admitted, run=at_once
+                hop=hop, rules=self.rules, entrances=(shard,), is_admitted=self._is_admitted, run=at_once
             )
             await Serving(serving).begin(transport)
         peer = SimulatedPeer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from peer.training.fp32_replica import Replica
 from peer.training.int8_replica import Int8Replica
 from peer.training.microbatches import Microbatch
 from peer.training.passes import SpanReplica
+from peer.training.span import from_layer
 from swarm.errors import DataError, SwarmError
-from swarm.families import FAMILIES
+from swarm.families import FAMILIES, family_of
 from swarm.run_spec import Inner
-from swarm.sharding import from_sizes
+from swarm.sharding import from_sizes, whole
 from tests.unit.small_models import LENGTH, NUM_LAYERS, VOCAB, small_config
 
 CPU = torch.device("cpu")
@@ -215,3 +217,51 @@ def test_a_loss_that_is_not_finite_after_gradients_of_the_head_spoils_the_step(m
     last.begin_step(RATE)
     trained = last.backward(last.forward(microbatch(BATCHES[0], bad)), None)
     assert np.isnan(trained.loss) and trained.is_spoiled
+
+
+def with_entrance(family: str, first: int, kind: type[Any], **inner: Any) -> Any:
+    """A whole model that may be entered at layer ``first`` too, where its second shard begins."""
+    config = small_config(family)
+    built = model.build_span(config, whole(NUM_LAYERS))
+    replica = kind(built, model.layout_of(built), Inner(**inner), CPU)
+    replica.load(np.concatenate([model.initial_anchor(config, 3, span) for span in from_sizes((3, 4))]))
+    replica.passes.open_entrance(1, from_layer(built, family_of(family), first))
+    return replica
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_who_enters_a_whole_model_at_its_second_shard_meets_the_span_that_begins_there(family: str) -> None:
+    """Loss, gradient, and a step in which one microbatch passed all and another the second shard only."""
+    first, last = fp32_spans(family, (3, 4))
+    entered = with_entrance(family, 3, Replica, **NO_CLIPPING)
+    size = len(first.read())
+    for replica in (first, last, entered):
+        replica.begin_step(RATE)
+    own, others = (Microbatch(tokens=tokens, weight=1 / tokens[:, 1:].size) for tokens in BATCHES[:2])
+
+    there = first.forward(own)
+    came = last.backward(last.forward(replace(own, hidden_BLH=there.result_BLH)), None)
+    first.backward(there, came.gradient_BLH)
+    entered.backward(entered.forward(own), None)
+
+    hidden_BLH = fp32_spans(family, (3, 4))[0].forward(others).result_BLH
+    wanted = last.backward(last.forward(replace(others, hidden_BLH=hidden_BLH)), None)
+    got = entered.backward(entered.forward(replace(others, hidden_BLH=hidden_BLH, entrance=1)), None)
+    assert got.loss == pytest.approx(wanted.loss, rel=1e-6)
+    torch.testing.assert_close(got.gradient_BLH, wanted.gradient_BLH)
+
+    assert first.finish_step(1).ok and last.finish_step(2).ok
+    assert entered.finish_step(1, [(slice(size, len(entered.read())), 1)]).ok
+    np.testing.assert_allclose(entered.read(), np.concatenate([first.read(), last.read()]), atol=2e-6)
+
+
+def test_who_enters_an_8_bit_model_later_leaves_what_comes_before_as_it_is() -> None:
+    entered = with_entrance("llama", 3, Int8Replica)
+    before, size = entered.read(), len(fp32_spans("llama", (3, 4))[0].read())
+    hidden_BLH = fp32_spans("llama", (3, 4))[0].forward(Microbatch(tokens=BATCHES[0], weight=0.01)).result_BLH
+    entered.begin_step(RATE)
+    given = Microbatch(tokens=BATCHES[0], weight=0.01, hidden_BLH=hidden_BLH, entrance=1)
+    assert entered.backward(entered.forward(given), None).gradient_BLH is not None
+    assert entered.finish_step(0, [(slice(size, len(before)), 1)]).ok
+    changed = entered.read() != before
+    assert not changed[:size].any() and changed[size:].mean() > 0.2

@@ -41,7 +41,7 @@ def test_what_is_written_is_read_back(codec: str) -> None:
     rules = HopRules(sequence_length=5, max_sequences=3, width=8, vocab_size=70_000, codec=codec)
     data = with_time(write_request(ENTERING, SHARD, HOP_CODECS[codec].encode(HIDDEN)), 1.5)
     assert len(data) <= rules.max_request_bytes
-    entering = read_request(data, SHARD, rules)
+    entering = read_request(data, (SHARD,), rules)
     assert entering.microbatch_id == ENTERING.microbatch_id and entering.time_left_s == 1.5
     assert np.array_equal(entering.tokens, TOKENS) and entering.tokens.dtype == np.int64
     assert entering.hidden_BLH is not None and entering.hidden_BLH.shape == HIDDEN.shape
@@ -68,7 +68,7 @@ def test_a_gradient_that_is_not_finite_is_not_sent() -> None:
 def test_more_time_than_a_call_can_have_is_cut() -> None:
     request = good()
     request.time_left_ms = (1 << 32) - 1
-    assert read_request(request.SerializeToString(), SHARD, RULES).time_left_s == MAX_TIME_LEFT_S
+    assert read_request(request.SerializeToString(), (SHARD,), RULES).time_left_s == MAX_TIME_LEFT_S
 
 
 def tokens(*, token: int = 0, sequences: int = 2) -> bytes:
@@ -79,7 +79,7 @@ def tokens(*, token: int = 0, sequences: int = 2) -> bytes:
 REQUESTS: list[tuple[str, dict[str, Any], str]] = [
     ("no id", {"microbatch_id": b""}, "id of 0 bytes"),
     ("a long id", {"microbatch_id": b"i" * 17}, "id of 17 bytes"),
-    ("another shard", {"first_shard": 1}, "for shard 1, where this span begins with 2"),
+    ("another shard", {"first_shard": 1}, "for shard 1, which cannot be entered here"),
     ("no sequences", {"sequences": 0}, "0 sequences"),
     ("too many sequences", {"sequences": 4}, "4 sequences"),
     ("more sequences than it holds", {"sequences": 3}, "bytes of tokens for 3 sequences"),
@@ -101,7 +101,7 @@ def test_a_request_that_is_no_microbatch_of_the_run_is_refused(name: str, change
     for field, value in changes.items():
         setattr(request, field, value)
     with pytest.raises(ProtocolError, match=reason):
-        read_request(request.SerializeToString(), SHARD, RULES)
+        read_request(request.SerializeToString(), (SHARD,), RULES)
 
 
 REPLIES: list[tuple[str, bytes, str]] = [
@@ -123,4 +123,4 @@ def test_an_answer_that_is_none_is_refused(name: str, data: bytes, reason: str) 
 
 def test_bytes_that_are_no_message_are_refused() -> None:
     with pytest.raises(ProtocolError, match="cannot be read"):
-        read_request(b"\xff" * 40, SHARD, RULES)
+        read_request(b"\xff" * 40, (SHARD,), RULES)

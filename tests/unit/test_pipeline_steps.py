@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,26 @@ def test_a_microbatch_counts_once_however_often_it_comes_also_after_the_step() -
     assert stepped.num_tokens == 4 and stepped.result.loss == 3.0
     pass_through(steps, "b")
     assert steps.finish() is None
+
+
+def test_microbatches_that_enter_later_count_in_the_shards_that_they_passed() -> None:
+    """Two passed all shards, three the third only; each learns from the mean of its own."""
+
+    class Recording(FakeReplica):
+        told: Any = None
+
+        def finish_step(self, num_microbatches: int, later: Any = ()) -> Any:
+            self.told = (num_microbatches, list(later))
+            return super().finish_step(num_microbatches + sum(count for _, count in later))
+
+    replica, values = Recording(has_embedding=True, has_head=True), slice(20, 30)
+    steps = Steps(replica, lambda: 0.1, 5, {1: slice(10, 30), 2: values})
+    for name, shard in zip("abcde", (0, 2, 0, 2, 2), strict=True):
+        given = replace(entering(name), first_shard=shard)
+        steps.backward(given, steps.forward(given), None, steps.generation)
+    stepped = steps.finish()
+    assert replica.told == (2, [(values, 3)])
+    assert stepped is not None and (stepped.num_tokens, stepped.entered_later) == (10, {2: 6})
 
 
 def test_one_that_was_on_its_way_during_an_inner_step_is_dropped() -> None:

@@ -54,7 +54,8 @@ def seen(*told: tuple[Identity, Status]) -> tuple[Surroundings, Pace]:
     return asyncio.run(main()), pace
 
 
-def test_asked_are_those_whose_span_begins_with_the_shard_and_who_train_and_stay() -> None:
+def test_asked_are_those_who_host_the_shard_train_it_and_stay() -> None:
+    """Wherever their span begins: it may be entered at each of its shards."""
     whole, begins, leaving, other = OTHERS[0], OTHERS[1], OTHERS[2], SEED
     surroundings, _ = seen(
         (whole, status(0)),
@@ -63,7 +64,8 @@ def test_asked_are_those_whose_span_begins_with_the_shard_and_who_train_and_stay
         (leaving, status(1, leaving=True)),
         (other, status(1, trains=False)),
     )
-    assert surroundings.hosts(1) == {begins.public_key: ("/ip4/1.2.3.4/tcp/5",)}
+    addresses = ("/ip4/1.2.3.4/tcp/5",)
+    assert surroundings.hosts(1) == {begins.public_key: addresses, whole.public_key: addresses}
     assert surroundings.hosts(0) == {whole.public_key: ("/ip4/1.2.3.4/tcp/5",)}
     assert surroundings.lacking == [2]
 
