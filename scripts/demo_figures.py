@@ -35,6 +35,11 @@ class Volunteer:
     def commits(self) -> list[dict[str, Any]]:
         return [news for news in self.news if news["event"] == "commit"]
 
+    @property
+    def hosts(self) -> list[int]:
+        """The shards that it hosts; of one, where it never got ready."""
+        return next((list(news["hosts"]) for news in self.news if news["event"] == "ready" and "hosts" in news), [0])
+
     def mean_tokens_per_s(self) -> float:
         """Tokens trained over time, from the first progress on."""
         told = [news for news in self.news if "my tokens" in news]
@@ -80,15 +85,19 @@ def pending_tokens(news_of_all: Sequence[Sequence[dict[str, Any]]], now_s: float
     return int(trained - max(news["committed tokens"] for news in told))
 
 
-def digests_by_round(evidence: Evidence) -> dict[int, dict[str, str]]:
-    """Round -> replica -> the state digest that it computed from its own memory after that round."""
-    digests: dict[int, dict[str, str]] = {}
+def digests_by_round(evidence: Evidence) -> dict[tuple[int, int], dict[str, str]]:
+    """(round, shard) -> replica -> the state digest that it computed from its own memory after that round."""
+    digests: dict[tuple[int, int], dict[str, str]] = {}
     told = [(volunteer.name, volunteer.commits) for volunteer in evidence.volunteers]
     told.append(("seed", [news for news in evidence.seed_news if news["event"] == "seed commit"]))
     for name, commits in told:
         for commit in commits:
-            digests.setdefault(commit["round"], {})[name] = commit["state digest"]
+            digests.setdefault((commit["round"], _shard(commit)), {})[name] = commit["state digest"]
     return digests
+
+
+def _shard(commit: dict[str, Any]) -> int:
+    return int(commit.get("shard", 0))
 
 
 def losses(evidence: Evidence) -> list[float]:
@@ -100,10 +109,15 @@ def losses(evidence: Evidence) -> list[float]:
 def claims(evidence: Evidence) -> list[Claim]:
     """What the demo says it shows, and whether it did."""
     measured, digests = losses(evidence), digests_by_round(evidence)
-    last_round = max(digests, default=0)
-    final = digests.get(last_round, {})
-    survivors = {v.name for v in evidence.volunteers if v.name != evidence.victim} | {"seed"}
-    unequal = [number for number, told in sorted(digests.items()) if len(set(told.values())) != 1]
+    last_round = max((number for number, _ in digests), default=0)
+    states = [shard["state_digest"] for shard in evidence.checkpoint.get("shards", ())]
+    states = states or [evidence.checkpoint["state_digest"]]
+    final = [digests.get((last_round, shard), {}) for shard in range(len(states))]
+    survivors = [
+        {v.name for v in evidence.volunteers if v.name != evidence.victim and shard in v.hosts} | {"seed"}
+        for shard in range(len(states))
+    ]
+    unequal = [number for (number, _), told in sorted(digests.items()) if len(set(told.values())) != 1]
     counted = [commit["round"] for v in evidence.volunteers if v.name == evidence.latecomer for commit in v.commits
                if commit["counted"]]  # fmt: skip
     checkpoint = evidence.checkpoint
@@ -115,9 +129,9 @@ def claims(evidence: Evidence) -> list[Claim]:
             len(measured) > 1 and measured[-1] < CLEAR_FALL * measured[0],
         ),
         Claim(
-            f"all replicas computed equal state digests in each of {len(digests)} rounds, up to the last"
+            f"all replicas computed equal state digests in each of {last_round} rounds, up to the last"
             + (f" (unequal: {unequal})" if unequal else ""),
-            bool(digests) and not unequal and survivors <= set(final),
+            bool(digests) and not unequal and all(who <= set(told) for who, told in zip(survivors, final, strict=True)),
         ),
         Claim(
             f"{evidence.victim}, killed in round {evidence.killed_at_round}, left nothing behind"
@@ -133,7 +147,7 @@ def claims(evidence: Evidence) -> list[Claim]:
             f"the download of round {checkpoint['round']} is verified, and is the state that all replicas hold",
             checkpoint["ok"]
             and checkpoint["round"] == last_round
-            and set(final.values()) == {checkpoint["state_digest"]},
+            and all(set(told.values()) == {state} for told, state in zip(final, states, strict=True)),
         ),
         Claim(f"transformers opens it in a process without our code: {evidence.opened}", bool(evidence.opened)),
     ]
@@ -168,7 +182,8 @@ def figures(evidence: Evidence) -> dict[str, Any]:
 
 def tokens_per_s(evidence: Evidence) -> float:
     """Committed tokens of the whole swarm over time, from the first commit heard to the last."""
-    heard = sorted((c["at_s"], c["committed tokens"]) for v in evidence.volunteers for c in v.commits)
+    first = [commit for v in evidence.volunteers for commit in v.commits if _shard(commit) == 0]
+    heard = sorted((commit["at_s"], commit["committed tokens"]) for commit in first)
     if len(heard) < 2 or heard[-1][0] <= heard[0][0]:
         return 0.0
     return float((heard[-1][1] - heard[0][1]) / (heard[-1][0] - heard[0][0]))
@@ -199,10 +214,21 @@ def _volunteers_table(evidence: Evidence) -> Table:
         fate = f"killed in round {evidence.killed_at_round}" if v.name == evidence.victim else "finished"
         joined = next((f"round {news['round'] + 1}" for news in v.news if news["event"] == "ready"), "-")
         megabytes = [f"{v.totals.get(key, 0) / 1e6:.1f} MB" for key in ("sent bytes", "received bytes")]
-        rows.append(
-            (v.name, joined, fate, len(shares), f"{sum(shares):,}", f"{v.mean_tokens_per_s():,.0f}", *megabytes)
-        )
-    columns = ("volunteer", "from", "fate", "rounds counted", "tokens counted", "tokens/s", "sent", "received")
+        # The coordinator tells shares of the first shard's rounds.
+        counted = (len(shares), f"{sum(shares):,}") if 0 in v.hosts else (sum(c["counted"] for c in v.commits), "-")
+        hosts = ", ".join(map(str, v.hosts))
+        rows.append((v.name, hosts, joined, fate, *counted, f"{v.mean_tokens_per_s():,.0f}", *megabytes))
+    columns = (
+        "volunteer",
+        "shards",
+        "from",
+        "fate",
+        "rounds counted",
+        "tokens counted",
+        "tokens/s",
+        "sent",
+        "received",
+    )
     return "Who contributed what", columns, rows
 
 

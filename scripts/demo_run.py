@@ -27,6 +27,9 @@ VOCAB_SIZE = 1024
 NOT_TEXT = ("site-packages", "lib-dynload", "__pycache__", "test*", "idlelib", "encodings", "pydoc_data", "config-*")
 NAMES = ("anna", "ben", "chloe")
 VICTIM, LATECOMER = "ben", "dora"
+# Of a model in two shards all but the first volunteer have memory for one only: the whole takes 31 MB, each 18 at most.
+MEMORY_OF_A_SPAN = "24MB"
+MAX_SHARDS = 2  # as many as the preset has layers
 KILL_AFTER_ROUND = 4
 PROMPT = "def "
 READY_WITHIN_S, TRAINED_WITHIN_S, LEFT_WITHIN_S = 90.0, 600.0, 30.0
@@ -48,7 +51,7 @@ def main() -> int:
     started = time.monotonic()
     try:
         with Stage(_fresh(options.dir)) as stage:
-            evidence = Demo(stage).play()
+            evidence = Demo(stage, options.shards).play()
     except DemoFailed as failure:
         print(f"\nthe demo failed: {failure}", file=sys.stderr)
         return 1
@@ -61,8 +64,8 @@ def main() -> int:
 class Demo:
     """One showing. `play` is the story."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
+    def __init__(self, stage: Stage, num_shards: int = 1) -> None:
+        self.stage, self.num_shards = stage, num_shards
         self.volunteers: dict[str, Program] = {}
         self.status: dict[str, Any] = {"rounds": [], "peers": []}
         self.status_due = 0.0
@@ -73,11 +76,15 @@ class Demo:
         stage = self.stage
         self._prepare_data()
         stage.swarm("init", "run", "--preset", "demo", "--data", "data")
+        self._cut_model()
         coordinator = stage.start("organizer", "start", "run/run.toml", "--json")
         stage.name_invite(coordinator.wait_for("started", READY_WITHIN_S)["invite"])
         coordinator.wait_for("seed ready", READY_WITHIN_S)
         for name in NAMES:
             self._join(name)
+            if self.num_shards > 1:  # each chooses by what those before it host
+                hosts = self.volunteers[name].wait_for("ready", READY_WITHIN_S)["hosts"]
+                print(f"{name} hosts {'shard' if len(hosts) == 1 else 'shards'} {', '.join(map(str, hosts))}")
         self._train(coordinator)
         self.status = stage.swarm_json("status", "$INVITE")
         stage.swarm("checkpoints", "$INVITE")
@@ -113,8 +120,15 @@ class Demo:
             *("data", "prepare", "text", "--out", "data", "--vocab-size", str(VOCAB_SIZE), "--licence", "PSF-2.0")
         )
 
+    def _cut_model(self) -> None:
+        path = self.stage.folder / "run" / "run.toml"
+        if self.num_shards > 1:
+            print(f"$ sed -i 's/^num_shards = 1/num_shards = {self.num_shards}/' run/run.toml")
+            path.write_text(path.read_text().replace("\nnum_shards = 1", f"\nnum_shards = {self.num_shards}"))
+
     def _join(self, name: str) -> None:
-        arguments = ("join", "$INVITE", "--home", name, "--threads", "1", "--json")
+        limits = ("--memory", MEMORY_OF_A_SPAN) if self.num_shards > 1 and name != NAMES[0] else ()
+        arguments = ("join", "$INVITE", "--home", name, "--threads", "1", *limits, "--json")
         self.volunteers[name] = self.stage.start(name, *arguments)
 
     # ---- training -----------------------------------------------------------------------------------------------
@@ -151,11 +165,12 @@ class Demo:
     def _kill_in_mid_round(self) -> None:
         """SIGKILL one volunteer when the tokens of a round are trained and its exchange is about to begin."""
         programs = list(self.volunteers.values())
-        commits = [program.of("commit") for program in programs]
+        first = [program for program in programs if 0 in program.last("ready").get("hosts", [0])]
+        commits = [[news for news in program.of("commit") if news["shard"] == 0] for program in first]
         if min(len(seen) for seen in commits) < KILL_AFTER_ROUND:
             return
         before, last = committed_tokens(commits[0])[-2:]
-        if pending_tokens([program.news for program in programs], time.monotonic()) < last - before:
+        if pending_tokens([program.news for program in first], time.monotonic()) < last - before:
             return
         self.killed_at_round = commits[0][-1]["round"] + 1
         print(f"\nround {self.killed_at_round} is about to be exchanged: {VICTIM} is killed")
@@ -209,6 +224,13 @@ def _tell(evidence: Evidence, seconds: float, as_json: bool) -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/demo", description="The whole road on this machine, for real.")
     parser.add_argument("--dir", type=Path, default=Path("demo"), help="folder to work in; emptied first")
+    parser.add_argument(
+        "--shards",
+        type=int,
+        choices=range(1, MAX_SHARDS + 1),
+        default=1,
+        help="cut the model into so many, held by volunteers with less memory beside one who holds it whole",
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, as the last line")
     return parser.parse_args()
 

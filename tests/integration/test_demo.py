@@ -115,13 +115,40 @@ def test_the_tables_show_every_round_and_volunteer() -> None:
         (1, "100", "5.000", "", "60", "40", ""),
         (2, "200", "3.000", "", "60", "", "40"),
     ]
-    assert [(row[0], row[2], row[3], row[4]) for row in volunteers[2]] == [
+    assert [(row[0], row[3], row[4], row[5]) for row in volunteers[2]] == [
         ("anna", "finished", 2, "120"),
         ("ben", "killed in round 2", 1, "40"),
         ("dora", "finished", 1, "40"),
     ]
     assert ("state digest", "bb") in checkpoint[2]
     assert all(len(row) == len(table[1]) for table in (rounds, volunteers, checkpoint) for row in table[2])
+
+
+def in_two_shards(second: str = "dd") -> demo.Evidence:
+    """Anna holds both shards, ben the first, dora the second, whose state after the last round is ``second``."""
+    base, rounds = evidence(), (1, 2)
+    of_first = [{**commit(n), "shard": 0} for n in rounds]
+    of_second = [{**commit(n, digest="dd"), "shard": 1} for n in rounds]
+    held = {"anna": ([0, 1], [*of_first, *of_second]), "ben": ([0], of_first[:1]), "dora": ([1], of_second)}
+    volunteers = [
+        volunteer(v.name, {"event": "ready", "round": 0, "at_s": 0.0, "hosts": hosts}, *commits, exit_code=v.exit_code)
+        for v, (hosts, commits) in zip(base.volunteers, held.values(), strict=True)
+    ]
+    seed_news = [{**c, "event": "seed commit"} for c in [*of_first, *of_second]]
+    checkpoint = {
+        **base.checkpoint,
+        "state_digest": "over",
+        "shards": [{"state_digest": "bb"}, {"state_digest": second}],
+    }
+    return replace(base, volunteers=volunteers, seed_news=seed_news, checkpoint=checkpoint)
+
+
+def test_of_two_shards_each_is_compared_among_those_who_hold_it() -> None:
+    assert [claim.text for claim in demo.claims(in_two_shards()) if not claim.holds] == []
+    failed = [claim.text for claim in demo.claims(in_two_shards("xx")) if not claim.holds]
+    assert len(failed) == 1 and "download" in failed[0]
+    _, (_, columns, rows), _ = demo.tables(in_two_shards())
+    assert [row[columns.index("shards")] for row in rows] == ["0, 1", "0", "1"]
 
 
 def test_pending_tokens_are_those_trained_and_not_committed() -> None:
