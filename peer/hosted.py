@@ -133,23 +133,30 @@ class HostedShards:
         """Who may hold what we lack, by the newest statuses."""
         return list(dict.fromkeys(peer for exchange in self.exchanges for peer in exchange.live_peers))
 
-    def progress(self, tokens_per_s: float) -> list[dict[str, int]]:
-        """Of every shard: the round that is committed, who trains it, and how fast; ``tokens_per_s``: of this peer."""
-        told = []
+    def progress(self, tokens_per_s: float) -> list[dict[str, Any]]:
+        """Of every shard: the round that is committed, who trains it, how fast, and how fast they could.
+
+        The bottleneck is the shard without a replica, or else the one whose replicas could do the least together.
+        ``tokens_per_s``: of this peer.
+        """
         mine = {exchange.shard.index: exchange.head.round for exchange in self.exchanges}
+        words, told = self.members[0].parts.words, list[dict[str, Any]]()
         for shard in range(self._spec.num_shards):
             statuses = self.surroundings.statuses(shard).values()
             training = [status for status in statuses if status.trains and not status.leaving]
-            here = shard in mine and self.members[0].parts.words.trains
+            here = shard in mine and words.trains
+            could = words.service_tokens_per_s * here + sum(status.service_tokens_per_s for status in training)
             told.append(
                 {
                     "shard": shard,
                     "round": mine.get(shard, self.surroundings.standing(shard).round - 1),
                     "replicas": len(training) + here,
                     "tokens/s": round(tokens_per_s * here + sum(status.tokens_per_s for status in training)),
+                    "could tokens/s": round(could),
                 }
             )
-        return told
+        slowest = min(told, key=lambda shard: (shard["replicas"] > 0, shard["could tokens/s"]))
+        return [{**shard, "bottleneck": shard is slowest and len(told) > 1} for shard in told]
 
     async def serve(self) -> None:
         await answer_peers(self.members)

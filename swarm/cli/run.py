@@ -167,7 +167,7 @@ def status(invite: InviteText, as_json: Json = False) -> None:
     done = 100 * reply.total_tokens / max(1, reply.target_tokens)
     print(f"{reply.name}: round {reply.round}, {reply.total_tokens} of {reply.target_tokens} tokens ({done:.0f} %)")
     if len(values["shards"]) > 1:
-        _table("Shards", ["shard", "round", "tokens", "replicas", "tokens/s"], values["shards"])
+        _table("Shards", ["shard", "round", "tokens", "replicas", "tokens/s", "state"], values["shards"])
     _table(
         "Rounds", ["round", "tokens", "train loss", "validation loss", "contributors", "absent parts"], values["rounds"]
     )
@@ -204,6 +204,7 @@ def _progress_values(reply: GetProgressReply) -> dict[str, Any]:
                 "tokens": shard.total_tokens,
                 "replicas": shard.replicas,
                 "tokens/s": round(shard.tokens_per_s),
+                "state": "trains" if shard.replicas else "waits for a replica",
             }
             for number, shard in enumerate(reply.shards)
         ],
@@ -288,7 +289,10 @@ class _Voice:
 
 
 _SHOWN = frozenset(
-    {"round", "committed tokens", "target tokens", "my tokens", "tokens/s", "loss", "peers", "sent bytes", "shards"}
+    {
+        *("round", "committed tokens", "target tokens", "my tokens", "tokens/s", "loss", "peers", "sent bytes"),
+        *("hosts", "shards", "waits for"),
+    }
 )
 
 
@@ -296,10 +300,13 @@ def _shown(value: Any) -> Any:
     """A value of the live view; of several shards each in a few words."""
     if not isinstance(value, list):
         return value
-    return "; ".join(
-        f"{each['shard']}: round {each['round']}, {each['replicas']} replicas, {each['tokens/s']} tokens/s"
-        for each in value
-    )
+    return "; ".join(_in_words(each) if isinstance(each, dict) else str(each) for each in value)
+
+
+def _in_words(shard: dict[str, Any]) -> str:
+    could = shard["could tokens/s"]
+    words = f"{shard['shard']}: round {shard['round']}, {shard['replicas']} replicas, {shard['tokens/s']} tokens/s"
+    return words + (f" of {could}" if could else "") + (" (bottleneck)" if shard["bottleneck"] else "")
 
 
 def _plans(values: dict[str, Any]) -> dict[str, Any]:
