@@ -7,14 +7,15 @@ those whom the votes do not declare gone (docs/decisions/0013).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from google.protobuf.message import DecodeError
 
-from swarm import digest
+from swarm import averages, digest
 from swarm.errors import ProtocolError, SignatureError, VerificationError
-from swarm.identity import PUBLIC_KEY_BYTES, verify
+from swarm.identity import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, verify
 from swarm.proto.common_pb2 import Genesis, Signed
 from swarm.proto.round_pb2 import Commit, PartResult, Record, Rejection, Share, Vote
 
@@ -111,6 +112,13 @@ def parse_record(raw: bytes, head: LogHead) -> Record:
     return record
 
 
+def check_reducers(record: Record, head: LogHead) -> None:
+    """Raise `SignatureError` unless every average of ``record`` is signed by the reducer that it names."""
+    for part in record.parts:
+        if part.digest:
+            averages.check_signature(head.run_id, record, part)
+
+
 def tokens_by_peer(record: Record) -> dict[bytes, int]:
     """Tokens that each contributor is credited with: its largest weight in any present part."""
     tokens: dict[bytes, int] = {}
@@ -128,6 +136,8 @@ def check_verdicts(shares: Sequence[Share], rejections: Sequence[Rejection]) -> 
     if len(set(keys)) != len(keys):
         raise ProtocolError("a part counts one contributor twice")
     # Comparisons that are false for NaN.
+    if not all(0 <= norm < math.inf for norm in (*(s.norm for s in shares), *(r.norm for r in rejections))):
+        raise ProtocolError("a part has a contribution of an impossible norm")
     if not all(0 <= share.clipped_to <= 1 for share in shares):
         raise ProtocolError("a part clips a contribution to an impossible share of its norm")
     if not all(-1 <= r.cosine < r.min_cosine <= 1 for r in rejections):
@@ -175,6 +185,7 @@ def verify_commit(head: LogHead, commit: Commit) -> tuple[Record, LogHead]:
     record = parse_record(commit.record, head)
     if len(commit.votes) > MAX_VOTERS:
         raise ProtocolError("a commit with too many votes")
+    check_reducers(record, head)
     record_digest = digest.sha256(commit.record)
     for signed in commit.votes:
         verify_vote(signed, head, record_digest)
@@ -223,6 +234,8 @@ def _check_parts(parts: Sequence[PartResult]) -> None:
         if part.first_slice != expected or part.num_slices < 1:
             raise ProtocolError("the parts of a record do not cover the shard once")
         expected += part.num_slices
+        if part.digest and (len(part.reducer) != PUBLIC_KEY_BYTES or len(part.signature) != SIGNATURE_BYTES):
+            raise ProtocolError("a part of a record names no reducer, or is not signed by it")
         if part.digest and (len(part.digest) != digest.DIGEST_BYTES or not 1 <= len(part.shares) <= MAX_MEMBERS):
             raise ProtocolError("a part of a record names no digest or no contributors")
         if not part.digest and (part.shares or part.rejections or part.handed_over_by or part.reducer):

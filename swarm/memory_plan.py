@@ -53,7 +53,7 @@ FETCHED_PARTS = 4
 SLICE_VALUES = 1 << 14
 # One table for all matrices (peer.training.dither).
 DITHER_BYTES = 2 << 17
-DEBT_BYTES_PER_SLICE = 2 * 560
+DEBT_BYTES_PER_SLICE = 2 * 560 + 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

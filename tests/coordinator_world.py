@@ -22,6 +22,7 @@ from swarm.proto.common_pb2 import Genesis, ShardGenesis, Signed
 from swarm.proto.round_pb2 import Ballot, Commit, PartResult, Record, Share, Vote
 from swarm.run_spec import RunSpec
 from tests.metadata_samples import first_offline
+from tests.signed_averages import sign_averages
 
 NOW_UNIX_S = 1_800_000_000.0
 NOW_UNIX_MS = int(NOW_UNIX_S * 1000)
@@ -178,7 +179,7 @@ def address_of(who: Identity, port: int = 4001) -> str:
 def _record(head: LogHead, voters: Sequence[Identity], tokens: int) -> Record:
     shares = [Share(peer_key=ANNA.public_key, weight_tokens=tokens)]
     shares.append(Share(peer_key=BORIS.public_key, weight_tokens=2 * tokens))
-    return Record(
+    record = Record(
         shard=head.shard,
         round=head.round + 1,
         log_digest=head.log_digest,
@@ -191,6 +192,7 @@ def _record(head: LogHead, voters: Sequence[Identity], tokens: int) -> Record:
         total_tokens=head.total_tokens + 3 * tokens,
         codec="int8",
     )
+    return sign_averages(record, head.run_id)
 
 
 def _signed_commit(head: LogHead, record: Record, signers: Sequence[Identity]) -> Commit:

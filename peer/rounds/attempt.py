@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-from peer.rounds.paxos import Ballot
+from peer.rounds.paxos import Ballot, to_message
 from peer.rounds.round_actions import HandOver, Offered, Reduce, RoundSettings
+from swarm.averages import check_signature
 from swarm.digest import sha256
 from swarm.errors import ProtocolError
 from swarm.files import Kept
 from swarm.log import MAX_MEMBERS, MAX_PARTS, check_verdicts
-from swarm.proto.round_pb2 import Average, Contribution, OpenRound, PartResult, Share
+from swarm.proto.round_pb2 import Average, Contribution, OpenRound, PartResult, Record, Rejection, Share
 
 
 def check_open(settings: RoundSettings, message: OpenRound) -> None:
@@ -50,6 +51,8 @@ class Attempt:
     averages: dict[int, PartResult] = field(default_factory=dict)
     reduced: set[int] = field(default_factory=set)
     unreachable: set[bytes] = field(default_factory=set)
+    offered: Offered | None = None
+    """what we contributed; None until we did"""
 
     @property
     def deadline(self) -> float:
@@ -148,8 +151,32 @@ class Attempt:
             tuple(handed_over),
         )
 
+    @property
+    def opened(self) -> Record:
+        """What a record of this attempt says of itself before it has any parts."""
+        return Record(
+            shard=self.settings.head.shard,
+            round=self.settings.round,
+            log_digest=self.settings.head.log_digest,
+            state_digest=self.settings.state_digest,
+            codec=self.settings.codec,
+            opened_by=to_message(self.ballot),
+        )
+
+    def result(self, average: Average, encoded: bytes) -> PartResult:
+        """What a record says of ``average``; without its reducer's signature."""
+        part = self.open.parts[average.part]
+        result = PartResult(first_slice=part.first_slice, num_slices=part.num_slices)
+        if average.shares:
+            result.digest, result.size_bytes = sha256(encoded), len(encoded)
+            result.shares.extend(average.shares)
+            result.rejections.extend(average.rejections)
+            result.handed_over_by.extend(average.handed_over_by)
+            result.reducer = self.reducer_of(average.part)
+        return result
+
     def on_average(self, sender: bytes, message: Average) -> None:
-        """Keep a part's average (or the word that there is none); `ProtocolError` where it cannot be one."""
+        """Keep a part's average (or the word that there is none); raise where it cannot be one, or is not signed."""
         if message.part >= len(self.open.parts) or self.reducer_of(message.part) != sender:
             raise ProtocolError("an average by somebody who does not average that part")
         places = {key: place for place, key in enumerate(self.contributors)}
@@ -164,17 +191,33 @@ class Attempt:
         expected = self.part_size_bytes(message.part) if message.shares else 0
         if len(message.encoded) != expected:
             raise ProtocolError(f"an average of {len(message.encoded)} bytes instead of {expected}")
-        part = self.open.parts[message.part]
-        result = PartResult(first_slice=part.first_slice, num_slices=part.num_slices)
+        part, result = self.open.parts[message.part], self.result(message, message.encoded)
         if message.shares:
-            result.reducer = sender
-            result.handed_over_by.extend(message.handed_over_by)
             self.settings.check_part(part.first_slice, part.num_slices, message.encoded)
-            result.digest = sha256(message.encoded)
-            result.size_bytes = len(message.encoded)
-            result.shares.extend(message.shares)
-            result.rejections.extend(message.rejections)
+            result.signature = message.signature
+            check_signature(self.settings.head.run_id, self.opened, result)
+            if (lie := self.lie_about(message.part, result)) is not None:
+                raise ProtocolError(lie)
         self.averages.setdefault(message.part, result)
+
+    def check_reducers(self, record: Record) -> None:
+        """Raise `ProtocolError` unless each part of a record of this attempt was averaged by who had to."""
+        for index, part in enumerate(record.parts):
+            if part.digest and (index >= len(self.open.parts) or part.reducer != self.reducer_of(index)):
+                raise ProtocolError("the record has a part by somebody who was not to average it")
+
+    def lie_about(self, part: int, result: PartResult) -> str | None:
+        """What ``result`` says of our own contribution that is not so."""
+        told: list[Share | Rejection] = [*result.shares, *result.rejections]
+        mine = [one for one in told if one.peer_key == self.settings.me]
+        if not mine or self.offered is None:
+            return "an average counts a contribution that was not sent" if mine else None
+        weight, (least, most) = self.offered.weight_tokens, self.offered.norms[part]
+        if mine[0].weight_tokens > weight:
+            return f"an average counts our contribution with {mine[0].weight_tokens} tokens instead of {weight}"
+        if not least <= mine[0].norm <= most:
+            return f"an average counts our contribution with the norm {mine[0].norm:.6g} instead of {most:.6g}"
+        return None
 
     def is_waiting(self) -> bool:
         """Some part of ours is not averaged yet."""

@@ -11,12 +11,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TypeVar
 
 from peer.p2p.spill import Spill
 from peer.rounds import resume
 from peer.rounds.branches import Branch
 from peer.rounds.catch_up import Newcomer
+from peer.rounds.disputes import false_averages, write_down
 from peer.rounds.exchange_parts import (
     Committed,
     EarlyMessages,
@@ -311,9 +313,16 @@ class Exchange:
             await self._blocking(lambda: self.parts.ledger.keep_parts(head.round, action.parts))
         counted = await self.replica.land(action) and self.parts.identity.public_key in tokens_by_peer(action.record)
         self.replica.begin()
+        false = false_averages(action.record, self._machine.attempt, self.shard.too_long)
         self._begin_round(head)
-        state, refused = self.shard.state_digest, self._refusals.take()
-        told = Committed(record=action.record, head=head, state_digest=state, counted=counted, refused=refused)
+        told = Committed(
+            record=action.record,
+            head=head,
+            state_digest=self.shard.state_digest,
+            counted=counted,
+            refused=self._refusals.take(),
+            disputed=await self._blocking(lambda: write_down(self.parts.ledger.folder, false)),
+        )
         await self.parts.on_commit(told)
         await self._blocking(lambda: resume.save(self.parts.ledger, head, self.shard))
 
@@ -332,7 +341,7 @@ class Exchange:
             debt = None
             if heir(branch, ledger) == self.parts.identity.public_key:
                 debt = await debt_of(branch, newcomer, holders, self.head)
-            await self._blocking(lambda: record_incident(ledger.folder, incident))
+            await self._blocking(lambda: record_incident(ledger.folder, asdict(incident)))
             await self._blocking(lambda: ledger.replace_tail(branch.fork, branch.tail))
             head, fresh = await state_of_branch(newcomer, holders)
             await self.replica.move(fresh, debt, head)

@@ -21,6 +21,7 @@ from peer.rounds.round_actions import Fetch, RoundSettings
 from peer.rounds.shard import Shard
 from peer.training.movement import Movement
 from swarm import schedule
+from swarm.averages import AVERAGE_CONTEXT
 from swarm.errors import SwarmError
 from swarm.files import Kept
 from swarm.identity import Identity
@@ -64,6 +65,8 @@ class Committed:
     """our contribution is in it"""
     refused: tuple[str, ...] = ()
     """why reducers refused parts of our contribution when they arrived"""
+    disputed: tuple[str, ...] = ()
+    """what of the record is false, and who signed it"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +165,7 @@ def round_settings(parts: ExchangeParts, head: LogHead, spill: Spill) -> RoundSe
         check_handed_over=shard.check_handed_over,
         check_part=shard.check_part,
         sign_vote=lambda payload: parts.identity.sign(VOTE_CONTEXT, head.run_id, payload),
+        sign_average=lambda payload: parts.identity.sign(AVERAGE_CONTEXT, head.run_id, payload),
         round_tokens=schedule.tokens_of_round(rounds, head.round + 1),
         max_weight_tokens=schedule.max_weight_tokens(rounds, head.round + 1),
         max_members=rounds.max_members,
@@ -198,6 +202,8 @@ def tell_verdicts(committed: Committed, me: bytes) -> dict[str, str]:
     shares = [share for part in record.parts for share in part.shares if share.peer_key == me]
     clipped = [share.clipped_to for share in shares if share.clipped_to > 0]
     told = {"refused": "; ".join(committed.refused)} if committed.refused else {}
+    if committed.disputed:
+        told["disputed"] = "; ".join(committed.disputed)
     if rejected:
         worst = min(rejected, key=lambda rejection: rejection.cosine)
         told["rejected"] = (

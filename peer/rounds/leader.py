@@ -227,15 +227,8 @@ class Leader:
         self._propose(self._record(results, attempt, proposer), holders, now)
 
     def _record(self, results: list[PartResult], attempt: Attempt, proposer: Proposer) -> bytes:
-        record = Record(
-            shard=self.settings.head.shard,
-            round=self.settings.round,
-            log_digest=self.settings.head.log_digest,
-            state_digest=self.settings.state_digest,
-            parts=results,
-            codec=self.settings.codec,
-            opened_by=to_message(attempt.ballot),
-        )
+        record = attempt.opened
+        record.parts.extend(results)
         tokens = tokens_by_peer(record)
         record.total_tokens = self.settings.head.total_tokens + sum(tokens.values())
         present = ((set(tokens) | set(proposer.promises)) & set(attempt.members)) - attempt.unreachable

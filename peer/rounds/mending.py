@@ -9,8 +9,8 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from peer.rounds.branches import Branch
@@ -87,11 +87,11 @@ def heir(branch: Branch, ledger: Ledger) -> bytes:
     return min(tokens_by_peer(Record.FromString(first.record)))
 
 
-def record_incident(folder: Path, incident: Incident) -> None:
+def record_incident(folder: Path, incident: Mapping[str, object]) -> None:
     """One line of JSON more in ``folder``/incidents, durable."""
     path = folder / "incidents"
     with disk_errors(path), open(path, "a") as file:
-        file.write(json.dumps(asdict(incident), sort_keys=True) + "\n")
+        file.write(json.dumps(incident, sort_keys=True) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -9,13 +9,14 @@ that reducer beside our contribution, and is ours no longer once a commit says w
 what a reducer owes when it ends (docs/protocol.md). Debt is kept and handed over in int8, slice by slice, on disk where
 somebody has a place for it: in memory it would take 1.02 bytes a value. What int8 loses is below a hundredth of it.
 
-What is handed over is hearsay: it counts when the log names who hands it over as a reducer of these slices, and is no
-longer than what the encoding of this round's average can lose at most. If not it stays where it is.
+What is handed over is hearsay: it counts when the log names who hands it over as a reducer of these slices. And all
+that is added to a mean is together no longer than what its encoding can lose at most. The rest stays where it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -32,6 +33,9 @@ KEPT = CODECS["int8"]
 MAX_ATTEMPTS = 4
 # Reducers of a slice that are remembered, the newest last: of whom else its losses come they are not taken.
 MAX_REDUCERS = 8
+
+Piece = tuple[slice, Kept]
+"""(where in the part, what is owed there)"""
 
 
 class ReducerDebt:
@@ -52,43 +56,39 @@ class ReducerDebt:
         """What is kept between rounds."""
         return sum(map(len, self._owed.values()))
 
-    def add_to(self, mean: Float32, first_slice: int) -> None:
-        """Add what is owed to the values of ``mean``, which begins with a slice."""
-        for index, place in _slices(first_slice, len(mean)):
-            owed = self._owed.get(index)
-            if owed is not None:
-                with np.errstate(over="ignore"):  # the encoder refuses the result, as it does any infinity
-                    mean[place] += KEPT.decode(owed[:], len(mean[place]))
+    def add_to(self, values: Float32, first_slice: int, share: float = 1.0) -> None:
+        """Add a share of what is owed to ``values``, which begin with a slice."""
+        _add(values, self._pieces(first_slice, len(values)), share)
+
+    def _pieces(self, first_slice: int, num_values: int) -> list[Piece]:
+        return [(place, self._owed[i]) for i, place in _slices(first_slice, num_values) if i in self._owed]
 
     def to_hand_over(self, first_slice: int, num_slices: int) -> HandOver | None:
         """What is owed to these slices, for whoever averages them now."""
         slices = tuple(i for i in range(first_slice, first_slice + num_slices) if i in self._owed)
         return HandOver(slices, self.keep(b"".join(self._owed[i][:] for i in slices))) if slices else None
 
-    def take_over(
+    def make_good(
         self, mean: Float32, first_slice: int, handed_over: Sequence[tuple[bytes, HandOver]], codec: Codec
-    ) -> list[bytes]:
-        """Add to ``mean``, which nothing was added to yet, what others owe to its slices; gives whose was taken.
+    ) -> tuple[list[bytes], float]:
+        """Add to ``mean``, in place, what others owe to its slices, and we do, as far as that is not too long.
 
-        ``codec``: of the average.
+        Gives whose was taken, and which share of our own is left. ``codec``: of the average; together they are no
+        longer than what it loses of the mean at most, so everybody can say how long an average may be.
         """
-        places, added, taken = dict(_slices(first_slice, len(mean))), np.zeros_like(mean), []
-        for peer, owed in handed_over:
-            if not all(peer in self._reducers.get(index, ()) for index in owed.slices):
-                continue
-            values, at = [], 0
-            for index in owed.slices:
-                count = places[index].stop - places[index].start
-                size = KEPT.encoded_size(count)
-                values.append(KEPT.decode(owed.encoded[at : at + size], count))
-                at += size
-            moved = [mean[places[index]] for index in owed.slices]
-            if _norm(values) <= codec.largest_loss * _norm(moved):
-                for index, more in zip(owed.slices, values, strict=True):
-                    added[places[index]] += more
-                taken.append(peer)
-        mean += added
-        return taken
+        room, taken, pieces = codec.largest_loss * _norm([mean]), list[bytes](), list[Piece]()
+        for peer, what in handed_over:
+            if all(peer in self._reducers.get(index, ()) for index in what.slices):
+                theirs = _pieces_of(what, first_slice, len(mean))
+                if (norm := _norm(map(_decoded, theirs))) <= room:
+                    room -= norm
+                    pieces += theirs
+                    taken.append(peer)
+        norm = _norm(map(_decoded, self._pieces(first_slice, len(mean))))
+        share = 1.0 if norm <= room else room / norm
+        _add(mean, pieces)
+        self.add_to(mean, first_slice, share)
+        return taken, 1 - share
 
     def note(self, ballot: Ballot, first_slice: int, digest: bytes, lost: Float32) -> None:
         """An average was made under ``ballot`` and encoded to bytes of ``digest``, which ``lost`` so much."""
@@ -137,8 +137,30 @@ def check_handed_over(first_slice: int, num_values: int, message: HandedOver) ->
         at += size
 
 
-def _norm(vectors: Sequence[Float32]) -> float:
-    return float(np.sqrt(sum(float(np.dot(vector, vector)) for vector in vectors)))
+def _pieces_of(handed_over: HandOver, first_slice: int, num_values: int) -> list[Piece]:
+    pieces, places, at = list[Piece](), dict(_slices(first_slice, num_values)), 0
+    for index in handed_over.slices:
+        place = places[index]
+        size = KEPT.encoded_size(place.stop - place.start)
+        pieces.append((place, handed_over.encoded[at : at + size]))
+        at += size
+    return pieces
+
+
+def _decoded(piece: Piece) -> Float32:
+    place, encoded = piece
+    return KEPT.decode(encoded[:], place.stop - place.start)
+
+
+def _add(values: Float32, pieces: Iterable[Piece], share: float = 1.0) -> None:
+    with np.errstate(over="ignore"):  # the encoder refuses the result, as it does any infinity
+        for piece in pieces:
+            values[piece[0]] += _decoded(piece) * np.float32(share)
+
+
+def _norm(vectors: Iterable[Float32]) -> float:
+    with np.errstate(over="ignore"):  # as above
+        return math.sqrt(sum(float(np.dot(vector, vector)) for vector in vectors))
 
 
 def _slices(first_slice: int, num_values: int) -> list[tuple[int, slice]]:

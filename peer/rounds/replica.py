@@ -18,7 +18,7 @@ from peer.rounds.codec import Float32
 from peer.rounds.exchange_parts import ExchangeParts
 from peer.rounds.mending import Debt
 from peer.rounds.round_actions import Apply, HandOver, Offered, TakeSnapshot
-from peer.rounds.shard import ReplicaSnapshot, Shard
+from peer.rounds.shard import ReplicaSnapshot, Settling, Shard
 from peer.training.movement import Movement
 from swarm import schedule
 from swarm.files import Kept
@@ -84,13 +84,15 @@ class Replica:
         is_wanted: Callable[[], bool],
     ) -> Offered | None:
         """What an attempt gets of ``snapshot``, and of what we owe as a reducer; None once it is wanted no more."""
-        encoded, owed = list[Kept](), list[HandOver | None]()
+        encoded, norms, owed = list[Kept](), list[tuple[float, float]](), list[HandOver | None]()
         if snapshot is not None and not snapshot.tokens:
             snapshot = None
 
         def work(part: Part) -> None:
             if snapshot is not None:
-                encoded.append(keep(self._shard.encode(snapshot, part)))
+                data, norm_of_it = self._shard.encode_measured(snapshot, part)
+                encoded.append(keep(data))
+                norms.append(norm_of_it)
             is_ours = action.open.members[part.reducer].peer_key == self._me
             debt = self._shard.reducer_debt
             owed.append(None if is_ours else debt.to_hand_over(part.first_slice, part.num_slices))
@@ -101,7 +103,7 @@ class Replica:
                     return None
                 await self._blocking(functools.partial(work, part))
         weight, codec = snapshot.offer_to(action.ballot) if snapshot is not None else (0, "")
-        return Offered(weight_tokens=weight, codec=codec, encoded=encoded, owed=owed)
+        return Offered(weight_tokens=weight, codec=codec, encoded=encoded, norms=norms, owed=owed)
 
     def begin(self) -> None:
         """A new round: whatever was offered in the last is settled."""
@@ -119,9 +121,8 @@ class Replica:
                 snapshot = await self._blocking(lambda: self._shard.offer(movement, 0))
 
         def apply() -> bool:
-            taken = snapshot is not None and self._shard.settle(action.record, action.parts, snapshot, self._me)
-            self._shard.apply(action.record, action.parts)
-            return taken
+            settling = Settling(snapshot, self._me) if snapshot is not None else None
+            return self._shard.apply(action.record, action.parts, settling)
 
         async with self._at_work:
             taken = bool(await self._blocking(apply))

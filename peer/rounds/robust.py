@@ -34,6 +34,7 @@ import numpy.typing as npt
 from peer.rounds.codec import Float32
 from peer.rounds.planning import SLICE_VALUES
 from swarm.errors import SwarmError
+from swarm.proto.round_pb2 import PartResult, Rejection, Share
 from swarm.run_spec import Robust
 
 MIN_COMPARED = 4
@@ -41,6 +42,8 @@ MIN_COMPARED = 4
 CHANCE_DEVIATIONS = 3
 """cosines of unrelated vectors of V values scatter by 1 / sqrt(V): small parts cannot tell much"""
 SLICES_AT_ONCE = 16
+ROUNDING = 1.001
+"""norms are told in fp32, and depend on the order in which squares are added"""
 MAX_SPARSE_NORM_RATIO = 8
 """What top-k with error feedback sends of a steady drift is sqrt(4096 / 64) times as long as the drift in one round; a
 sparse rung that hostile peers have for themselves could otherwise set its own limit."""
@@ -66,6 +69,8 @@ class Verdict:
     cosine: float = 0.0
     """the median of its cosines to the others"""
     min_cosine: float = -1.0
+    norm: float = 0.0
+    """as it arrived"""
 
     @property
     def is_dropped(self) -> bool:
@@ -83,7 +88,7 @@ def judge(offers: Sequence[Offer], num_values: int, rule: Robust) -> list[Verdic
     limits = _limits(offers, norms, sizes)
     factors = [min(1.0, limit / norm) if norm else 1.0 for norm, limit in zip(norms, limits, strict=True)]
     if len(offers) < MIN_COMPARED:
-        return [Verdict(weight=w, factor=f) for w, f in zip(weights, factors, strict=True)]
+        return [Verdict(weight=w, factor=f, norm=n) for w, f, n in zip(weights, factors, norms, strict=True)]
     agreements = [statistics.median_high(np.delete(row_N, i).tolist()) for i, row_N in enumerate(cosines_NN)]
     chance = CHANCE_DEVIATIONS / math.sqrt(num_values)
     least = [
@@ -91,9 +96,34 @@ def judge(offers: Sequence[Offer], num_values: int, rule: Robust) -> list[Verdic
         for usual, size in zip(_usual(offers, agreements), sizes, strict=True)
     ]
     return [
-        Verdict(weight=w, factor=f, cosine=c, min_cosine=m)
-        for w, f, c, m in zip(weights, factors, agreements, least, strict=True)
+        Verdict(weight=w, factor=f, cosine=c, min_cosine=m, norm=n)
+        for w, f, c, m, n in zip(weights, factors, agreements, least, norms, strict=True)
     ]
+
+
+def largest_mean(part: PartResult, rule: Robust, *, has_sparse_rungs: bool) -> float:
+    """The norm that a mean of these contributions can have at most, by what its reducer says of them; everybody's bits.
+
+    0 where they were not clipped as the rule says.
+    """
+    told: list[Share | Rejection] = [*part.shares, *part.rejections]
+    median_tokens = max(1, statistics.median_low([one.weight_tokens for one in told] or [0]))
+    sizes = [math.sqrt(min(one.weight_tokens, rule.max_weight_ratio * median_tokens) / median_tokens) for one in told]
+    of_round = _median_of_positive([one.norm / size if size else 0.0 for one, size in zip(told, sizes, strict=True)])
+    limit = ROUNDING * of_round * (MAX_SPARSE_NORM_RATIO if has_sparse_rungs else 1)
+    kept = [limit * size if share.clipped_to else share.norm for share, size in zip(part.shares, sizes, strict=False)]
+    if any(norm > limit * size for norm, size in zip(kept, sizes, strict=False)):
+        return 0.0
+    return ROUNDING * max(kept, default=0.0)
+
+
+def squared_norm(vector: Float32) -> float:
+    """The same bits on every machine, whatever its processor: products are exact, and added in one order."""
+    total = np.zeros(min(SLICE_VALUES, len(vector)), np.float64)
+    for first in range(0, len(vector), SLICE_VALUES):
+        values = vector[first : first + SLICE_VALUES].astype(np.float64)
+        total[: len(values)] += np.multiply(values, values, out=values)
+    return math.fsum(total)
 
 
 def robust_mean(offers: Sequence[Offer], verdicts: Sequence[Verdict], num_values: int) -> Float32:

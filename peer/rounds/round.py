@@ -29,10 +29,11 @@ from peer.rounds.round_actions import (
     TakeSnapshot,
     View,
 )
+from swarm import averages
 from swarm.digest import sha256
 from swarm.errors import DivergedError, ProtocolError, SwarmError
 from swarm.files import Kept
-from swarm.log import canonical, parse_record, tokens_by_peer, verify_commit
+from swarm.log import canonical, check_reducers, parse_record, tokens_by_peer, verify_commit
 from swarm.proto.round_pb2 import (
     Accept,
     Average,
@@ -86,6 +87,7 @@ class RoundMachine:
         """Our own contribution is encoded."""
         out = Outbox(self.settings.me)
         if self.attempt is not None and self.attempt.ballot == ballot:
+            self.attempt.offered = offered if offered.weight_tokens else None
             for part in range(len(self.attempt.open.parts)):
                 reducer = self.attempt.reducer_of(part)
                 message = self._message(ballot, contribution=self.attempt.contribution(part, offered))
@@ -100,6 +102,9 @@ class RoundMachine:
         """
         out = Outbox(self.settings.me)
         if self.attempt is not None and self.attempt.ballot == ballot:
+            if average.shares:
+                signed = averages.payload(self.attempt.opened, self.attempt.result(average, encoded))
+                average.signature = self.settings.sign_average(signed).signature
             message = self._message(ballot, average=average)
             kept = self.settings.keep(encoded) if average.shares else None
             for member in self.attempt.members:
@@ -215,6 +220,8 @@ class RoundMachine:
         self._check_standing(message.gone)
         record = parse_record(message.record, self.settings.head)
         self._check_record(record)
+        if self.attempt is not None and self.attempt.ballot == ballot_of(record.opened_by):
+            self.attempt.check_reducers(record)
         self._leader.saw(ballot, now)
         self.held.ask_anew()
         self._to_accept = (ballot, message)
@@ -267,6 +274,7 @@ class RoundMachine:
     def _check_record(self, record: Record) -> None:
         if record.state_digest != self.settings.state_digest:
             raise ProtocolError("the record starts from another state than ours")
+        check_reducers(record, self.settings.head)
         if record.codec != self.settings.codec or sum(p.num_slices for p in record.parts) != self.settings.num_slices:
             raise ProtocolError("the record does not fit the run spec")
         for part in record.parts:

@@ -34,6 +34,7 @@ class RoundSettings:
     check_part: Callable[[int, int, bytes], None]
     """(first_slice, num_slices, encoded): raises `ProtocolError` unless it decodes to finite numbers"""
     sign_vote: Callable[[bytes], Signed]
+    sign_average: Callable[[bytes], Signed]
     round_tokens: int
     """after which the round opens"""
     max_weight_tokens: int
@@ -87,6 +88,8 @@ class Offered:
     weight_tokens: int = 0
     codec: str = ""
     encoded: Sequence[Kept] = ()
+    norms: Sequence[tuple[float, float]] = ()
+    """of each part, as its reducer may find it: at least, at most"""
     owed: Sequence[HandOver | None] = ()
 
 

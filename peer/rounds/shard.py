@@ -14,6 +14,7 @@ second copy of anything (`swarm.memory_plan`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ from peer.rounds.outer import OuterStep, outer_step
 from peer.rounds.paxos import Ballot, ballot_of
 from peer.rounds.planning import num_slices, part_values
 from peer.rounds.reducer_debt import ReducerDebt
-from peer.rounds.robust import Offer, judge, robust_mean
+from peer.rounds.robust import ROUNDING, Offer, judge, largest_mean, robust_mean, squared_norm
 from peer.rounds.round_actions import Reduce
 from peer.training.movement import Movement
 from swarm import digest, schedule
@@ -34,6 +35,9 @@ from swarm.errors import DigestError, ProtocolError, SwarmError
 from swarm.files import Kept
 from swarm.proto.round_pb2 import Average, HandedOver, Part, PartResult, Record, Share
 from swarm.run_spec import RunSpec
+
+# A smaller share of its norm would be told as 0, which says that nothing was clipped.
+SMALLEST_FACTOR = 1e-30
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,6 +61,14 @@ class ReplicaSnapshot:
         return self.tokens, self.codec
 
 
+@dataclass(frozen=True, slots=True)
+class Settling:
+    """Whose offer a commit is booked for."""
+
+    snapshot: ReplicaSnapshot
+    me: bytes
+
+
 class Shard:
     """One shard's state after a round. ``anchor``: float32 [num_values]; ``momentum``: as many values."""
 
@@ -70,6 +82,8 @@ class Shard:
         self.reducer_debt = ReducerDebt()
         self.codec: Codec = CODECS[spec.rounds.wire_codec]
         """of averages"""
+        self.too_long: list[PartResult] = []
+        """parts of the newest commit that moved nothing, as no such average can be"""
         self._note_digests()
 
     @property
@@ -142,7 +156,16 @@ class Shard:
 
     def encode(self, snapshot: ReplicaSnapshot, part: Part) -> bytes:
         """One part of the snapshot in its codec. A pure function: `settle` encodes again to know what was sent."""
-        return CODECS[snapshot.codec].encode(self._offered(snapshot.movement, self._values(part)))
+        return self.encode_measured(snapshot, part)[0]
+
+    def encode_measured(self, snapshot: ReplicaSnapshot, part: Part) -> tuple[bytes, tuple[float, float]]:
+        """And what the norm of these bytes is at least and at most; anything where the run has no rule that asks."""
+        values, codec = self._offered(snapshot.movement, self._values(part)), CODECS[snapshot.codec]
+        if self.spec.robust.rule == "none":
+            return codec.encode(values), (0.0, math.inf)
+        norm = math.sqrt(squared_norm(values))
+        least, most = max(0.0, 1 - codec.largest_loss), 1 + codec.largest_loss
+        return codec.encode(values), (norm * least / ROUNDING, norm * most * ROUNDING)
 
     def reduce(self, work: Reduce) -> tuple[Average, bytes]:
         """Judge what decodes, average what is kept (`peer.rounds.robust`), and encode the average once.
@@ -160,56 +183,62 @@ class Shard:
         verdicts = judge(offers, count, self.spec.robust)
         try:
             mean = robust_mean(offers, verdicts, count)
-            taken = self.reducer_debt.take_over(mean, work.first_slice, work.handed_over, self.codec)
-            self.reducer_debt.add_to(mean, work.first_slice)
+            taken, left = self.reducer_debt.make_good(mean, work.first_slice, work.handed_over, self.codec)
             encoded_average = self.codec.encode(mean)
         except SwarmError:
             return Average(part=work.part), b""
         mean -= self.codec.decode(encoded_average, count)
+        self.reducer_debt.add_to(mean, work.first_slice, left)
         self.reducer_debt.note(work.ballot, work.first_slice, digest.sha256(encoded_average), lost=mean)
         average = Average(part=work.part, handed_over_by=taken)
         for (share, _, _), verdict in zip(useful, verdicts, strict=True):
-            key, clipped_to = share.peer_key, verdict.factor if verdict.factor < 1 else 0.0
+            told = {"peer_key": share.peer_key, "weight_tokens": share.weight_tokens, "norm": verdict.norm}
             if verdict.is_dropped:
-                average.rejections.add(peer_key=key, cosine=verdict.cosine, min_cosine=verdict.min_cosine)
+                average.rejections.add(cosine=verdict.cosine, min_cosine=verdict.min_cosine, **told)
             else:
-                average.shares.add(peer_key=key, weight_tokens=share.weight_tokens, clipped_to=clipped_to)
+                clipped_to = max(verdict.factor, SMALLEST_FACTOR) if verdict.factor < 1 else 0.0
+                average.shares.add(clipped_to=clipped_to, **told)
         return average, encoded_average
 
-    def apply(self, record: Record, parts: Mapping[bytes, Kept]) -> None:
-        """Advance anchor and momentum by a committed round; the slices of absent parts stay as they are."""
+    def apply(self, record: Record, parts: Mapping[bytes, Kept], replica: Settling | None = None) -> bool:
+        """Advance anchor and momentum by a committed round; the slices of absent parts stay as they are.
+
+        Books what the commit took of the offer of a ``replica``; True where it took any: averaged, clipped or rejected.
+        """
         step = OuterStep(
             learning_rate=self.spec.outer.learning_rate,
             momentum_factor=schedule.outer_momentum(self.spec.outer, record.round),
             round=record.round,
         )
+        taken, self.too_long = False, []
         for part in record.parts:
             gradient = self._decode(part, parts)
+            is_present = gradient is not None
             if gradient is not None:
                 outer_step(self.anchor, self.momentum, self._values(part).start, gradient, step)
+                del gradient  # there is room for two parts in fp32
+            if replica is not None:
+                taken |= self._settle(record, part, replica, is_present=is_present)
         self.reducer_debt.settle(record)
         self._note_digests()
+        return taken
 
-    def settle(self, record: Record, parts: Mapping[bytes, Kept], snapshot: ReplicaSnapshot, me: bytes) -> bool:
-        """Book what the commit took of our offer; True where it took any: averaged, clipped or rejected.
-
-        What was clipped off or rejected is discarded, not owed again: a hostile or broken replica would offer it for
+    def _settle(self, record: Record, part: PartResult, replica: Settling, *, is_present: bool) -> bool:
+        """What was clipped off or rejected is discarded, not owed again: a hostile or broken replica would offer it for
         ever.
         """
-        taken, codec = False, CODECS[snapshot.codec]
-        offered = ballot_of(record.opened_by) in snapshot.ballots
-        for part in record.parts:
-            values = self._values(part)
-            owed = self._offered(snapshot.movement, values)
-            judged = {*(share.peer_key for share in part.shares), *(r.peer_key for r in part.rejections)}
-            if me in judged and self._is_present(part, parts):
-                taken = taken or offered
-                # If not, it was taken from the process that was killed here, with all that was owed from before.
-                owed -= codec.decode(codec.encode(owed), len(owed)) if offered else self.owed(values)
-            if self.feedback is None:
-                self.feedback = Blocks(self.num_values)
-            self.feedback.write(values, owed, record.round)
-        return taken
+        snapshot, values = replica.snapshot, self._values(part)
+        codec, offered = CODECS[snapshot.codec], ballot_of(record.opened_by) in snapshot.ballots
+        owed = self._offered(snapshot.movement, values)
+        judged = {*(share.peer_key for share in part.shares), *(r.peer_key for r in part.rejections)}
+        counts = replica.me in judged and is_present
+        if counts:
+            # If not, it was taken from the process that was killed here, with all that was owed from before.
+            owed -= codec.decode(codec.encode(owed), len(owed)) if offered else self.owed(values)
+        if self.feedback is None:
+            self.feedback = Blocks(self.num_values)
+        self.feedback.write(values, owed, record.round)
+        return counts and offered
 
     def owe(self, round_number: int, *movements: Movement) -> None:
         """Book movements that no commit has counted: they go into the next pseudo-gradient."""
@@ -244,15 +273,31 @@ class Shard:
         return part_values(part.first_slice, part.num_slices, self.num_values)
 
     def _decode(self, part: PartResult, parts: Mapping[bytes, Kept]) -> Float32 | None:
-        """A part's average; None where it is absent. Bytes that do not decode are absent too, alike for everybody."""
-        if not self._is_present(part, parts):
+        """A part's average; None where it is absent.
+
+        Bytes that do not decode, and averages that are too long, are absent too, alike for everybody.
+        """
+        if not part.digest:
             return None
         values = self._values(part)
-        return self.codec.decode(parts[part.digest][:], values.stop - values.start)
+        try:
+            average = self.codec.decode(parts[part.digest][:], values.stop - values.start)
+        except SwarmError:
+            return None
+        if self._is_too_long(part, average):
+            self.too_long.append(part)
+            return None
+        return average
 
-    def _is_present(self, part: PartResult, parts: Mapping[bytes, Kept]) -> bool:
-        values = self._values(part)
-        return bool(part.digest) and _decodes(self.codec, parts[part.digest], values.stop - values.start)
+    def _is_too_long(self, part: PartResult, average: Float32) -> bool:
+        """Whether an average is longer than what its reducer says of the contributions allows; everybody's answer."""
+        if self.spec.robust.rule == "none":
+            return False
+        is_sparse = any(CODECS[rung].sparse for rung in self.spec.rounds.ladder)
+        longest = largest_mean(part, self.spec.robust, has_sparse_rungs=is_sparse)
+        # What is owed is added, and the sum is encoded: each adds what encoding can lose at most.
+        longest *= (1 + self.codec.largest_loss) ** 2
+        return squared_norm(average) > longest * longest
 
 
 def _part_offer(share: Share, codec: Codec, encoded: Kept, count: int) -> Offer:

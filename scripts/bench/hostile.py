@@ -36,7 +36,7 @@ from peer.rounds.codec import CODECS, Float32
 from peer.rounds.paxos import to_message
 from peer.rounds.planning import num_slices, part_values, split_parts
 from peer.rounds.round_actions import Reduce
-from peer.rounds.shard import ReplicaSnapshot, Shard
+from peer.rounds.shard import ReplicaSnapshot, Settling, Shard
 from peer.training.fp32_replica import Replica
 from peer.training.layout import Layout
 from peer.training.model import build_config, build_model, layout_of
@@ -224,9 +224,8 @@ class Swarm:
 
     def _land(self, record: Record, parts: dict[bytes, bytes], sound: list[ReplicaSnapshot]) -> None:
         for index, shard in enumerate(self.shards):
-            if index < len(sound):
-                shard.settle(record, parts, sound[index], KEYS[index])
-            shard.apply(record, parts)
+            settling = Settling(sound[index], KEYS[index]) if index < len(sound) else None
+            shard.apply(record, parts, settling)
             if index < len(sound):
                 self.replicas[index].land(shard.anchor, sound[index].movement)
 

@@ -19,6 +19,7 @@ from peer.rounds.ledger import Ledger, LedgerOptions
 from peer.rounds.paxos import to_message
 from peer.rounds.planning import part_values, split_parts
 from peer.rounds.shard import Shard
+from swarm import averages
 from swarm.digest import sha256
 from swarm.identity import Identity
 from swarm.log import VOTE_CONTEXT, LogHead, genesis_head, next_head
@@ -80,7 +81,10 @@ def _record(
         data = shard.codec.encode(noise)
         result = PartResult(first_slice=part.first_slice, num_slices=part.num_slices, size_bytes=len(data))
         result.digest = sha256(data)
-        result.shares.append(Share(peer_key=voters[0].public_key, weight_tokens=ROUND_TOKENS))
+        result.shares.append(Share(peer_key=voters[0].public_key, weight_tokens=ROUND_TOKENS, norm=1e6))
+        result.reducer = voters[0].public_key
+        signed = averages.payload(record, result)
+        result.signature = voters[0].sign(averages.AVERAGE_CONTEXT, head.run_id, signed).signature
         record.parts.append(result)
         parts[result.digest] = data
     return record, parts

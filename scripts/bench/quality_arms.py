@@ -24,7 +24,7 @@ from peer.rounds.codec import Float32
 from peer.rounds.paxos import to_message
 from peer.rounds.planning import split_parts
 from peer.rounds.round_actions import Reduce
-from peer.rounds.shard import ReplicaSnapshot, Shard
+from peer.rounds.shard import ReplicaSnapshot, Settling, Shard
 from peer.training.fp32_replica import Replica
 from peer.training.int8_replica import Int8Replica
 from peer.training.layout import Layout
@@ -179,8 +179,7 @@ class Group:
             parts[result.digest] = average
             record.parts.append(result)
         for key, shard, replica, snapshot in zip(self.keys, self.shards, self.replicas, snapshots, strict=True):
-            shard.settle(record, parts, snapshot, key)
-            shard.apply(record, parts)
+            shard.apply(record, parts, Settling(snapshot, key))
             replica.land(shard.anchor, snapshot.movement)
         if len({shard.state_digest for shard in self.shards}) > 1:
             raise ArithmeticError(f"round {self.round}: replicas hold unequal states")

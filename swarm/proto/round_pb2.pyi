@@ -112,38 +112,46 @@ class Contribution(_message.Message):
     def __init__(self, part: _Optional[int] = ..., weight_tokens: _Optional[int] = ..., encoded: _Optional[bytes] = ..., state_digest: _Optional[bytes] = ..., codec: _Optional[str] = ..., handed_over: _Optional[_Union[HandedOver, _Mapping]] = ...) -> None: ...
 
 class Share(_message.Message):
-    __slots__ = ("peer_key", "weight_tokens", "clipped_to")
+    __slots__ = ("peer_key", "weight_tokens", "clipped_to", "norm")
     PEER_KEY_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CLIPPED_TO_FIELD_NUMBER: _ClassVar[int]
+    NORM_FIELD_NUMBER: _ClassVar[int]
     peer_key: bytes
     weight_tokens: int
     clipped_to: float
-    def __init__(self, peer_key: _Optional[bytes] = ..., weight_tokens: _Optional[int] = ..., clipped_to: _Optional[float] = ...) -> None: ...
+    norm: float
+    def __init__(self, peer_key: _Optional[bytes] = ..., weight_tokens: _Optional[int] = ..., clipped_to: _Optional[float] = ..., norm: _Optional[float] = ...) -> None: ...
 
 class Rejection(_message.Message):
-    __slots__ = ("peer_key", "cosine", "min_cosine")
+    __slots__ = ("peer_key", "cosine", "min_cosine", "norm", "weight_tokens")
     PEER_KEY_FIELD_NUMBER: _ClassVar[int]
     COSINE_FIELD_NUMBER: _ClassVar[int]
     MIN_COSINE_FIELD_NUMBER: _ClassVar[int]
+    NORM_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     peer_key: bytes
     cosine: float
     min_cosine: float
-    def __init__(self, peer_key: _Optional[bytes] = ..., cosine: _Optional[float] = ..., min_cosine: _Optional[float] = ...) -> None: ...
+    norm: float
+    weight_tokens: int
+    def __init__(self, peer_key: _Optional[bytes] = ..., cosine: _Optional[float] = ..., min_cosine: _Optional[float] = ..., norm: _Optional[float] = ..., weight_tokens: _Optional[int] = ...) -> None: ...
 
 class Average(_message.Message):
-    __slots__ = ("part", "shares", "encoded", "rejections", "handed_over_by")
+    __slots__ = ("part", "shares", "encoded", "rejections", "handed_over_by", "signature")
     PART_FIELD_NUMBER: _ClassVar[int]
     SHARES_FIELD_NUMBER: _ClassVar[int]
     ENCODED_FIELD_NUMBER: _ClassVar[int]
     REJECTIONS_FIELD_NUMBER: _ClassVar[int]
     HANDED_OVER_BY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     part: int
     shares: _containers.RepeatedCompositeFieldContainer[Share]
     encoded: bytes
     rejections: _containers.RepeatedCompositeFieldContainer[Rejection]
     handed_over_by: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, part: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ..., encoded: _Optional[bytes] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ..., handed_over_by: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    signature: bytes
+    def __init__(self, part: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ..., encoded: _Optional[bytes] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ..., handed_over_by: _Optional[_Iterable[bytes]] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Prepare(_message.Message):
     __slots__ = ("log_digest", "gone")
@@ -194,7 +202,7 @@ class Refusal(_message.Message):
     def __init__(self, promised: _Optional[_Union[Ballot, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class PartResult(_message.Message):
-    __slots__ = ("first_slice", "num_slices", "digest", "size_bytes", "shares", "rejections", "reducer", "handed_over_by")
+    __slots__ = ("first_slice", "num_slices", "digest", "size_bytes", "shares", "rejections", "reducer", "handed_over_by", "signature")
     FIRST_SLICE_FIELD_NUMBER: _ClassVar[int]
     NUM_SLICES_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +211,7 @@ class PartResult(_message.Message):
     REJECTIONS_FIELD_NUMBER: _ClassVar[int]
     REDUCER_FIELD_NUMBER: _ClassVar[int]
     HANDED_OVER_BY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     first_slice: int
     num_slices: int
     digest: bytes
@@ -211,7 +220,8 @@ class PartResult(_message.Message):
     rejections: _containers.RepeatedCompositeFieldContainer[Rejection]
     reducer: bytes
     handed_over_by: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, first_slice: _Optional[int] = ..., num_slices: _Optional[int] = ..., digest: _Optional[bytes] = ..., size_bytes: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ..., reducer: _Optional[bytes] = ..., handed_over_by: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    signature: bytes
+    def __init__(self, first_slice: _Optional[int] = ..., num_slices: _Optional[int] = ..., digest: _Optional[bytes] = ..., size_bytes: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[Share, _Mapping]]] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ..., reducer: _Optional[bytes] = ..., handed_over_by: _Optional[_Iterable[bytes]] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Record(_message.Message):
     __slots__ = ("shard", "round", "log_digest", "state_digest", "parts", "next_voters", "total_tokens", "codec", "opened_by")

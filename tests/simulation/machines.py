@@ -26,6 +26,7 @@ from peer.rounds.round_actions import (
     TakeSnapshot,
     View,
 )
+from swarm.averages import AVERAGE_CONTEXT
 from swarm.digest import sha256
 from swarm.errors import SwarmError
 from swarm.files import Kept
@@ -121,6 +122,7 @@ class Machines:
             check_handed_over=lambda first, count, message: None,
             check_part=lambda first, count, encoded: None,
             sign_vote=lambda payload: peer.identity.sign(VOTE_CONTEXT, RUN_ID, payload),
+            sign_average=lambda payload: peer.identity.sign(AVERAGE_CONTEXT, RUN_ID, payload),
             round_tokens=250,
             max_weight_tokens=1000,
             max_members=self.max_members,
@@ -253,7 +255,8 @@ class Machines:
             self._later(peer, lambda: self._write(peer))
         elif isinstance(action, TakeSnapshot):
             encoded = [bytes([self.rng.randrange(256)]) * (p.num_slices * BYTES_PER_SLICE) for p in action.open.parts]
-            offered = Offered(weight_tokens=TRAINED_TOKENS, codec="int8", encoded=encoded)
+            norms = [(0.0, 0.0)] * len(encoded)
+            offered = Offered(weight_tokens=TRAINED_TOKENS, codec="int8", encoded=encoded, norms=norms)
             self._later(peer, lambda: machine.on_snapshot(action.ballot, offered, self.now))
         elif isinstance(action, Reduce):
             joined = b"".join(data for _, _, data in action.contributions)

@@ -19,7 +19,7 @@ from peer.rounds.codec import CODECS
 from peer.rounds.exchange_parts import tell_verdicts
 from peer.rounds.planning import part_values
 from swarm.digest import sha256
-from swarm.errors import ProtocolError
+from swarm.errors import ProtocolError, VerificationError
 from swarm.files import Kept
 from swarm.proto.round_pb2 import ChunkReply, LogReply, PartResult, RoundMessage, StateReply
 from tests.simulation.memory_transport import MemoryTransport
@@ -35,7 +35,7 @@ class Tampering:
     """What a hostile peer sent, and what it was told."""
 
     sent: int = 0
-    refusals: list[ProtocolError] = field(default_factory=list)
+    refusals: list[VerificationError] = field(default_factory=list)
     averages: set[bytes] = field(default_factory=set)
     """digests of the averages that it sent"""
 
@@ -55,7 +55,7 @@ def tamper(peer: SimulatedPeer, kind: str, change: Change) -> Tampering:
             done.averages.add(sha256(message.average.encoded))
         try:
             return await honest_call(to, method, request, **options)  # type: ignore[arg-type]
-        except ProtocolError as error:
+        except VerificationError as error:
             done.refusals.append(error)
             raise
 

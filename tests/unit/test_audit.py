@@ -32,6 +32,7 @@ from swarm.log import GENESIS_CONTEXT, VOTE_CONTEXT, genesis_head, next_head
 from swarm.proto.common_pb2 import Genesis, ShardGenesis
 from swarm.proto.round_pb2 import Ballot, Commit, PartResult, Record, Share, Vote
 from tests.checkpoint_samples import ORGANIZER, make_parts, signed_checkpoint
+from tests.signed_averages import sign_averages
 
 VOTER = Identity(b"v" * 32)
 PARTS = make_parts(num_values=40_000)
@@ -102,7 +103,7 @@ class Run:
             num_slices=num_slices(shard.num_values),
             digest=digest.sha256(data),
             size_bytes=len(data),
-            shares=[Share(peer_key=VOTER.public_key, weight_tokens=5)],
+            shares=[Share(peer_key=VOTER.public_key, weight_tokens=5, norm=1e6)],
         )
         record = Record(
             shard=shard.index,
@@ -114,6 +115,7 @@ class Run:
             total_tokens=ledger.head.total_tokens + 5,
             codec=shard.codec.name,
         )
+        sign_averages(record, self.parts.run_id)
         raw = record.SerializeToString()
         ballot = Ballot(number=1, leader=VOTER.public_key)
         vote = Vote(shard=shard.index, round=number, ballot=ballot, record_digest=digest.sha256(raw))

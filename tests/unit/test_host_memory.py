@@ -18,7 +18,7 @@ from peer.rounds.paxos import to_message
 from peer.rounds.planning import split_parts
 from peer.rounds.reducer_debt import ReducerDebt
 from peer.rounds.round_actions import Reduce
-from peer.rounds.shard import ReplicaSnapshot, Shard
+from peer.rounds.shard import ReplicaSnapshot, Settling, Shard
 from peer.training import model
 from peer.training.fp32_replica import Replica
 from peer.training.int8_replica import Int8Replica
@@ -91,10 +91,10 @@ def live_a_round(replica: Any, anchor: Callable[[], np.ndarray], meter: Meter, f
         movement = meter.measure("snapshot", replica.movement)
         snapshot = meter.measure("offer", lambda m=movement: shard.offer(m, 10))
         record, parts = meter.measure("encode and average", lambda s=snapshot: offered(shard, s, spill))
-        assert meter.measure("settle", lambda r=record, p=parts, s=snapshot: shard.settle(r, p, s, MEMBERS[0]))
-        meter.measure("apply", lambda r=record, p=parts: shard.apply(r, p))
+        settling = Settling(snapshot, MEMBERS[0])
+        assert meter.measure("apply", lambda r=record, p=parts, s=settling: shard.apply(r, p, s))
         meter.measure("land", lambda m=movement: replica.land(shard.anchor, m))
-        del movement, snapshot
+        del movement, snapshot, settling
     return shard
 
 

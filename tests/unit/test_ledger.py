@@ -15,6 +15,7 @@ from swarm.identity import Identity
 from swarm.log import VOTE_CONTEXT, LogHead, genesis_head, next_head
 from swarm.proto.common_pb2 import Genesis, ShardGenesis
 from swarm.proto.round_pb2 import Ballot, Commit, PartResult, Record, Share, Vote
+from tests.signed_averages import sign_averages
 from tests.unit.test_shard import SPEC, make_shard
 
 VOTER = Identity(b"v" * 32)
@@ -50,6 +51,7 @@ def commit_after(head: LogHead, data: bytes, state_digest: bytes = SHARD.state_d
         total_tokens=head.total_tokens + 5,
         codec="int8",
     )
+    sign_averages(record, RUN_ID)
     raw = record.SerializeToString()
     vote = Vote(
         shard=0,

@@ -13,6 +13,7 @@ from swarm.errors import ProtocolError, SignatureError, SwarmError, Verification
 from swarm.identity import Identity
 from swarm.proto.common_pb2 import Genesis, ShardGenesis, Signed
 from swarm.proto.round_pb2 import Ballot, Commit, PartResult, Record, Rejection, Share, Vote
+from tests.signed_averages import sign_averages
 
 RUN_ID = b"r" * 20
 ORGANIZER = Identity(b"\x10" * 32)
@@ -23,6 +24,7 @@ GENESIS = Genesis(
     voters=[voter.public_key for voter in VOTERS],
     shards=[ShardGenesis(state_digest=b"s" * 32, num_values=8)],
 )
+
 HEAD = log.genesis_head(GENESIS, 0)
 PEER_A, PEER_B = b"a" * 32, b"b" * 32
 
@@ -38,7 +40,7 @@ def _record(head: log.LogHead = HEAD) -> Record:
         PartResult(first_slice=2, num_slices=1, digest=b"e" * 32, shares=[Share(peer_key=PEER_A, weight_tokens=30)]),
         PartResult(first_slice=3, num_slices=1),
     ]
-    return Record(
+    record = Record(
         shard=0,
         round=head.round + 1,
         log_digest=head.log_digest,
@@ -48,6 +50,7 @@ def _record(head: log.LogHead = HEAD) -> Record:
         total_tokens=head.total_tokens + 50,
         codec="int8",
     )
+    return sign_averages(record, RUN_ID)
 
 
 def _vote(
@@ -217,6 +220,21 @@ RECORD_CASES: list[tuple[str, Callable[[Record], object], type[SwarmError], str]
     ("a gap", lambda r: setattr(r.parts[1], "first_slice", 3), ProtocolError, "cover the shard once"),
     ("an overlap", lambda r: setattr(r.parts[1], "first_slice", 1), ProtocolError, "cover the shard once"),
     ("an empty part", lambda r: setattr(r.parts[2], "num_slices", 0), ProtocolError, "cover the shard once"),
+    ("a digest that no reducer signed", lambda r: setattr(r.parts[0], "digest", b"x" * 32), SignatureError, "verify"),
+    ("a part at another place", lambda r: setattr(r.parts[0], "size_bytes", 1), SignatureError, "verify"),
+    ("another weight", lambda r: setattr(r.parts[0].shares[0], "weight_tokens", 29), SignatureError, "verify"),
+    ("another norm", lambda r: setattr(r.parts[0].shares[1], "norm", 19.0), SignatureError, "verify"),
+    ("another share clipped", lambda r: setattr(r.parts[0].shares[1], "clipped_to", 0.5), SignatureError, "verify"),
+    ("a contributor's losses", lambda r: r.parts[0].handed_over_by.append(PEER_A), SignatureError, "verify"),
+    ("another reducer", lambda r: setattr(r.parts[0], "reducer", PEER_A), SignatureError, "verify"),
+    ("of another attempt", lambda r: setattr(r.opened_by, "number", 7), SignatureError, "verify"),
+    ("of another state", lambda r: setattr(r, "state_digest", b"x" * 32), SignatureError, "verify"),
+    ("no reducer", lambda r: r.parts[0].ClearField("reducer"), ProtocolError, "no reducer"),
+    ("no signature", lambda r: r.parts[0].ClearField("signature"), ProtocolError, "not signed"),
+    ("an absent part with a reducer", lambda r: setattr(r.parts[2], "reducer", PEER_A), ProtocolError, "absent part"),
+    ("losses of one twice", lambda r: r.parts[0].handed_over_by.extend([PEER_A] * 2), ProtocolError, "one peer twice"),
+    ("a norm below 0", lambda r: setattr(r.parts[0].shares[0], "norm", -1.0), ProtocolError, "impossible norm"),
+    ("a norm of NaN", lambda r: setattr(r.parts[0].shares[0], "norm", math.nan), ProtocolError, "impossible norm"),
     ("a digest cut short", lambda r: setattr(r.parts[0], "digest", b"d"), ProtocolError, "no digest"),
     ("nobody contributed", lambda r: r.parts[1].ClearField("shares"), ProtocolError, "no contributors"),
     ("absent with shares", lambda r: r.parts[1].ClearField("digest"), ProtocolError, "absent part"),

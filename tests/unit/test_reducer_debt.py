@@ -156,8 +156,21 @@ def test_what_is_handed_over_counts_within_bounds(case: str, reducer: bytes, sca
     """What does not is left with whoever owes it."""
     _, takes, handed_over = one_reducer_then(reducer)
     mean = np.full(SLICE_VALUES, 3 * scale, np.float32)
-    assert takes.take_over(mean, 0, [(KEYS[0], handed_over)], CODECS["int4"]) == ([KEYS[0]] if taken else [])
+    assert takes.make_good(mean, 0, [(KEYS[0], handed_over)], CODECS["int4"])[0] == ([KEYS[0]] if taken else [])
     assert np.array_equal(mean, np.full(SLICE_VALUES, 3 * scale, np.float32)) is not taken
+
+
+def test_what_is_owed_and_too_long_is_added_bit_by_bit() -> None:
+    """Where averages got much shorter: no average is longer than its contributions allow, and nothing is lost."""
+    owes, _, _ = one_reducer_then(KEYS[0])
+    owed, mean = np.zeros(SLICE_VALUES, np.float32), np.full(SLICE_VALUES, 0.01, np.float32)
+    owes.add_to(owed, 0)
+    codec = CODECS["int4"]
+    _, share_left = owes.make_good(mean, 0, [], codec)
+    added = mean - np.float32(0.01)
+    left = owed * np.float32(share_left)
+    assert np.linalg.norm(added) == pytest.approx(codec.largest_loss * 0.01 * np.sqrt(SLICE_VALUES), rel=1e-3)
+    np.testing.assert_allclose(added + left, owed, atol=1e-6)
 
 
 def test_what_was_handed_over_is_owed_until_a_commit_says_that_it_was_taken() -> None:

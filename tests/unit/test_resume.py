@@ -21,6 +21,7 @@ from swarm import digest
 from swarm.log import LogHead, next_head
 from swarm.proto.round_pb2 import Ballot, Commit, PartResult, Record, Rejection, Share, Vote
 from swarm.run_spec import Checkpoints
+from tests.signed_averages import sign_averages
 from tests.unit.test_ledger import RUN_ID, VOTE_CONTEXT, VOTER, open_ledger
 from tests.unit.test_shard import ALL, NUM_VALUES, SPEC, make_shard, moved
 
@@ -42,7 +43,7 @@ def commit(
     for first, count, key in ((0, 1, counted), (1, SLICES - 1, OTHER)):
         values = min(count * SLICE_VALUES, NUM_VALUES - first * SLICE_VALUES)
         data = codec.encode(np.full(values, 0.01 * (ledger.head.round + 1), np.float32))
-        share = Share(peer_key=key, weight_tokens=5)
+        share = Share(peer_key=key, weight_tokens=5, norm=1e6)
         result = PartResult(first_slice=first, num_slices=count, size_bytes=len(data), shares=[share])
         if rejected and not first:
             result.rejections.append(Rejection(peer_key=rejected, cosine=-0.5, min_cosine=0.1))
@@ -60,6 +61,7 @@ def commit(
         total_tokens=head.total_tokens + (5 if counted == OTHER else 10),
         codec=codec.name,
     )
+    sign_averages(record, RUN_ID)
     raw = record.SerializeToString()
     vote = Vote(round=record.round, ballot=Ballot(number=1, leader=VOTER.public_key), record_digest=digest.sha256(raw))
     signed = VOTER.sign(VOTE_CONTEXT, RUN_ID, vote.SerializeToString())

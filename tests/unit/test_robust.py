@@ -10,8 +10,18 @@ import pytest
 
 from peer.rounds.codec import CODECS
 from peer.rounds.planning import SLICE_VALUES
-from peer.rounds.robust import MAX_SPARSE_NORM_RATIO, SLICES_AT_ONCE, Offer, Verdict, judge, robust_mean
+from peer.rounds.robust import (
+    MAX_SPARSE_NORM_RATIO,
+    SLICES_AT_ONCE,
+    Offer,
+    Verdict,
+    judge,
+    largest_mean,
+    robust_mean,
+    squared_norm,
+)
 from swarm.errors import SwarmError
+from swarm.proto.round_pb2 import PartResult
 from swarm.run_spec import Robust
 
 RULE = Robust()
@@ -256,3 +266,54 @@ def test_a_rejected_cosine_is_a_possible_one() -> None:
         ]
         verdicts = judge(offers, len(values), RULE)
         assert verdicts[-1].is_dropped and min(verdict.cosine for verdict in verdicts) >= -1
+
+
+def told_of(offers: list[Offer], verdicts: list[Verdict]) -> PartResult:
+    """What a reducer says of its verdicts."""
+    part = PartResult()
+    for index, (offer, verdict) in enumerate(zip(offers, verdicts, strict=True)):
+        told = {"peer_key": bytes([index]) * 32, "weight_tokens": offer.tokens, "norm": verdict.norm}
+        if verdict.is_dropped:
+            part.rejections.add(cosine=verdict.cosine, min_cosine=verdict.min_cosine, **told)
+        else:
+            part.shares.add(clipped_to=verdict.factor if verdict.factor < 1 else 0.0, **told)
+    return part
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_honest_mean_is_longer_than_what_its_reducer_says_of_the_contributions_allows(seed: int) -> None:
+    """Whatever they weigh, on whichever rungs, hostile ones among them, of any length."""
+    rng = np.random.default_rng(seed)
+    offers = []
+    for values in honest(int(rng.integers(1, 9)), seed):
+        is_sparse = seed % 2 == 1 and rng.random() < 0.5
+        sent = sparsified(values) if is_sparse else values
+        scale = np.float32(rng.choice([1.0, 1.0, 1.0, 1e-3, 1e6, 1e34]))
+        offers.append(
+            offer(sent * scale, int(rng.choice([1, 900, TOKENS, 10**6])), "topk" if is_sparse else "int8", is_sparse)
+        )
+    verdicts = judge(offers, N, RULE)
+    if all(verdict.is_dropped for verdict in verdicts):
+        return
+    norm = float(np.sqrt(squared_norm(robust_mean(offers, verdicts, N))))
+    assert norm <= largest_mean(told_of(offers, verdicts), RULE, has_sparse_rungs=seed % 2 == 1)
+
+
+@pytest.mark.parametrize("raised", [1, 2, 3, 4, 5])
+def test_a_longer_mean_needs_false_norms_of_half_of_the_contributions(raised: int) -> None:
+    """Of five that are told longer than they were: the median of what is told says how long a mean may be."""
+    part = PartResult()
+    for index in range(5):
+        part.shares.add(peer_key=bytes([index]) * 32, weight_tokens=TOKENS, norm=100.0 if index < raised else 1.0)
+    told = largest_mean(part, RULE, has_sparse_rungs=False)
+    assert told == pytest.approx(0 if raised < 3 else 100, rel=1e-2), "0: not clipped as the rule says"
+    for share in part.shares:
+        share.clipped_to = 0.01 if share.norm > 1 else 0.0
+    assert largest_mean(part, RULE, has_sparse_rungs=False) == pytest.approx(1 if raised < 3 else 100, rel=1e-2)
+
+
+def test_a_squared_norm_is_exact_and_the_same_in_any_number_of_slices() -> None:
+    values = np.random.default_rng(0).standard_normal(2 * SLICE_VALUES + 77).astype(np.float32)
+    assert squared_norm(values) == pytest.approx(float(np.dot(values.astype(np.float64), values.astype(np.float64))))
+    assert squared_norm(np.full(3, 3e38, np.float32)) > 1e76
+    assert squared_norm(np.zeros(0, np.float32)) == 0

@@ -6,14 +6,13 @@ import random
 
 import pytest
 
-from peer.rounds.paxos import to_message
 from peer.rounds.round import MAX_EARLY, RoundMachine
 from peer.rounds.round_actions import Fetch, TakeSnapshot
 from swarm.digest import sha256
 from swarm.errors import ProtocolError
 from swarm.proto.round_pb2 import Average, Contribution, Member, OpenRound, RoundMessage, Share
 from tests.simulation.machines import BYTES_PER_SLICE, NUM_SLICES, STATE, Machines
-from tests.unit.test_round_hostile import STRANGER, contributor, message, voter
+from tests.unit.test_round_hostile import STRANGER, contributor, message, signed, voter
 from tests.unit.test_round_timing import accept
 
 FLOOD = 1000
@@ -87,15 +86,13 @@ def test_openings_of_rising_ballots_leave_one_attempt_and_the_averages_of_none_b
     """A hostile leader opens again and again, and averages something else each time."""
     machines = Machines(5, 1, random.Random(1))
     machine = machine_at(machines, 0)
-    share = Share(peer_key=contributor(machines), weight_tokens=1)
+    share = Share(peer_key=machines.peers[1].key, weight_tokens=1)
     for number in range(1, FLOOD):
         machine.on_message(voter(machines), opening(machines, number), 0.0)
         encoded = number.to_bytes(BYTES_PER_SLICE, "big") * NUM_SLICES
         average = Average(part=0, shares=[share], encoded=encoded)
-        told = RoundMessage(
-            round=machines.head.round + 1, ballot=to_message((number, voter(machines))), average=average
-        )
-        machine.on_message(voter(machines), told, 0.0)
+        assert machine.attempt is not None
+        machine.on_message(voter(machines), signed(machines, machine.attempt, average), 0.0)
     assert machine.attempt is not None and machine.attempt.ballot[0] == FLOOD - 1
     assert len(machine.held.by_digest) <= 2
 

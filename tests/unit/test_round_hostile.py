@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
+from peer.rounds.attempt import Attempt
 from peer.rounds.paxos import to_message
+from swarm import averages
 from swarm.digest import sha256
-from swarm.errors import SwarmError
+from swarm.errors import SignatureError, SwarmError
 from swarm.proto.round_pb2 import (
     Accept,
     Average,
@@ -26,6 +28,7 @@ from swarm.proto.round_pb2 import (
     RoundMessage,
     Share,
 )
+from tests.signed_averages import sign_averages
 from tests.simulation.machines import NUM_SLICES, Machine, Machines, records_of
 
 STRANGER = b"?" * 32
@@ -56,13 +59,25 @@ def false_record(machines: Machines, **changes: object) -> Record:
         "total_tokens": machines.head.total_tokens + 10,
         "codec": "int8",
     }
-    return Record(**{**fields, **changes})  # type: ignore[arg-type]
+    record = Record(**{**fields, **changes})  # type: ignore[arg-type]
+    return sign_averages(record, machines.head.run_id)
 
 
 def accept(**changes: object) -> Attack:
     def attack(machines: Machines) -> tuple[bytes, RoundMessage]:
         raw = false_record(machines, **changes).SerializeToString()
         return voter(machines), message(machines, voter(machines), accept=Accept(record=raw))
+
+    return attack
+
+
+def accept_after(change: Callable[[PartResult], None]) -> Attack:
+    """A record that its leader changed after the reducer had signed."""
+
+    def attack(machines: Machines) -> tuple[bytes, RoundMessage]:
+        record = false_record(machines)
+        change(record.parts[0])
+        return voter(machines), message(machines, voter(machines), accept=Accept(record=record.SerializeToString()))
 
     return attack
 
@@ -98,6 +113,9 @@ ATTACKS: dict[str, Attack] = {
     "a record with tokens that do not add up": accept(total_tokens=10**6),
     "a record from another state": accept(state_digest=b"x" * 32),
     "a record in another codec": accept(codec="int4"),
+    "a record with an average that no reducer signed": accept_after(lambda part: setattr(part, "digest", b"x" * 32)),
+    "a record with another weight than the reducer's": accept_after(lambda part: setattr(part.shares[0], "norm", 5.0)),
+    "a record whose leader says that it averaged": accept_after(lambda part: setattr(part, "reducer", b"l" * 32)),
 }
 
 
@@ -113,6 +131,26 @@ def test_an_attack_is_refused_by_name_and_the_round_goes_on(attack: Attack) -> N
     assert target.machine.acceptor == before and target.machine.attempt is None
     machines.settle()
     assert len(machines.commits) == 1 and all(peer.applied is not None for peer in machines.peers)
+
+
+@pytest.mark.parametrize("attack", [name for name in ATTACKS if "reducer" in name or "averaged" in name])
+def test_a_leader_cannot_name_what_no_reducer_signed(attack: str) -> None:
+    machines = Machines(5, 3, random.Random(3))
+    target = machines.peers[-2]
+    assert target.machine is not None
+    sender, hostile = ATTACKS[attack](machines)
+    with pytest.raises(SignatureError):
+        target.machine.on_message(sender, hostile, 0.0)
+
+
+def test_a_voter_refuses_a_part_that_somebody_else_was_to_average() -> None:
+    """Signed as it should be, but by whoever the opening does not name."""
+    machines = gathering()
+    machine = machines.peers[-1].machine
+    assert machine is not None and machine.attempt is not None
+    record = false_record(machines, opened_by=to_message(machine.attempt.ballot))
+    with pytest.raises(SwarmError, match="was not to average it"):
+        machine.attempt.check_reducers(record)
 
 
 def test_a_refusal_by_a_stranger_or_with_an_absurd_ballot_is_not_believed() -> None:
@@ -142,6 +180,14 @@ def gathering(seed: int = 5) -> Machines:
             return machines
         let_one_thing_happen(machines)
     raise AssertionError("no round was opened")
+
+
+def signed(machines: Machines, attempt: Attempt, average: Average) -> RoundMessage:
+    """``average`` as its reducer signs and sends it."""
+    reducer = machines.peer(attempt.reducer_of(average.part)).identity
+    payload = averages.payload(attempt.opened, attempt.result(average, average.encoded))
+    average.signature = reducer.sign(averages.AVERAGE_CONTEXT, machines.head.run_id, payload).signature
+    return RoundMessage(round=machines.head.round + 1, ballot=to_message(attempt.ballot), average=average)
 
 
 def whoever_leads(machines: Machines) -> Machine:
@@ -204,7 +250,7 @@ def test_an_average_with_false_rejections_is_refused(case: str, told: str) -> No
         rejected.cosine = 0.5
     share = Share(peer_key=first, weight_tokens=10)
     average = Average(part=0, shares=[share], rejections=rejections, encoded=b"a" * attempt.part_size_bytes(0))
-    forged = RoundMessage(round=machines.head.round + 1, ballot=to_message(attempt.ballot), average=average)
+    forged = signed(machines, attempt, average)
     with pytest.raises(SwarmError, match=told):
         target.machine.on_message(attempt.reducer_of(0), forged, machines.now)
 
@@ -252,7 +298,7 @@ def test_a_rejection_is_in_the_record_and_its_peer_is_not_silent() -> None:
         rejections=[Rejection(peer_key=second, cosine=-0.5, min_cosine=0.1)],
         encoded=b"a" * attempt.part_size_bytes(0),
     )
-    told = RoundMessage(round=machines.head.round + 1, ballot=to_message(attempt.ballot), average=average)
+    told = signed(machines, attempt, average)
     target.machine.on_message(attempt.reducer_of(0), told, machines.now)
     assert list(attempt.results()[0].rejections) == list(average.rejections)
     assert second not in attempt.silent()
@@ -266,7 +312,7 @@ def test_a_reducer_that_sends_two_averages_does_not_change_what_is_kept() -> Non
     share = Share(peer_key=attempt.contributors[0], weight_tokens=10)
     for byte in (b"a", b"b"):
         average = Average(part=0, shares=[share], encoded=byte * attempt.part_size_bytes(0))
-        told = RoundMessage(round=machines.head.round + 1, ballot=to_message(attempt.ballot), average=average)
+        told = signed(machines, attempt, average)
         target.machine.on_message(attempt.reducer_of(0), told, machines.now)
     kept = attempt.averages[0].digest
     assert sha256(target.machine.held.by_digest[kept]) == kept
