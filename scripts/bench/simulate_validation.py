@@ -2,8 +2,8 @@
 
 Pipelines: the processor seconds of a microbatch come from the one peer that held the whole model, and are cut by the
 operations of each span; what a hop costs its two peers is measured apart (docs/benchmarks.md, "What the transport
-costs"). Nothing is taken from the cells that are predicted. Rounds: processor seconds come from each cell, its seconds
-are predicted; shorter ones than `LEAST_VALUES` are left out, as their processor seconds are mostly waiting.
+costs"). Nothing is taken from the cells that are predicted. Rounds: processor seconds and bytes come from each cell,
+its seconds are predicted; shorter ones than `LEAST_VALUES` are left out, as their processor seconds are mostly waiting.
 """
 
 from __future__ import annotations
@@ -117,9 +117,11 @@ def rounds(folder: Path) -> list[Compared]:
         members = [Member(up_bps=up_bps and up_bps * reached, down_bps=down_bps and down_bps * reached)] * cell["peers"]
         what = Round(
             num_values=cell["values"],
-            bytes_per_value=8.125 / 8,
+            # As its interfaces counted: one round's missed a contribution.
+            bytes_per_value=cell["ours"]["wire_mb"] * 1e6 / (2 * (cell["peers"] - 1) * cell["values"]),
             delay_s=delay_s,
             cores=measured["machine"]["cores"] / cell["peers"],
+            disk_share=cell["peers"],
         )
         what = dataclasses.replace(what, wire_ns=what.wire_ns_of(cell["peers"], cell["ours"]["cpu_s"]))
         name = f"round of {cell['peers']}, {cell['values'] / 1e6:.0f} M values, {cell['link']}"

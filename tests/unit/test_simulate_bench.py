@@ -147,10 +147,10 @@ def test_a_run_without_any_card_that_fits_trains_nothing() -> None:
 
 
 def test_rounds_are_set_beside_what_was_measured() -> None:
-    """Every cell large enough to say something, within a third: the page says how far."""
+    """Every cell that is large enough to say something, within 20 %."""
     compared = simulate_validation.rounds(Path(__file__).parents[2] / "docs" / "benchmarks")
     assert len(compared) >= 10
-    assert all(abs(one.error_percent) < 33 for one in compared)
+    assert all(abs(one.error_percent) < 20 for one in compared)
 
 
 def test_a_pipeline_that_was_measured_is_predicted_from_the_whole_model_alone(
