@@ -244,6 +244,7 @@ class World:
             hop=hop,
             next_batch=lambda number: np.array([[number, 0]]),
             new_id=lambda: self._random.randbytes(16),
+            max_in_flight=1 if station.next_shard is None else station.in_flight,
             timeout_s=self.route.timeout_s,
             on_answer=self._count,
         )

@@ -84,9 +84,14 @@ def test_a_side_that_misses_the_loss_makes_no_speedup() -> None:
     """Otherwise it is the rival's best time over ours."""
     ours = {"seconds_to_loss": 10.0, "tokens_per_s": 95.0}
     found = {"hivemind": {"seconds_to_loss": 200.0}, "ddp": {"seconds_to_loss": None}}
-    keys = time_to_loss.keys_of(ours, found, 100.0)
-    assert keys == {"speedup_over_hivemind": 20.0, "speedup_over_ddp": None, "inner_step_fraction": 0.95}
-    missed = time_to_loss.keys_of({**ours, "seconds_to_loss": None}, found, 100.0)
+    speeds = {"alone": 100.0, "resting_with_rounds": 18.0, "resting_alone": 20.0}
+    assert time_to_loss.keys_of(ours, found, speeds) == {
+        "speedup_over_hivemind": 20.0,
+        "speedup_over_ddp": None,
+        "inner_step_fraction": 0.95,
+        "inner_step_fraction_with_idle_cores": 0.9,
+    }
+    missed = time_to_loss.keys_of({**ours, "seconds_to_loss": None}, found, speeds)
     assert missed["speedup_over_hivemind"] is None
 
 
