@@ -27,7 +27,7 @@ from peer.pipeline.slot import Slot
 from peer.pipeline.source import Source, SourceParts
 from peer.pipeline.steps import Steps
 from peer.training.microbatches import Microbatch, Trained
-from peer.training.passes import Passed, StepOutcome
+from peer.training.passes import Later, Passed, StepOutcome
 from swarm.errors import DeadlineExceeded
 from swarm.identity import Identity
 
@@ -127,7 +127,7 @@ class _Replica:
         self.spent_s += self._station.backward_s
         return Trained(loss=1.0, gradient_BLH=None if self._station.shard == 0 else torch.ones((1, 1, 1)))
 
-    def finish_step(self, num_microbatches: int) -> StepOutcome:
+    def finish_step(self, num_microbatches: int, later: Later = ()) -> StepOutcome:
         self.spent_s += self._station.step_s
         return StepOutcome(grad_norm=1.0, ok=True)
 
@@ -236,7 +236,7 @@ class World:
         self._jobs.append(asyncio.ensure_future(hop.run()))
         if station.shard > 0:
             serving = ServingParts(
-                hop=hop, rules=RULES, first_shard=station.shard, is_admitted=lambda key: True, run=_at_once
+                hop=hop, rules=RULES, entrances=(station.shard,), is_admitted=lambda key: True, run=_at_once
             )
             await Serving(serving).begin(wire)  # type: ignore[arg-type]
             return
