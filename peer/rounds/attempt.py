@@ -93,6 +93,12 @@ class Attempt:
             codec=offered.codec if offered.weight_tokens else "",
         )
 
+    def keep_own_contribution(self, part: int, offered: Offered) -> None:
+        """As if it had been sent to ourselves."""
+        if (part, self.settings.me) not in self.contributions:
+            encoded = offered.encoded[part] if offered.weight_tokens else b""
+            self.contributions[part, self.settings.me] = (offered.weight_tokens, offered.codec, encoded)
+
     def on_contribution(self, sender: bytes, message: Contribution) -> None:
         """Keep a contribution; `ProtocolError` tells the contributor why it is refused."""
         if message.part >= len(self.open.parts) or self.reducer_of(message.part) != self.settings.me:
@@ -175,8 +181,11 @@ class Attempt:
             result.reducer = self.reducer_of(average.part)
         return result
 
-    def on_average(self, sender: bytes, message: Average) -> None:
-        """Keep a part's average (or the word that there is none); raise where it cannot be one, or is not signed."""
+    def on_average(self, sender: bytes, message: Average) -> bytes | None:
+        """Keep a part's average (or the word that there is none); raise where it cannot be one, or is not signed.
+
+        Gives the digest of bytes that are to be kept with it: a second average of the part is none.
+        """
         if message.part >= len(self.open.parts) or self.reducer_of(message.part) != sender:
             raise ProtocolError("an average by somebody who does not average that part")
         places = {key: place for place, key in enumerate(self.contributors)}
@@ -198,7 +207,8 @@ class Attempt:
             check_signature(self.settings.head.run_id, self.opened, result)
             if (lie := self.lie_about(message.part, result)) is not None:
                 raise ProtocolError(lie)
-        self.averages.setdefault(message.part, result)
+        first = self.averages.setdefault(message.part, result)
+        return result.digest if message.shares and first.digest == result.digest else None
 
     def check_reducers(self, record: Record) -> None:
         """Raise `ProtocolError` unless each part of a record of this attempt was averaged by who had to."""

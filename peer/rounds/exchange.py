@@ -78,6 +78,7 @@ class Exchange:
         self._fetches = asyncio.Semaphore(MAX_FETCHES)
         self.replica = Replica(parts, self._at_work)
         self.hearing = Hearing(parts.transport, applied, self.shard.spec.rounds.lease_s, parts.lease_clock)
+        self._newest_request: tuple[RoundMessage | None, Kept] = None, b""
         self._asking: set[bytes] = set()
         self._lookout = Lookout()
         self._round_began_at: float | None = None
@@ -243,7 +244,11 @@ class Exchange:
         if not send.is_large:
             return send.message.SerializeToString()
         async with self._at_work:
-            return await self._blocking(lambda: self._spill.put(send.full().SerializeToString()))
+            message, kept = self._newest_request
+            if message is not send.message:  # an average goes to everybody in the same bytes
+                kept = await self._blocking(lambda: self._spill.put(send.full().SerializeToString()))
+                self._newest_request = send.message, kept
+            return kept
 
     async def _persist(self, machine: RoundMachine, action: Persist) -> bool:
         """In the order of asking; False where the round is over and no vote counts any more."""

@@ -90,8 +90,11 @@ class RoundMachine:
             self.attempt.offered = offered if offered.weight_tokens else None
             for part in range(len(self.attempt.open.parts)):
                 reducer = self.attempt.reducer_of(part)
+                if reducer == self.settings.me:
+                    self.attempt.keep_own_contribution(part, offered)
+                    continue
                 message = self._message(ballot, contribution=self.attempt.contribution(part, offered))
-                owed = offered.owed[part] if offered.owed and reducer != self.settings.me else None
+                owed = offered.owed[part] if offered.owed else None
                 out.send(reducer, message, offered.encoded[part] if offered.weight_tokens else None, owed)
         return self._run(now, out)
 
@@ -102,13 +105,17 @@ class RoundMachine:
         """
         out = Outbox(self.settings.me)
         if self.attempt is not None and self.attempt.ballot == ballot:
+            result, kept = self.attempt.result(average, encoded), None
             if average.shares:
-                signed = averages.payload(self.attempt.opened, self.attempt.result(average, encoded))
-                average.signature = self.settings.sign_average(signed).signature
+                signed = averages.payload(self.attempt.opened, result)
+                result.signature = average.signature = self.settings.sign_average(signed).signature
+                kept = self.settings.keep(encoded)
+                self.held.by_digest[result.digest] = kept
+            self.attempt.averages[average.part] = result
             message = self._message(ballot, average=average)
-            kept = self.settings.keep(encoded) if average.shares else None
             for member in self.attempt.members:
-                out.send(member, message, kept)
+                if member != self.settings.me:
+                    out.send(member, message, kept)
         return self._run(now, out)
 
     def on_fetched(self, digest: bytes, data: bytes | None, now: float) -> list[Action]:
@@ -324,10 +331,9 @@ class RoundMachine:
         if message.WhichOneof("body") == "contribution":
             self.attempt.on_contribution(sender, message.contribution)
         else:
-            self.attempt.on_average(sender, message.average)
-            kept = self.attempt.averages[message.average.part].digest
-            if kept and kept not in self.held.by_digest and sha256(message.average.encoded) == kept:
-                self.held.keep(kept, message.average.encoded)
+            digest = self.attempt.on_average(sender, message.average)
+            if digest is not None:
+                self.held.keep(digest, message.average.encoded)
 
     def _keep_early(self, sender: bytes, ballot: Ballot, message: RoundMessage) -> None:
         """Bytes may overtake the opening of their attempt; keep what known peers send, within bounds."""

@@ -163,7 +163,9 @@ class Shard:
         values, codec = self._offered(snapshot.movement, self._values(part)), CODECS[snapshot.codec]
         if self.spec.robust.rule == "none":
             return codec.encode(values), (0.0, math.inf)
-        norm = math.sqrt(squared_norm(values))
+        with np.errstate(over="ignore"):
+            squared = float(np.dot(values, values))
+        norm = math.sqrt(squared if math.isfinite(squared) else squared_norm(values))
         least, most = max(0.0, 1 - codec.largest_loss), 1 + codec.largest_loss
         return codec.encode(values), (norm * least / ROUNDING, norm * most * ROUNDING)
 
