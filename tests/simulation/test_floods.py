@@ -23,9 +23,9 @@ NAMES = ["seed", "v0", "v1", "v2"]
 def test_a_flood_of_openings_is_answered_with_few_encodings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hostile leader opens the round again and again: only the newest attempt is worth the work."""
     encoded: list[int] = []
-    encode = Shard.encode
+    encode = Shard.encode_measured
 
-    def counting(shard: Shard, snapshot: ReplicaSnapshot, part: Part) -> bytes:
+    def counting(shard: Shard, snapshot: ReplicaSnapshot, part: Part) -> tuple[bytes, tuple[float, float]]:
         encoded.append(1)
         return encode(shard, snapshot, part)
 
@@ -40,7 +40,7 @@ def test_a_flood_of_openings_is_answered_with_few_encodings(tmp_path: Path, monk
         victim, leader = swarm.peers["v0"], swarm.peers["seed"]
         assert victim.trainer is not None
         victim.trainer.tokens_trained += 10
-        monkeypatch.setattr(Shard, "encode", counting)
+        monkeypatch.setattr(Shard, "encode_measured", counting)
         for number in range(1, 300):
             message = opening(victim, number, leader.key)
             victim.exchange.on_message(leader.key, message, message.SerializeToString())

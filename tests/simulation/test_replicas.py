@@ -30,16 +30,16 @@ NAMES = ["seed", "v0", "v1", "v2"]
 def record_offers(peer: SimulatedPeer) -> dict[int, dict[int, list[tuple[ReplicaSnapshot, bytes]]]]:
     """What ``peer`` encodes from now on: round -> ballot number -> [(snapshot, encoded part)]."""
     offers: dict[int, dict[int, list[Any]]] = defaultdict(lambda: defaultdict(list))
-    encode = peer.exchange.shard.encode
+    encode = peer.exchange.shard.encode_measured
 
-    def recording(snapshot: ReplicaSnapshot, part: Part) -> bytes:
-        encoded = encode(snapshot, part)
+    def recording(snapshot: ReplicaSnapshot, part: Part) -> tuple[bytes, tuple[float, float]]:
+        encoded, norms = encode(snapshot, part)
         attempt = peer.exchange._machine.attempt
         assert attempt is not None
         offers[peer.exchange.round][attempt.ballot[0]].append((snapshot, encoded))
-        return encoded
+        return encoded, norms
 
-    peer.exchange.shard.encode = recording  # type: ignore[method-assign]
+    peer.exchange.shard.encode_measured = recording  # type: ignore[method-assign]
     return offers
 
 
