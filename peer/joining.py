@@ -244,6 +244,8 @@ async def _settle(
     hosting: Hosting, run: RunInfo, transport: LastingTransport, clock: Callable[[], float]
 ) -> tuple[Hosting, str]:
     """The span to host, and why: what all others tell decides, unless the whole model fits."""
+    if hosting.choice.plan.span.is_whole:
+        return hosting, "the whole model fits"
     rules, told = status_rules(run), []
     for shard in range(run.spec.num_shards):
         try:
