@@ -39,10 +39,10 @@ MEASURED, PICTURE = ROOT / "docs" / "benchmarks", ROOT / "docs" / "images" / "sc
 SEED = 0
 VOLUNTEERS = (100, 1_000, 10_000)
 # Model, shards, simulated seconds of its pipeline: several times a microbatch's way there and back.
-CUTS = (("1B", 1, 0.0), ("7B", 8, 900.0), ("7B", 16, 900.0), ("13B", 20, 1200.0), ("70B", 80, 3600.0))
+CUTS = (("1B", 1, 0.0), ("7B", 8, 900.0), ("13B", 20, 1200.0), ("70B", 80, 3600.0))
 QUICK_CUTS = (("1B", 1, 0.0), ("7B", 8, 200.0))
-# Volunteers of whom the pipeline is sampled; a larger swarm is so many of each.
-SAMPLE, QUICK_SAMPLE = 100, 40
+# Volunteers of whom the pipeline is sampled, for each shard where there are many; a larger swarm is so many of each.
+SAMPLE, QUICK_SAMPLE, PER_SHARD = 100, 40, 4
 
 
 def swarms(*, quick: bool) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ def swarms(*, quick: bool) -> list[dict[str, Any]]:
     print(f"{'model':6}{'shards':>7}{'volunteers':>12}{'tokens/s':>12}{'tokens/day':>12}{'used':>8}  bound by")
     for name, num_shards, seconds in QUICK_CUTS if quick else CUTS:
         seen = study(name, num_shards)
-        places = found(seen, QUICK_SAMPLE if quick else SAMPLE, SEED)
+        places = found(seen, QUICK_SAMPLE if quick else max(SAMPLE, PER_SHARD * num_shards), SEED)
         waits = efficiency(seen, places, SEED, seconds)
         for number in VOLUNTEERS[:2] if quick else VOLUNTEERS:
             came = day(seen, places, number, waits, SEED)

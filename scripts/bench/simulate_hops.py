@@ -260,7 +260,20 @@ class World:
             draw=self._random.random,
             run=_at_once,
         )
-        return Onward(parts)
+        onward = Onward(parts)
+        # As in a run that goes on: for replicas that it does not know a peer waits for half of the time that is left,
+        # hop after hop, so that deep pipelines on slow lines would not begin within the window.
+        onward._routes.know(hosts.get(shard, {}))
+        for peer in hosts.get(shard, {}):
+            onward._routes.answered(peer, self._usual_s(shard))
+        return onward
+
+    def _usual_s(self, shard: int) -> float:
+        """From a request for ``shard`` to its answer, if every later span were waited for as long as it computes."""
+        route, later = self.route, {s.shard: s for s in self._stations if s.shard >= shard}
+        lines = sum(8 * (route.onward_bytes + route.back_bytes) / s.up_bps for s in later.values() if s.up_bps)
+        computing = sum(s.forward_s + s.backward_s for s in later.values())
+        return lines + 2 * computing + 2 * len(later) * route.delay_s
 
     def _count(self, tokens: Any, answer: Answer) -> None:
         self._answered += 1
