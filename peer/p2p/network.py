@@ -297,9 +297,15 @@ class Network:
 
     def _hint(self, address: str) -> bytes | None:
         """A multiaddr without its peer id, in bytes; None where it cannot be one."""
+        way = address[:_MAX_HINT_CHARS].rpartition("/p2p/")[0] or address
         try:
-            raw = self._hivemind.Multiaddr(address[:_MAX_HINT_CHARS].rpartition("/p2p/")[0] or address)
-            return bytes(raw.to_bytes())
+            if not way.endswith("/p2p-circuit"):
+                return bytes(self._hivemind.Multiaddr(way).to_bytes())
+            # hivemind writes a peer id within an address as a CID, which libp2p does not read.
+            to_relay, _, relay = way.removesuffix("/p2p-circuit").rpartition("/p2p/")
+            raw = bytes(self._hivemind.Multiaddr(to_relay).to_bytes())
+            relay_id = self._hivemind.PeerID.from_base58(relay).to_bytes()
+            return raw + b"\xa5\x03" + bytes([len(relay_id)]) + bytes(relay_id) + b"\xa2\x02"
         except Exception:  # the parser raises whatever its codecs do; a bad hint is no hint
             return None
 

@@ -3,7 +3,8 @@
 Decides how links are built: each peer's interface `eth0` sends at its upload rate, the hub's end of it at its download
 rate (`tc tbf`); where a link has delay, jitter or loss, a relay (`relay.py`) holds the packets in the hub. Everything
 lives in namespaces named after the process that owns them, so nothing of it is seen outside, and what a killed owner
-left is found and removed. Leaves what runs in the namespaces to the benchmarks. Needs root.
+left is found and removed. A peer may sit behind a router of its own that translates addresses (nftables), as at home:
+whoever is behind it can dial, and is dialled by nobody. Leaves what runs in the namespaces to others. Needs root.
 
     with Lab([Link(up_bps=20e6, down_bps=100e6, delay_s=0.01)] * 4) as lab:
         subprocess.run([*lab.inside(0), "ping", "-c1", lab.address(1)])
@@ -16,6 +17,7 @@ import ctypes
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from types import TracebackType
 NAMESPACES = Path("/run/netns")
 PREFIX = "netlab"
 DEVICE = "tun0"
+NETWORK = "10.77"
 # A queue as in a home router: what 50 ms of the rate are, but never less than a few unsegmented packets.
 QUEUE_S = 0.05
 LEAST_QUEUE_BYTES = 256 << 10
@@ -35,6 +38,26 @@ LEAST_QUEUE_BYTES = 256 << 10
 BURST_BYTES = 66_000
 KILL_WAIT_S = 5.0
 CUT_PREFERENCE = 10
+NATS = {"": "", "cone": "masquerade", "symmetric": "masquerade fully-random"}
+# What comes unasked to the router or through it is dropped without a word, as home routers do.
+NAT_RULES = """
+table ip nat {{
+  chain out {{
+    type nat hook postrouting priority srcnat
+    oifname "eth0" {masquerade}
+  }}
+}}
+table ip guard {{
+  chain input {{
+    type filter hook input priority filter
+    iifname "eth0" ct state new drop
+  }}
+  chain forward {{
+    type filter hook forward priority filter
+    iifname "eth0" ct state new drop
+  }}
+}}
+"""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -50,10 +73,12 @@ class Link:
     delay_s: float = 0.0
     jitter_s: float = 0.0
     loss: float = 0.0
+    nat: str = ""
+    """"": none. "cone": one outside port for each inside port. "symmetric": another one for every connection."""
 
     def __post_init__(self) -> None:
         rates_fit = all(rate is None or rate > 0 for rate in (self.up_bps, self.down_bps))
-        if not rates_fit or min(self.delay_s, self.jitter_s) < 0 or not 0 <= self.loss < 1:
+        if not rates_fit or min(self.delay_s, self.jitter_s) < 0 or not 0 <= self.loss < 1 or self.nat not in NATS:
             raise ValueError(f"not a link: {self}")
 
 
@@ -67,11 +92,24 @@ def why_not() -> str | None:
     return None if tried.returncode == 0 else f"no namespaces here: {tried.stderr.decode(errors='replace').strip()}"
 
 
+def why_no_nat() -> str | None:
+    """Why this machine cannot hold a laboratory with routers that translate addresses; None where it can."""
+    if (reason := why_not()) is not None:
+        return reason
+    if shutil.which("nft") is None:
+        return "nftables is not installed"
+    tried = subprocess.run(
+        ["unshare", "--net", "nft", NAT_RULES.format(masquerade="masquerade")], capture_output=True, text=True
+    )
+    return None if tried.returncode == 0 else f"no address translation here: {tried.stderr.strip()[:200]}"
+
+
 class Lab:
     """Namespaces 0, 1, ... as ``links`` says, while the context lasts."""
 
-    def __init__(self, links: Sequence[Link]) -> None:
-        self.links = tuple(links)
+    def __init__(self, links: Sequence[Link], network: str = NETWORK) -> None:
+        """``network``: the first two numbers of all addresses; libp2p tells public ones from private ones."""
+        self.links, self._network = tuple(links), network
         self._name = f"{PREFIX}-{os.getpid()}-{secrets.token_hex(3)}"
         self._relay: subprocess.Popen[str] | None = None
 
@@ -91,7 +129,8 @@ class Lab:
         return f"{self._name}-{peer}"
 
     def address(self, peer: int) -> str:
-        return f"10.77.{peer}.2"
+        """Where others see this peer; of one behind a router, the router's."""
+        return f"{self._network}.{peer}.2"
 
     def inside(self, peer: int) -> list[str]:
         """What a command is started with to run in the namespace of ``peer``."""
@@ -145,15 +184,33 @@ class Lab:
         _run(["ip", "-n", namespace, "link", "set", "lo", "up"])
 
     def _add_peer(self, peer: int, link: Link) -> None:
-        inside, end, gateway = self.namespace(peer), f"v{peer}", f"10.77.{peer}.1"
-        self._add(inside)
-        _run(["ip", "link", "add", end, "netns", self._hub, "type", "veth", "peer", "name", "eth0", "netns", inside])
-        for namespace, device, address in ((self._hub, end, gateway), (inside, "eth0", self.address(peer))):
-            _run(["ip", "-n", namespace, "address", "add", f"{address}/24", "dev", device])
-            _run(["ip", "-n", namespace, "link", "set", device, "up"])
-        _run(["ip", "-n", inside, "route", "add", "default", "via", gateway])
-        _limit(inside, "eth0", link.up_bps)
+        outside, end, gateway = self.namespace(peer), f"v{peer}", f"{self._network}.{peer}.1"
+        if link.nat:
+            outside = f"{outside}-nat"
+        self._add(outside)
+        self._join(self._hub, end, gateway, outside, "eth0", self.address(peer))
+        _run(["ip", "-n", outside, "route", "add", "default", "via", gateway])
+        _limit(outside, "eth0", link.up_bps)
         _limit(self._hub, end, link.down_bps)
+        if link.nat:
+            self._add_router(peer, outside, NATS[link.nat])
+
+    def _add_router(self, peer: int, router: str, masquerade: str) -> None:
+        """Put the peer itself behind ``router``, on a private network."""
+        inside, gateway = self.namespace(peer), f"192.168.{peer}.1"
+        self._add(inside)
+        self._join(router, "home", gateway, inside, "eth0", f"192.168.{peer}.2")
+        _run(["ip", "-n", inside, "route", "add", "default", "via", gateway])
+        _run(["ip", "netns", "exec", router, "sysctl", "-q", "-w", "net.ipv4.ip_forward=1"])
+        _run(["ip", "netns", "exec", router, "nft", NAT_RULES.format(masquerade=masquerade)])
+
+    def _join(self, one: str, device: str, address: str, other: str, other_device: str, other_address: str) -> None:
+        """A cable between two namespaces, its ends with addresses."""
+        ends = ["type", "veth", "peer", "name", other_device, "netns", other]
+        _run(["ip", "link", "add", device, "netns", one, *ends])
+        for namespace, name, own in ((one, device, address), (other, other_device, other_address)):
+            _run(["ip", "-n", namespace, "address", "add", f"{own}/24", "dev", name])
+            _run(["ip", "-n", namespace, "link", "set", name, "up"])
 
     def _start_relay(self, in_hub: list[str]) -> None:
         links = {self.address(i): (k.delay_s, k.jitter_s, k.loss) for i, k in enumerate(self.links)}

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from scripts.netlab import tcp
-from scripts.netlab.lab import NAMESPACES, PREFIX, Lab, Link, remove_leftovers, why_not
+from scripts.netlab.lab import NAMESPACES, PREFIX, Lab, Link, remove_leftovers, why_no_nat, why_not
 
 pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(why_not()), reason=str(why_not()))]
 
@@ -38,10 +38,39 @@ def test_a_cut_path_carries_nothing_one_way_until_it_is_healed() -> None:
         assert arrives(lab, 0, 1)
 
 
+@pytest.mark.skipif(bool(why_no_nat()), reason=str(why_no_nat()))
+def test_behind_a_router_a_peer_reaches_others_and_is_reached_by_nobody() -> None:
+    """Both kinds of router; an outside port lasts for a cone and changes by the connection for a symmetric one."""
+    with Lab([Link(), Link(nat="cone"), Link(nat="symmetric"), Link()]) as lab:
+        assert [arrives(lab, 1, 0), arrives(lab, 2, 0)] == [True, True]
+        assert [arrives(lab, 0, 1), arrives(lab, 0, 2), arrives(lab, 1, 2)] == [False, False, False]
+        ports = {peer: {outside_port(lab, peer, target) for target in (0, 3)} for peer in (1, 2)}
+    assert ports[1] == {INSIDE_PORT}
+    assert len(ports[2]) == 2
+
+
 HEAR = (
     "import socket; s = socket.socket(2, 2); s.bind(('', 7)); print('ready', flush=True); s.settimeout({}); s.recv(9)"
 )
 SAY = "import socket; socket.socket(2, 2).sendto(b'x', ('{}', 7))"
+
+
+INSIDE_PORT = 4567
+HEAR_PORT = (
+    "import socket; s = socket.socket(2, 2); s.bind(('', 7)); print('ready', flush=True); s.settimeout(5);"
+    "print(s.recvfrom(9)[1][1])"
+)
+SAY_FROM = "import socket; s = socket.socket(2, 2); s.bind(('', {})); s.sendto(b'x', ('{}', 7))"
+
+
+def outside_port(lab: Lab, sender: int, target: int) -> int:
+    """From which port ``target`` sees what ``sender`` sends from its own fixed one."""
+    python = [sys.executable, "-I", "-S", "-c"]
+    with subprocess.Popen([*lab.inside(target), *python, HEAR_PORT], stdout=subprocess.PIPE, text=True) as hearer:
+        assert hearer.stdout is not None and hearer.stdout.readline()
+        saying = SAY_FROM.format(INSIDE_PORT, lab.address(target))
+        subprocess.run([*lab.inside(sender), *python, saying], check=True)
+        return int(hearer.stdout.readline())
 
 
 def arrives(lab: Lab, sender: int, target: int) -> bool:
