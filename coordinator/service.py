@@ -84,7 +84,7 @@ class Service:
     async def get_run(self, _request: pb.GetRunRequest) -> pb.GetRunReply:
         server_time_unix_ms = self._now_unix_ms()  # on arrival: the client takes the middle of its round trip
         source = self._run.source
-        addresses = await asyncio.to_thread(self._store.seed_addresses, membership.MAX_SEED_ADDRESSES)
+        addresses = await self._seed_addresses()
         return pb.GetRunReply(
             run_spec=source.spec,
             genesis=source.genesis,
@@ -93,6 +93,9 @@ class Service:
             data_manifest=source.data_manifest,
             tokenizer=source.tokenizer,
         )
+
+    async def _seed_addresses(self) -> list[str]:
+        return await asyncio.to_thread(self._store.seed_addresses, membership.MAX_SEED_ADDRESSES)
 
     async def admit(self, request: pb.AdmitRequest) -> pb.AdmitReply:
         now = self._now_unix_ms()
@@ -103,7 +106,9 @@ class Service:
         now = self._now_unix_ms()
         await self._write(lambda: membership.report(self._run, self._store, request.report, now))
         first, *others = [ledger.next_round_wanted for ledger in self._ledgers]
-        return pb.ReportReply(next_round_wanted=first, of_other_shards=others)
+        return pb.ReportReply(
+            next_round_wanted=first, of_other_shards=others, seed_addresses=await self._seed_addresses()
+        )
 
     async def record_commits(self, request: pb.RecordCommitsRequest) -> pb.RecordCommitsReply:
         now = self._now_unix_ms()

@@ -30,7 +30,7 @@ from swarm.errors import (
     Unreachable,
     VerificationError,
 )
-from swarm.identity import Identity, verify
+from swarm.identity import Identity, public_key_of, verify
 from swarm.invite import Invite
 from swarm.manifest import MAX_SHARDS
 from swarm.proto import coordinator_pb2 as pb
@@ -83,6 +83,8 @@ class CoordinatorClient:
         self._connecting = asyncio.Lock()
         self._closed = False
         self._run: RunInfo | None = None
+        self.seed_addresses: tuple[str, ...] = ()
+        """where the run's seed peers are, as told last"""
 
     @classmethod
     async def connect(cls, invite: Invite, identity: Identity | None = None) -> CoordinatorClient:
@@ -109,6 +111,7 @@ class CoordinatorClient:
         middle_s = min(round_trip_s, time.monotonic() - started) / 2
         offset_s = reply.server_time_unix_ms / 1000 - (sent_unix_s + middle_s)
         self._run = _verified_run(reply, self._invite.run_id, offset_s)
+        self.seed_addresses = self._run.seed_addresses
         return self._run
 
     async def admit(self, token: str | None = None, seed_addresses: Sequence[str] = (), name: str = "") -> Signed:
@@ -138,6 +141,7 @@ class CoordinatorClient:
         payload.CopyFrom(report)
         payload.sent_unix_ms = self._server_time_unix_ms(await self._known_run())
         reply = await self._call("Report", pb.ReportRequest(report=self._sign("report", payload)), pb.ReportReply)
+        self.seed_addresses = _seed_addresses(reply.seed_addresses)
         return (reply.next_round_wanted, *reply.of_other_shards[: MAX_SHARDS - 1])
 
     async def record_commits(self, commits: Sequence[Commit]) -> int:
@@ -291,18 +295,25 @@ def _verified_run(reply: pb.GetRunReply, run_id: bytes, clock_offset_s: float) -
     genesis = log.parse_genesis(reply.genesis, run_id, bytes.fromhex(spec.organizer_key), spec.num_shards)
     data_manifest.parse(reply.data_manifest, spec.data.manifest_digest)
     digest.check(reply.tokenizer, bytes.fromhex(spec.data.tokenizer_digest), "the tokenizer")
-    if len(reply.seed_addresses) > _MAX_SEED_ADDRESSES or any(len(item) > 256 for item in reply.seed_addresses):
-        raise ProtocolError("the coordinator names too many or too long seed addresses")
     return RunInfo(
         spec=spec,
         signed_spec=reply.run_spec,
         genesis=genesis,
         signed_genesis=reply.genesis,
-        seed_addresses=tuple(reply.seed_addresses),
+        seed_addresses=_seed_addresses(reply.seed_addresses),
         manifest_bytes=reply.data_manifest,
         tokenizer_bytes=reply.tokenizer,
         clock_offset_s=clock_offset_s,
     )
+
+
+def _seed_addresses(told: Sequence[str]) -> tuple[str, ...]:
+    """Checked: each is short and ends with the id of a peer."""
+    if len(told) > _MAX_SEED_ADDRESSES or any(len(item) > 256 for item in told):
+        raise ProtocolError("the coordinator names too many or too long seed addresses")
+    for address in told:
+        public_key_of(address.rpartition("/p2p/")[2])
+    return tuple(told)
 
 
 def _publication(reply: pb.PublishReply | pb.GetCheckpointReply) -> Publication:

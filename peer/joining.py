@@ -11,9 +11,9 @@ import gc
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,19 +28,20 @@ from peer.p2p.chunk_store import ChunkStore, token_shard_source
 from peer.p2p.fetch import HolderBook
 from peer.p2p.lasting_transport import LastingTransport
 from peer.p2p.network import Network, NetworkConfig, open_network
+from peer.p2p.reachability import seeds_of
 from peer.p2p.spill import Spill
 from peer.rounds.archive import keep_genesis
 from peer.rounds.catch_up import Newcomer, obtain_state
 from peer.rounds.ledger import Ledger, LedgerOptions
 from peer.rounds.resume import resume
 from peer.rounds.shard import Shard
-from peer.rounds.statuses import StatusRules, read_statuses, status_key
+from peer.rounds.statuses import StatusRules, check_admission, read_statuses, status_key
 from peer.training.hosting import Hosting, choose_hosting
 from peer.training.trainer import Limits
 from swarm import data_manifest, log, schedule
 from swarm.data_manifest import DataManifest
 from swarm.errors import NetworkError, NotFound, Unreachable
-from swarm.identity import Identity, public_key_of
+from swarm.identity import Identity, read_signed
 from swarm.invite import Invite
 from swarm.log import LogHead
 from swarm.proto.common_pb2 import Signed
@@ -51,6 +52,8 @@ STATE_ATTEMPTS = 20
 SEED_WAIT_ATTEMPTS = 40
 MAX_TOLD_ADDRESSES = 8
 RETRY_S = 1.5
+MEET_TIMEOUT_S = 5.0
+MAX_HOLDERS_MET = 8
 USUAL_UPLOAD_BPS = 20_000_000
 DEFAULT_DISK_BYTES = 50 << 30
 KEPT_BY_VOLUNTEER, KEPT_BY_SEED = 1, 100
@@ -87,6 +90,16 @@ class PeerOptions:
         return self.upload_limit_bps or USUAL_UPLOAD_BPS
 
 
+@dataclass(slots=True)
+class Papers:
+    """The newest admission: what other peers want to see."""
+
+    admission: Signed | None = None
+
+    def show(self) -> bytes:
+        return self.admission.SerializeToString() if self.admission is not None else b""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joined:
     """A verified run, an open network, and a place on disk."""
@@ -98,7 +111,7 @@ class Joined:
     manifest: DataManifest
     clock: Callable[[], float]
     transport: LastingTransport
-    admission: Signed
+    papers: Papers
     folder: Path
     chunks: ChunkStore
     ledgers: tuple[Ledger, ...]
@@ -205,9 +218,13 @@ async def join(entry: Entry, stack: AsyncExitStack) -> Joined:
     def clock() -> float:
         return time.time() + run.clock_offset_s
 
-    transport = await _open_transport(options, identity, run, clock)
+    papers = Papers()
+    if options.trains:
+        papers.admission = await client.admit(None, (), options.name)
+    transport = await _open_transport(options, identity, run, clock, papers)
     stack.push_async_callback(transport.close)
-    admission = await client.admit(None, own_addresses(options, transport), options.name)
+    if not options.trains:
+        papers.admission = await client.admit(None, own_addresses(options, transport), options.name)
     folder = options.home.run_folder(options.invite.run_id)
     chunks = ChunkStore(folder / "chunks", options.disk_bytes)
     manifest = data_manifest.parse(run.manifest_bytes)
@@ -230,7 +247,7 @@ async def join(entry: Entry, stack: AsyncExitStack) -> Joined:
         manifest=manifest,
         clock=clock,
         transport=transport,
-        admission=admission,
+        papers=papers,
         folder=folder,
         chunks=chunks,
         ledgers=ledgers,
@@ -262,45 +279,61 @@ def own_addresses(options: PeerOptions, transport: LastingTransport) -> tuple[st
 
 
 async def _open_transport(
-    options: PeerOptions, identity: Identity, run: RunInfo, clock: Callable[[], float]
+    options: PeerOptions, identity: Identity, run: RunInfo, clock: Callable[[], float], papers: Papers
 ) -> LastingTransport:
-    own_id = f"/p2p/{identity.peer_id}"
+    rules = status_rules(run)
+
+    def admit_to_relay(caller: bytes, proof: bytes) -> None:
+        if caller not in rules.founders:
+            check_admission(read_signed(proof), caller, rules, clock())
+
     config = NetworkConfig(
         run_id=options.invite.run_id,
         clock=clock,
         directory_keys=tuple(status_key(shard) for shard in range(run.spec.num_shards)),
         host_maddrs=options.listen,
         announce_maddrs=options.announce,
-        initial_peers=tuple(address for address in run.seed_addresses if not address.endswith(own_id)),
-        relay_service=not options.trains,
+        relay_for=None if options.trains else admit_to_relay,
+        proof=papers.show if options.trains and not options.announce else None,
         upload_limit_bps=options.upload_limit_bps,
         keep=Spill(options.home.run_folder(options.invite.run_id)).put,
     )
 
-    async def reopen() -> Network:
-        return await open_network(config, identity)
+    async def reopen(seeds: tuple[str, ...]) -> Network:
+        others = tuple(address for address in seeds if not address.endswith(f"/p2p/{identity.peer_id}"))
+        return await open_network(replace(config, initial_peers=others), identity)
 
-    return LastingTransport(await reopen(), reopen)
+    return LastingTransport(await reopen(run.seed_addresses), reopen, run.seed_addresses)
 
 
 async def find_holders(joined: Joined, shard: int = 0) -> list[bytes]:
     """Peers that may hold what we need: seed peers first, then whoever tells a status of the shard."""
-    seeds = []
-    for address in joined.run.seed_addresses:
-        seed = public_key_of(address.rpartition("/p2p/")[2])
-        if seed == joined.identity.public_key:
-            continue
-        try:
-            await joined.transport.connect(seed, (address,), timeout_s=5.0)
-            seeds.append(seed)
-        except NetworkError as error:
-            logger.info("a seed peer is away: %s", error)
+    own, seeds = joined.identity.public_key, seeds_of(joined.transport.seeds)
+    met = await _meet(joined, {seed: addresses for seed, addresses in seeds.items() if seed != own})
     try:
         values = await joined.transport.lookup(status_key(shard))
     except NetworkError:
         values = {}
     others = read_statuses(values, joined.status_rules, joined.clock())
-    return [key for key in dict.fromkeys([*seeds, *others]) if key != joined.identity.public_key]
+    # Of those behind a router only they themselves say the way.
+    told = {peer: status.addresses for peer, status in others.items() if peer != own and peer not in seeds}
+    await _meet(joined, dict(list(told.items())[:MAX_HOLDERS_MET]))
+    return list(dict.fromkeys([*met, *told]))
+
+
+async def _meet(joined: Joined, peers: Mapping[bytes, Sequence[str]]) -> list[bytes]:
+    """Those of ``peers`` with which there is a connection now."""
+
+    async def connect(peer: bytes) -> bool:
+        try:
+            await joined.transport.connect(peer, tuple(peers[peer]), timeout_s=MEET_TIMEOUT_S)
+        except NetworkError as error:
+            logger.info("a peer is away: %s", error)
+            return False
+        return True
+
+    connected = await asyncio.gather(*map(connect, peers))
+    return [peer for peer, is_there in zip(peers, connected, strict=True) if is_there]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

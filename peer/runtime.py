@@ -134,7 +134,7 @@ class Peer:
         organizer_key = bytes.fromhex(self.spec.organizer_key)
         self.removals = RemovalWatch(joined.client, self.training, self.spec.run_id, organizer_key, joined.folder)
         self.words = Words(
-            trains=joined.options.trains, upload_bps=joined.options.first_upload_bps, admission=joined.admission
+            trains=joined.options.trains, upload_bps=joined.options.first_upload_bps, admission=joined.papers.admission
         )
         listeners = Listeners(on_commit=self._on_commit, on_incident=self._on_incident)
         self.hosted = HostedShards(joined, start.shards, self.training, self.words, listeners)
@@ -279,6 +279,7 @@ class Peer:
             if self.training is not None:
                 self.words.tokens_per_s = self.training.stats.tokens_per_s
                 self.words.service_tokens_per_s = self.training.service_tokens_per_s
+            self.transport.learn_seeds(self.joined.client.seed_addresses)
             self.watch(News(kind="progress", values=self._values()))
             self._consider_end()  # the shards elsewhere may have been the last
             await asyncio.sleep(PROGRESS_INTERVAL_S)
@@ -324,6 +325,7 @@ class Peer:
     async def _renew_admission(self) -> None:
         addresses = own_addresses(self.joined.options, self.transport)
         self.words.admission = await self.joined.client.admit(None, addresses, self.joined.options.name)
+        self.joined.papers.admission = self.words.admission
 
     def _report(self) -> ReportPayload:
         stats = self.training.stats if self.training is not None else Stats()

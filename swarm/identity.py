@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import base58
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from google.protobuf.message import DecodeError
 
-from swarm.errors import DataError, SignatureError
+from swarm.errors import DataError, ProtocolError, SignatureError
 from swarm.proto.common_pb2 import Signed
 
 PUBLIC_KEY_BYTES = 32
@@ -70,9 +71,14 @@ class Identity:
 
 
 def peer_id_of(public_key: bytes) -> str:
+    return str(base58.b58encode(peer_id_bytes(public_key)).decode())
+
+
+def peer_id_bytes(public_key: bytes) -> bytes:
+    """A peer id as libp2p's own messages carry it."""
     if len(public_key) != PUBLIC_KEY_BYTES:
         raise DataError(f"an Ed25519 public key has 32 bytes, not {len(public_key)}")
-    return str(base58.b58encode(_PEER_ID_PREFIX + public_key).decode())
+    return _PEER_ID_PREFIX + public_key
 
 
 def public_key_of(peer_id: str) -> bytes:
@@ -82,9 +88,21 @@ def public_key_of(peer_id: str) -> bytes:
         raw = bytes(base58.b58decode(peer_id))
     except ValueError as error:
         raise DataError(f"not a peer id: {peer_id[:80]!r}") from error
+    return public_key_of_bytes(raw)
+
+
+def public_key_of_bytes(raw: bytes) -> bytes:
     if len(raw) != len(_PEER_ID_PREFIX) + PUBLIC_KEY_BYTES or not raw.startswith(_PEER_ID_PREFIX):
-        raise DataError(f"not the peer id of an Ed25519 key: {peer_id[:80]!r}")
+        raise DataError(f"not the peer id of an Ed25519 key: {raw[:40].hex()}")
     return raw[len(_PEER_ID_PREFIX) :]
+
+
+def read_signed(raw: bytes) -> Signed:
+    """What somebody sent as signed. Raises `ProtocolError` where it cannot be read."""
+    try:
+        return Signed.FromString(raw)
+    except DecodeError as error:
+        raise ProtocolError("something signed cannot be read") from error
 
 
 def verify(signed: Signed, context: str, run_id: bytes, signer: bytes | None = None) -> bytes:

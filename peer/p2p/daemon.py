@@ -1,7 +1,7 @@
 """Our side of p2pd: which flags it gets, its private folder of sockets, its start, its death, its end.
 
-Decides how p2pd runs on a volunteer's machine: no port mapping, no relaying for others unless asked, limits from the
-operating system, no output on our terminal. Leaves the process itself to `peer.p2p.p2pd_guard` and all talking to
+Decides how p2pd runs on a volunteer's machine: no port mapping, no relaying for others, limits from the operating
+system, no output on our terminal. Leaves the process itself to `peer.p2p.p2pd_guard` and all talking to
 `peer.p2p.network`.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarm.errors import ConfigError, DeadlineExceeded, NetworkError, PortInUse, Unreachable
+from swarm.errors import ConfigError, DeadlineExceeded, NetworkError, PortInUse
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +31,18 @@ _GUARD_EXIT_S = 2.5
 _KEPT_LINES = 20
 _MAX_LINE_CHARS = 2000
 _MESSAGE_BYTES = 4 << 20
+# The flag alone does not keep p2pd from relaying for everybody (`-relay=0` changes nothing): its settings do. Peers
+# are dialled through relays all the same, as libp2p does so by default.
+_SETTINGS = '{"Relay": {"Enabled": false}}'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonConfig:
-    """What p2pd is told. Addresses are multiaddrs; ``initial_peers`` end in ``/p2p/ID``."""
+    """What p2pd is told. Addresses are multiaddrs."""
 
     binary: Path
     host_maddrs: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
     announce_maddrs: tuple[str, ...] = ()
-    initial_peers: tuple[str, ...] = ()
-    relay_service: bool = False
     dht_server: bool = True
     # Go reserves far more address space than it uses; this stops a runaway, and GOMEMLIMIT asks for less before that.
     max_address_space_bytes: int = 8 << 30
@@ -66,7 +67,7 @@ class Daemon:
         return self.folder / "p2pd.sock"
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Return once p2pd listens. Raises `PortInUse`, `DeadlineExceeded`, `Unreachable` or `NetworkError`."""
+        """Return once p2pd listens. Raises `PortInUse`, `DeadlineExceeded` or `NetworkError`."""
         try:
             await asyncio.wait_for(asyncio.shield(self._ready), timeout_s)
         except asyncio.TimeoutError as error:
@@ -126,6 +127,7 @@ def make_folder(parent: Path | None, key: bytes) -> tuple[Path, Path]:
     descriptor = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(key)
+    (folder / "settings.json").write_text(_SETTINGS)
     return folder, key_file
 
 
@@ -168,21 +170,15 @@ def daemon_arguments(config: DaemonConfig, folder: Path, key_file: Path) -> list
         "natPortMap": 0,
         "autonat": 1,
         "autoRelay": 0,
-        "relay": 1,
-        "relayService": int(config.relay_service),
+        "f": folder / "settings.json",
+        "relay": 0,
         "tls": 1,
         "connManager": 1,
         "idleTimeout": "60s",
         "persistentConnMaxMsgSize": _MESSAGE_BYTES,
     }
-    if config.relay_service:
-        # libp2p starts a relay only once it believes that it can be reached.
-        flags["forceReachabilityPublic"] = 1
     if config.announce_maddrs:
         flags["announceAddrs"] = ",".join(config.announce_maddrs)
-    if config.initial_peers:
-        flags["b"] = 1
-        flags["bootstrapPeers"] = ",".join(config.initial_peers)
     return [str(config.binary), *(f"-{name}={value}" for name, value in flags.items())]
 
 
@@ -190,6 +186,4 @@ def _startup_error(lines: Sequence[str]) -> NetworkError | PortInUse:
     text = " | ".join(lines)[-500:] or "no output"
     if "address already in use" in text:
         return PortInUse(f"p2pd cannot listen: {text}", "choose another port, or stop what uses this one")
-    if "bootstrap" in text:
-        return Unreachable(f"no seed peer could be reached: {text}", "check the network, then try again")
     return NetworkError(f"p2pd did not start: {text}")

@@ -21,12 +21,19 @@ log = logging.getLogger(__name__)
 
 class MortalTransport(Transport, Protocol):
     async def wait_failed(self) -> None: ...
+    def learn_seeds(self, addresses: tuple[str, ...]) -> None: ...
 
 
 class LastingTransport:
-    def __init__(self, first: MortalTransport, reopen: Callable[[], Awaitable[MortalTransport]]) -> None:
+    def __init__(
+        self,
+        first: MortalTransport,
+        reopen: Callable[[tuple[str, ...]], Awaitable[MortalTransport]],
+        seeds: tuple[str, ...] = (),
+    ) -> None:
+        """``reopen`` is given the addresses of the seed peers, as they are known then; ``seeds``: as they are now."""
         self._current: MortalTransport | None = first
-        self._reopen = reopen
+        self._reopen, self.seeds = reopen, seeds
         self._key = first.public_key
         self._handlers: dict[str, Handler] = {}
         self._before = (0, 0)
@@ -65,7 +72,7 @@ class LastingTransport:
                 log.warning("the network daemon does not start: %s", error)
 
     async def _reopen_and_serve(self) -> MortalTransport:
-        current = await self._reopen()
+        current = await self._reopen(self.seeds)
         try:
             for method, handler in self._handlers.items():
                 await current.serve(method, handler)
@@ -87,6 +94,13 @@ class LastingTransport:
 
     async def connect(self, peer: bytes, addresses: tuple[str, ...], *, timeout_s: float) -> None:
         await self._alive().connect(peer, addresses, timeout_s=timeout_s)
+
+    def learn_seeds(self, addresses: tuple[str, ...]) -> None:
+        """The run has seed peers at these addresses now."""
+        if addresses and addresses != self.seeds:
+            self.seeds = addresses
+            if self._current is not None:
+                self._current.learn_seeds(addresses)
 
     async def publish(self, key: str, value: bytes, *, lifetime_s: float) -> None:
         await self._alive().publish(key, value, lifetime_s=lifetime_s)

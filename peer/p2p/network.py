@@ -1,16 +1,16 @@
 """Calls between peers over libp2p, and the directory in hivemind's DHT.
 
-Decides how a peer is dialled, and attaches hivemind to our own p2pd. Leaves the calls to `peer.p2p.calls`, the
-directory to `peer.p2p.dht`, the process of p2pd to `peer.p2p.daemon`, and what is taken from hivemind to
-`peer.p2p.hivemind_door`.
+Decides when a peer is dialled, and attaches hivemind to our own p2pd. Leaves the calls to `peer.p2p.calls`, the
+directory to `peer.p2p.dht`, where we are reached to `peer.p2p.reachability`, the process of p2pd to `peer.p2p.daemon`,
+what it is told to `peer.p2p.daemon_control`, and what is taken from hivemind to `peer.p2p.hivemind_door`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +18,12 @@ from typing import Any
 
 from peer.p2p.calls import Calls, cancel
 from peer.p2p.daemon import Daemon, DaemonConfig, make_folder, start_daemon
+from peer.p2p.daemon_control import DaemonControl
 from peer.p2p.dht import Dht
 from peer.p2p.directory import Directory
 from peer.p2p.hivemind_door import load, p2pd_binary
+from peer.p2p.reachability import DIAL_BACK_METHOD, Reach, ask_within, dial_back, is_relayed, seeds_of
+from peer.p2p.relay import HOP, RESERVE_METHOD, Relay
 from peer.p2p.transport import MAX_CALL_BYTES, Handler
 from swarm.errors import (
     ConfigError,
@@ -37,8 +40,10 @@ from swarm.identity import Identity, peer_id_of, public_key_of
 # A connection that takes longer than this is none.
 _DIAL_S = 15.0
 _MAX_HINTS = 8
-_MAX_HINT_CHARS = 256
 _SEED_CHECK_S = 15.0
+_MEET_S = 8.0
+# Peers of which the way through a relay is kept in mind.
+_MAX_REMEMBERED = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +62,10 @@ class NetworkConfig:
     host_maddrs: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
     announce_maddrs: tuple[str, ...] = ()
     initial_peers: tuple[str, ...] = ()
-    relay_service: bool = False
+    relay_for: Callable[[bytes, bytes], None] | None = None
+    """makes this peer a relay; raises for a caller whose proof (its admission) is none"""
+    proof: Callable[[], bytes] | None = None
+    """what relays want to see; None: this peer asks for none, and is taken to be one that can be dialled"""
     dht_server: bool = True
     startup_timeout_s: float = 20.0
     keep: Callable[[bytes], Kept] = lambda data: data
@@ -84,8 +92,6 @@ async def open_network(config: NetworkConfig, identity: Identity) -> Network:
         binary=p2pd_binary(),
         host_maddrs=config.host_maddrs,
         announce_maddrs=config.announce_maddrs,
-        initial_peers=config.initial_peers,
-        relay_service=config.relay_service,
         dht_server=config.dht_server,
         debug=config.debug,
     )
@@ -114,7 +120,11 @@ class Network:
         self._hivemind = hivemind
         self._calls = Calls(config.keep, config.upload_limit_bps)
         self._dht = Dht(Directory(config.run_id, config.directory_keys), identity, config.clock)
-        self._addresses: tuple[str, ...] = ()
+        self._listens_at: tuple[str, ...] = ()
+        self._reach = Reach(f"/p2p/{identity.peer_id}")
+        self._seeds = seeds_of(config.initial_peers)
+        self._hints: OrderedDict[bytes, tuple[str, ...]] = OrderedDict()
+        self._control = DaemonControl(hivemind, daemon.socket_path)
         self._closed = False
         self._p2p: Any = None
         self._upkeep: set[asyncio.Task[Any]] = set()
@@ -125,7 +135,7 @@ class Network:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        return self._addresses
+        return self._reach.addresses(self._listens_at)
 
     @property
     def alive(self) -> bool:
@@ -166,27 +176,20 @@ class Network:
             async def on_stream(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
                 await self._calls.on_stream(method, str(info.peer_id), reader, writer)
 
-            adding = self._p2p.add_binary_stream_handler(self._protocol(method), on_stream)
-            try:
-                await asyncio.wait_for(adding, _DIAL_S)
-            except (asyncio.TimeoutError, OSError, asyncio.IncompleteReadError) as error:
-                raise Unreachable("our own p2pd does not answer") from error
+            await self._add_handler(self._protocol(method), on_stream)
 
     async def connect(self, peer: bytes, addresses: tuple[str, ...], *, timeout_s: float) -> None:
         """See `peer.p2p.transport.Transport.connect`. Raises `Unreachable` also when the time is over."""
         if peer == self._public_key:
             return
-        hints = [hint for address in addresses[:_MAX_HINTS] if (hint := self._hint(address)) is not None]
-        ask = self._hivemind.p2pd_pb2
-        request = ask.Request(
-            type=ask.Request.CONNECT,
-            connect=ask.ConnectRequest(peer=self._peer_id(peer).to_bytes(), addrs=hints, timeout=math.ceil(timeout_s)),
-        )
-        try:
-            _, _, writer = await asyncio.wait_for(self._ask_daemon(request), timeout_s)
-        except asyncio.TimeoutError as error:
-            raise Unreachable(f"{peer_id_of(peer)}: no connection within {timeout_s:.1f} s") from error
-        writer.close()
+        addresses = addresses[:_MAX_HINTS]
+        if is_relayed(addresses):
+            self._remember(peer, addresses)
+        await self._control.connect(peer, addresses, timeout_s)
+
+    def learn_seeds(self, addresses: tuple[str, ...]) -> None:
+        """The run has these seed peers now."""
+        self._seeds = seeds_of(addresses)
 
     async def publish(self, key: str, value: bytes, *, lifetime_s: float) -> None:
         """See `peer.p2p.transport.Transport.publish` and `peer.p2p.dht.Dht.publish`; ``lifetime_s`` is at most 600."""
@@ -220,8 +223,25 @@ class Network:
         if str(self._p2p.peer_id) != self._identity.peer_id:
             raise NetworkError("p2pd runs under another identity than ours")
         await self._read_addresses()
-        await self._dht.join(hivemind, self._p2p, self._config.initial_peers, self._config.dht_server)
+        await self.serve(DIAL_BACK_METHOD, self._dial_back)
+        await self._meet_seeds()
+        if self._config.relay_for is not None:
+            await self._serve_relay(self._config.relay_for)
+        if self._config.proof is not None:
+            await self._reach.look(self._listens_at, self._seeds, self._ask_seed)
+        # Nobody is sent to a node of the directory that cannot be asked.
+        serves = self._config.dht_server and self._reach.is_dialable
+        await self._dht.join(hivemind, self._p2p, self._config.initial_peers, serves)
+        await self._reserve()
         self._upkeep.add(asyncio.create_task(self._keep_in_touch()))
+
+    async def _meet_seeds(self) -> None:
+        """Connect to all that can be reached. Raises `Unreachable` where there are some and none can."""
+        meetings = [self.connect(seed, addresses, timeout_s=_MEET_S) for seed, addresses in self._seeds.items()]
+        failures = [error for error in await asyncio.gather(*meetings, return_exceptions=True) if error is not None]
+        if failures and len(failures) == len(meetings):
+            text = f"no seed peer could be reached: {failures[0]}"
+            raise Unreachable(text, "check the network, then try again") from failures[0]
 
     async def _keep_in_touch(self) -> None:
         """Find the seed peers again after they restarted, and learn our own addresses when they change."""
@@ -229,22 +249,49 @@ class Network:
             await asyncio.sleep(_SEED_CHECK_S)
             with contextlib.suppress(SwarmError, OSError, asyncio.IncompleteReadError):
                 await self._read_addresses()
-            for address in self._config.initial_peers:
+            await self._reserve()
+            for seed, addresses in self._seeds.items():
                 with contextlib.suppress(SwarmError, self._hivemind.ValidationError):
-                    await self._greet_seed(address)
+                    await self._greet_seed(seed, addresses)
 
-    async def _greet_seed(self, address: str) -> None:
-        seed = public_key_of(address.rpartition("/p2p/")[2])
+    async def _greet_seed(self, seed: bytes, addresses: tuple[str, ...]) -> None:
         if seed != self._public_key and not self._dht.knows_node(self._peer_id(seed)):
-            await self.connect(seed, (address,), timeout_s=_DIAL_S)
+            await self.connect(seed, addresses, timeout_s=_DIAL_S)
             await self._dht.greet(self._peer_id(seed))
 
+    async def _reserve(self) -> None:
+        """Ask the seed peers to relay, or to go on with it, where nobody can dial this peer."""
+        if self._config.proof is not None and not self._reach.is_dialable:
+            await self._reach.reserve(self._seeds, self._config.proof(), self._ask_seed)
+
+    async def _ask_seed(self, seed: bytes, method: str, request: bytes) -> bytes:
+        async def ask() -> bytes:
+            await self.connect(seed, self._seeds[seed], timeout_s=_DIAL_S)
+            return await self.call(seed, method, request, timeout_s=_DIAL_S, max_response_bytes=1 << 10)
+
+        return await ask_within(ask())
+
+    async def _dial_back(self, caller: bytes, request: bytes) -> bytes:
+        return await dial_back(request, await self._control.seen_at(caller))
+
+    async def _serve_relay(self, check: Callable[[bytes, bytes], None]) -> None:
+        relay = Relay(self._control.open_stream, check)
+
+        async def on_hop(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await relay.on_hop(public_key_of(str(info.peer_id)), reader, writer)
+
+        await self._add_handler(HOP, on_hop)
+        await self.serve(RESERVE_METHOD, relay.on_reserve)
+
     async def _read_addresses(self) -> None:
-        ask = self._hivemind.p2pd_pb2
-        response, _, writer = await self._ask_daemon(ask.Request(type=ask.Request.IDENTIFY))
-        writer.close()
         own = f"/p2p/{self._identity.peer_id}"
-        self._addresses = tuple(str(self._hivemind.Multiaddr(raw)) + own for raw in response.identify.addrs)
+        self._listens_at = tuple(address + own for address in await self._control.own_addresses())
+
+    async def _add_handler(self, protocol: str, on_stream: Callable[..., Awaitable[None]]) -> None:
+        try:
+            await asyncio.wait_for(self._p2p.add_binary_stream_handler(protocol, on_stream), _DIAL_S)
+        except (asyncio.TimeoutError, OSError, asyncio.IncompleteReadError) as error:
+            raise Unreachable("our own p2pd does not answer") from error
 
     # Calls out
 
@@ -256,58 +303,28 @@ class Network:
         self, peer: bytes, method: str, timeout_s: float
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         dial_s = min(timeout_s, _DIAL_S)
-        ask = self._hivemind.p2pd_pb2
-        opening = ask.StreamOpenRequest(
-            peer=self._peer_id(peer).to_bytes(), proto=[self._protocol(method)], timeout=math.ceil(dial_s)
-        )
         try:
-            _, reader, writer = await asyncio.wait_for(
-                self._ask_daemon(ask.Request(type=ask.Request.STREAM_OPEN, streamOpen=opening)), dial_s
-            )
-        except asyncio.TimeoutError as error:
-            raise Unreachable(f"{method}: no connection to {peer_id_of(peer)} within {dial_s:.1f} s") from error
-        return reader, writer
-
-    async def _ask_daemon(self, request: Any) -> tuple[Any, asyncio.StreamReader, asyncio.StreamWriter]:
-        """One request to p2pd on a socket of its own, which is closed unless the answer is good."""
-        hivemind = self._hivemind
-        try:
-            reader, writer = await asyncio.open_unix_connection(self._daemon.socket_path)
-        except OSError as error:
-            raise Unreachable("our own p2pd does not run") from error
-        try:
-            await hivemind.write_pbmsg(writer, request)
-            response = hivemind.p2pd_pb2.Response()
-            await hivemind.read_pbmsg_safe(reader, response)
-            if response.type == hivemind.p2pd_pb2.Response.ERROR:
-                raise _daemon_error(response.error.msg)
-        except (OSError, asyncio.IncompleteReadError) as error:
-            writer.close()
-            raise Unreachable("our own p2pd has stopped") from error
-        except BaseException:
-            writer.close()
+            return await self._control.open_stream(peer, self._protocol(method), dial_s)
+        except NotFound:
             raise
-        return response, reader, writer
+        except Unreachable:
+            # libp2p forgets the way through a relay a while after the connection ended.
+            if peer not in self._hints:
+                raise
+            await self.connect(peer, self._hints[peer], timeout_s=dial_s)
+            return await self._control.open_stream(peer, self._protocol(method), dial_s)
+
+    def _remember(self, peer: bytes, addresses: tuple[str, ...]) -> None:
+        self._hints[peer] = addresses
+        self._hints.move_to_end(peer)
+        if len(self._hints) > _MAX_REMEMBERED:
+            self._hints.popitem(last=False)
 
     def _protocol(self, method: str) -> str:
         return f"/swarm/{self._config.run_id.hex()}/{method}"
 
     def _peer_id(self, public_key: bytes) -> Any:
         return self._hivemind.PeerID.from_base58(peer_id_of(public_key))
-
-    def _hint(self, address: str) -> bytes | None:
-        """A multiaddr without its peer id, in bytes; None where it cannot be one."""
-        way = address[:_MAX_HINT_CHARS].rpartition("/p2p/")[0] or address
-        try:
-            if not way.endswith("/p2p-circuit"):
-                return bytes(self._hivemind.Multiaddr(way).to_bytes())
-            # hivemind writes a peer id within an address as a CID, which libp2p does not read.
-            to_relay, _, relay = way.removesuffix("/p2p-circuit").rpartition("/p2p/")
-            raw = bytes(self._hivemind.Multiaddr(to_relay).to_bytes())
-            relay_id = self._hivemind.PeerID.from_base58(relay).to_bytes()
-            return raw + b"\xa5\x03" + bytes([len(relay_id)]) + bytes(relay_id) + b"\xa2\x02"
-        except Exception:  # the parser raises whatever its codecs do; a bad hint is no hint
-            return None
 
     async def _detach(self) -> None:
         """Leave hivemind's objects without open sockets or waiting tasks; it offers no way to do so."""
@@ -320,10 +337,3 @@ class Network:
                 pending.set_exception(self._hivemind.P2PDaemonError("closed"))
         tasks = [self._p2p._listen_task, control._read_task, control._write_task, *control._handler_tasks.values()]
         await cancel({task for task in tasks if task is not None})
-
-
-def _daemon_error(message: str) -> NetworkError:
-    text = message[:300]
-    if "protocols not supported" in text or "protocol not supported" in text:
-        return NotFound(f"the peer does not serve this: {text}")
-    return Unreachable(f"no connection: {text}")

@@ -95,12 +95,14 @@ class ReportPayload(_message.Message):
     def __init__(self, round: _Optional[int] = ..., train_loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., sent_unix_ms: _Optional[int] = ..., state_digest: _Optional[bytes] = ..., log_digest: _Optional[bytes] = ..., leaving: _Optional[bool] = ..., seed_addresses: _Optional[_Iterable[str]] = ..., device: _Optional[str] = ..., incident: _Optional[str] = ..., first_shard: _Optional[int] = ..., num_shards: _Optional[int] = ...) -> None: ...
 
 class ReportReply(_message.Message):
-    __slots__ = ("next_round_wanted", "of_other_shards")
+    __slots__ = ("next_round_wanted", "of_other_shards", "seed_addresses")
     NEXT_ROUND_WANTED_FIELD_NUMBER: _ClassVar[int]
     OF_OTHER_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    SEED_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     next_round_wanted: int
     of_other_shards: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, next_round_wanted: _Optional[int] = ..., of_other_shards: _Optional[_Iterable[int]] = ...) -> None: ...
+    seed_addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, next_round_wanted: _Optional[int] = ..., of_other_shards: _Optional[_Iterable[int]] = ..., seed_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RecordCommitsRequest(_message.Message):
     __slots__ = ("commits",)

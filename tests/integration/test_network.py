@@ -457,7 +457,7 @@ def test_hivemind_keeps_out_of_logging_and_of_the_event_loop(capfd: pytest.Captu
 def test_p2pd_runs_under_limits_and_serves_no_strangers() -> None:
     async def scenario(networks: list[Network]) -> None:
         p2pd = next(process for process in psutil.Process().children(recursive=True) if process.name() == "p2pd")
-        assert {"-relayService=0", "-natPortMap=0"} <= set(p2pd.cmdline())
+        assert {"-relay=0", "-natPortMap=0"} <= set(p2pd.cmdline())
         assert p2pd.rlimit(psutil.RLIMIT_CORE) == (0, 0)
         assert p2pd.rlimit(psutil.RLIMIT_NOFILE)[1] <= 8192
         assert p2pd.rlimit(psutil.RLIMIT_AS)[1] == 8 << 30

@@ -18,6 +18,7 @@ class Daemon:
         self.dead = asyncio.Event()
         self.handlers: dict[str, Handler] = {}
         self.closed = False
+        self.seeds: tuple[str, ...] = ()
 
     public_key = b"k" * 32
     addresses = ("/memory",)
@@ -39,6 +40,9 @@ class Daemon:
     async def lookup(self, key: str) -> Mapping[bytes, bytes]:
         return {}
 
+    def learn_seeds(self, addresses: tuple[str, ...]) -> None:
+        self.seeds = addresses
+
     def traffic(self) -> tuple[int, int]:
         return 10, 20
 
@@ -58,13 +62,16 @@ def test_after_the_daemon_died_calls_work_again_and_traffic_adds_up() -> None:
         first, second = Daemon(), Daemon()
         failures = [NetworkError("the port is still taken")]
 
-        async def reopen() -> Daemon:
+        async def reopen(seeds: tuple[str, ...]) -> Daemon:
             if failures:
                 raise failures.pop()
+            second.seeds = seeds
             return second
 
-        transport = LastingTransport(first, reopen)
+        transport = LastingTransport(first, reopen, ("/old",))
         await transport.serve("echo", echo)
+        transport.learn_seeds(("/new",))
+        transport.learn_seeds(())
         watching = asyncio.ensure_future(transport.watch())
         assert await transport.call(b"p", "echo", b"1", timeout_s=1) == b"1"
         first.dead.set()
@@ -74,6 +81,7 @@ def test_after_the_daemon_died_calls_work_again_and_traffic_adds_up() -> None:
             await transport.call(b"p", "echo", b"2", timeout_s=1)
         await asyncio.sleep(10)
         assert await transport.call(b"p", "echo", b"3", timeout_s=1) == b"3"
+        assert first.seeds == second.seeds == ("/new",)
         assert transport.traffic() == (20, 40) and transport.restarts == 2
         watching.cancel()
         await transport.close()

@@ -18,7 +18,7 @@ from peer.checkpoints.gathering import Gathering
 from peer.checkpoints.publishing import StateCopy
 from peer.coordinator_client import RunInfo
 from peer.home import Home, locked_identity
-from peer.joining import Joined, PeerOptions, ShardStart, Start
+from peer.joining import Joined, Papers, PeerOptions, ShardStart, Start
 from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.fetch import HolderBook
 from peer.rounds.exchange import ROUND_METHOD
@@ -221,7 +221,7 @@ def make_peer(
         manifest=data.manifest,
         clock=time.time,
         transport=transport,  # type: ignore[arg-type]
-        admission=Signed(),
+        papers=Papers(),
         folder=folder,
         chunks=chunks,
         ledgers=tuple(

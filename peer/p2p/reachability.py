@@ -1,0 +1,139 @@
+"""Where others reach this peer: at its own addresses, or through relays.
+
+Decides by what seed peers find when they dial back: a peer that nobody can dial asks seed peers to relay for it, and
+tells the addresses of that. Leaves calls and connections to `peer.p2p.network`, the relay itself to `peer.p2p.relay`.
+An answer is a hint: a seed peer that lies makes a peer harder to reach, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+
+from peer.p2p.relay import RESERVE_METHOD
+from swarm.errors import NetworkError, ProtocolError, SwarmError
+from swarm.identity import public_key_of
+
+DIAL_BACK_METHOD = "dial-back"
+MAX_RELAYS = 3
+ADDRESSES_PER_RELAY = 2
+CIRCUIT = "/p2p-circuit"
+_DIAL_BACK_S = 3.0
+_ANSWER_S = 8.0
+
+logger = logging.getLogger(__name__)
+
+Seeds = Mapping[bytes, Sequence[str]]
+"""Addresses of seed peers by public key."""
+Ask = Callable[[bytes, str, bytes], Awaitable[bytes]]
+"""(a seed peer's public key, method, request) -> its answer"""
+
+
+class Reach:
+    """``own_end``: what this peer's addresses end in, ``/p2p/ID``."""
+
+    def __init__(self, own_end: str) -> None:
+        self._own_end = own_end
+        self._outside: tuple[str, ...] = ()
+        self._relays: dict[bytes, tuple[str, ...]] = {}
+        self.is_dialable = True
+
+    def addresses(self, own: Sequence[str]) -> tuple[str, ...]:
+        """What others are told, given the addresses at which this peer listens: the likeliest first."""
+        if self.is_dialable:
+            return tuple(dict.fromkeys((*self._outside, *own)))
+        # Those nearby may still reach it; nobody else's loopback is ours.
+        relayed = (address for addresses in self._relays.values() for address in addresses)
+        return (*relayed, *_outward(own))
+
+    async def look(self, own: Sequence[str], seeds: Seeds, ask: Ask) -> None:
+        """Have seed peers dial back. Where none of them answers at all, nothing is concluded."""
+        port = next((port for address in own if (port := _tcp_port(address))), 0)
+        asked = (ask(seed, DIAL_BACK_METHOD, port.to_bytes(2, "big")) for seed in list(seeds)[:MAX_RELAYS])
+        answers = [
+            answer[:64].decode(errors="replace")
+            for answer in await asyncio.gather(*asked, return_exceptions=True)
+            if isinstance(answer, bytes)
+        ]
+        self._outside = tuple(answer + self._own_end for answer in answers if port and _tcp_port(answer) == port)
+        self.is_dialable = bool(self._outside) or not answers
+        logger.info("seed peers reach us at %s", self._outside or "no address: relays will")
+
+    async def reserve(self, seeds: Seeds, proof: bytes, ask: Ask) -> None:
+        """Be reachable through up to `MAX_RELAYS` of the seed peers; those that relay already come first."""
+        relays = dict[bytes, tuple[str, ...]]()
+        for seed in dict.fromkeys((*(seed for seed in self._relays if seed in seeds), *seeds)):
+            if len(relays) < MAX_RELAYS:
+                with contextlib.suppress(SwarmError):
+                    await ask(seed, RESERVE_METHOD, proof)
+                    ways = (_outward(seeds[seed]) or tuple(seeds[seed]))[:ADDRESSES_PER_RELAY]
+                    relays[seed] = tuple(way + CIRCUIT + self._own_end for way in ways)
+        self._relays = relays
+
+
+def seeds_of(addresses: Iterable[str]) -> dict[bytes, tuple[str, ...]]:
+    """Multiaddrs that end in ``/p2p/ID``, by that peer's public key. Raises `DataError` for another ending."""
+    found = dict[bytes, tuple[str, ...]]()
+    for address in addresses:
+        key = public_key_of(address.rpartition("/p2p/")[2])
+        found[key] = (*found.get(key, ()), address)
+    return found
+
+
+def is_relayed(addresses: Iterable[str]) -> bool:
+    """Whether a peer that tells these addresses is one that nobody can dial."""
+    return any(CIRCUIT + "/" in address for address in addresses)
+
+
+async def dial_back(request: bytes, seen_at: Sequence[str]) -> bytes:
+    """The multiaddr under which the asked-for port answers us, at an address from which the caller called; or nothing.
+
+    No other machine is dialled, so nobody can have us knock elsewhere. Raises `ProtocolError`.
+    """
+    port = int.from_bytes(request, "big")
+    if len(request) != 2:
+        raise ProtocolError("a request to dial back names a port")
+    for seen in seen_at:
+        _, family, host, *_ = (*seen.split("/"), "", "", "")
+        if family in ("ip4", "ip6") and port and await _answers(host, port):
+            return f"/{family}/{host}/tcp/{port}".encode()
+    return b""
+
+
+async def _answers(host: str, port: int) -> bool:
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), _DIAL_BACK_S)
+    except (OSError, asyncio.TimeoutError):
+        return False
+    writer.close()
+    return True
+
+
+async def ask_within(answer: Awaitable[bytes]) -> bytes:
+    """An answer that does not hold up the start. Raises `NetworkError`."""
+    try:
+        return await asyncio.wait_for(answer, _ANSWER_S)
+    except asyncio.TimeoutError as error:
+        raise NetworkError("no answer in time") from error
+
+
+def _tcp_port(address: str) -> int:
+    parts = address.split("/")
+    port = parts[4] if len(parts) > 4 and parts[3] == "tcp" else ""
+    return int(port) if port.isascii() and port.isdigit() and int(port) < 65536 else 0
+
+
+def _outward(addresses: Iterable[str]) -> tuple[str, ...]:
+    """Those that mean the same machine elsewhere too."""
+    return tuple(address for address in addresses if not _is_loopback(address))
+
+
+def _is_loopback(address: str) -> bool:
+    parts = address.split("/")
+    try:
+        return ipaddress.ip_address(parts[2]).is_loopback
+    except (ValueError, IndexError):
+        return False
