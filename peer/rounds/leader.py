@@ -11,7 +11,7 @@ from collections.abc import Callable
 from peer.rounds.attempt import Attempt
 from peer.rounds.leases import Standing
 from peer.rounds.paxos import NO_BALLOT, Ballot, Proposer, ballot_of, to_message
-from peer.rounds.planning import choose_members, choose_voters, leader_order, split_parts, takeover_rank
+from peer.rounds.planning import choose_members, choose_voters, leader_order, spared, split_parts, takeover_rank
 from peer.rounds.round_actions import Outbox, RoundSettings, View
 from swarm.digest import sha256
 from swarm.errors import ProtocolError
@@ -201,11 +201,12 @@ class Leader:
             self._resend_at = now + self.settings.resend_s
             return
         bandwidth = {candidate.key: candidate.upload_bps for candidate in view.candidates}
+        idle = spared(candidate for candidate in useful if any(candidate.key == m.peer_key for m in members))
         opened = OpenRound(
             log_digest=self.settings.head.log_digest,
             state_digest=self.settings.state_digest,
             members=members,
-            parts=split_parts(members, bandwidth, self.settings.num_slices),
+            parts=split_parts(members, bandwidth, self.settings.num_slices, idle),
         )
         self._opened = True
         self._resend_at = now + self.settings.reduce_timeout_s

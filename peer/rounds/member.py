@@ -15,12 +15,14 @@ from typing import Any
 
 from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.fetch import HolderBook
+from peer.p2p.reachability import is_relayed
 from peer.p2p.transport import Transport
 from peer.rounds.branches import fetch_branch, standing_apart
 from peer.rounds.catch_up import COMMITS_PER_PAGE, Newcomer, fetch_commits
 from peer.rounds.exchange import Exchange
 from peer.rounds.ledger import Ledger
 from peer.rounds.pace import Pace, Standing
+from peer.rounds.planning import dial_patience_s
 from peer.rounds.round_actions import View
 from peer.rounds.statuses import StatusRules, further_on, make_view, read_statuses, sign_status, status_key
 from peer.waiting import wait_for_news
@@ -31,7 +33,6 @@ from swarm.proto.common_pb2 import Signed
 from swarm.proto.round_pb2 import LogReply, LogRequest, Record, Status
 
 CONNECT_TIMEOUT_S = 5.0
-SECOND_DIAL_S = 1.0
 MAX_DIALS = 16
 LEAST_PAUSE_S = 0.2
 MAX_BRANCHES_ASKED = 3
@@ -169,15 +170,14 @@ class Member:
             self._jobs[name] = asyncio.create_task(job())
 
     async def _connect_to_new(self) -> None:
-        """Of two peers the lower key dials first: dials that cross may both fail, and libp2p then waits for seconds."""
         new = {peer: s for peer, s in self.statuses.items() if peer not in self._connected}
         self._connected &= set(self.statuses)
 
         dials = asyncio.Semaphore(MAX_DIALS)
 
         async def connect(peer: bytes, addresses: tuple[str, ...]) -> None:
-            if peer < self.parts.identity.public_key:
-                await asyncio.sleep(SECOND_DIAL_S)  # time to be dialled; the lower key may not know us, or not reach us
+            relayed = is_relayed(self.parts.transport.addresses), is_relayed(addresses)
+            await asyncio.sleep(dial_patience_s(self.parts.identity.public_key, peer, relayed=relayed))
             try:
                 async with dials:
                     await self.parts.transport.connect(peer, addresses, timeout_s=CONNECT_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""Plans of a round: who leads, who takes part, who averages what, who decides next, who measures the result.
+"""Plans of a round: who dials whom, who leads, who takes part, who averages what, who decides next, who measures.
 
 Pure functions over numbers and keys; the round machine (`peer.rounds.round`) calls them, tests tabulate them.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from swarm.log import MAX_PARTS, MAX_VOTERS, SMALL_SWARM, LogHead
@@ -22,6 +22,9 @@ MAX_PART_SLICES = 128
 # first, opens too slowly for a long path. A part in the densest codec that fits the first window is small enough.
 PARTS_PER_REDUCER = 4
 SMALL_PART_SLICES = 15
+# Time to be dialled: the lower key may not know us, or not reach us; whoever is behind a router has to see us first.
+SECOND_DIAL_S = 1.0
+RELAYED_DIAL_S = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +36,8 @@ class Candidate:
     upload_bps: int
     tokens: int = 0
     """trained on towards this round"""
+    relayed: bool = False
+    """nobody can dial it"""
 
 
 def num_slices(num_values: int) -> int:
@@ -73,14 +78,45 @@ def choose_members(candidates: Iterable[Candidate], max_members: int, leader: by
     return [Member(peer_key=c.key, contributes=c.trains, tokens=c.tokens) for c in ordered]
 
 
-def split_parts(members: Sequence[Member], upload_bps: dict[bytes, int], slices: int) -> list[Part]:
-    """Split ``slices`` among the contributing members in proportion to their uplinks (largest remainder).
+def spared(candidates: Iterable[Candidate]) -> frozenset[bytes]:
+    """Who averages nothing, as nobody can dial it.
+
+    Whoever averages is sent every member's part, and for such a peer a relay carries all of that. It is spared where
+    those that train and can be dialled have half of all uplinks: nobody's share is then more than twice what it was.
+    Where they have less, everybody averages.
+    """
+    training = [candidate for candidate in candidates if candidate.trains]
+    dialled_bps = sum(candidate.upload_bps for candidate in training if not candidate.relayed)
+    if not 0 < sum(candidate.upload_bps for candidate in training) <= 2 * dialled_bps:
+        return frozenset()
+    return frozenset(candidate.key for candidate in training if candidate.relayed)
+
+
+def dial_patience_s(me: bytes, peer: bytes, *, relayed: tuple[bool, bool]) -> float:
+    """How long we wait to be dialled before we dial; ``relayed``: of us and of the peer, whether nobody can dial it.
+
+    Whoever cannot be dialled dials, as that makes a connection without a relay. Else the lower key dials first: dials
+    that cross may both fail, and libp2p then waits for seconds.
+    """
+    if relayed == (True, False):
+        return 0.0
+    if relayed == (False, True):
+        return RELAYED_DIAL_S
+    return SECOND_DIAL_S if peer < me else 0.0
+
+
+def split_parts(
+    members: Sequence[Member], upload_bps: dict[bytes, int], slices: int, idle: Collection[bytes] = ()
+) -> list[Part]:
+    """Split ``slices`` among the contributing members but ``idle`` in proportion to their uplinks (largest remainder).
 
     A reducer sends its average to everybody, so its share of the work is its share of the bandwidth; but uplinks are
     hearsay: nobody counts for more than `MAX_UPLINK_RATIO` times the median. Large shares are cut into several parts;
     none is larger than one call carries.
     """
-    reducers = [index for index, member in enumerate(members) if member.contributes][:MAX_PARTS]
+    contributing = [index for index, member in enumerate(members) if member.contributes]
+    reducers = [index for index in contributing if members[index].peer_key not in idle] or contributing
+    reducers = reducers[:MAX_PARTS]
     claimed = [max(1, upload_bps.get(members[index].peer_key, 1)) for index in reducers]
     weights = [min(claim, MAX_UPLINK_RATIO * statistics.median_low(claimed)) for claim in claimed]
     total = sum(weights)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
+from peer.p2p.reachability import is_relayed
 from peer.rounds.planning import Candidate
 from peer.rounds.round_actions import View
 from swarm.errors import ProtocolError, SignatureError, SwarmError
@@ -94,7 +95,13 @@ def make_view(statuses: Mapping[bytes, Status], mine: Status, me: bytes) -> View
         and (status.round, status.log_digest, status.state_digest) == (mine.round, mine.log_digest, mine.state_digest)
     ]
     candidates = tuple(
-        Candidate(key=key, trains=status.trains, upload_bps=status.upload_bps, tokens=status.tokens)
+        Candidate(
+            key=key,
+            trains=status.trains,
+            upload_bps=status.upload_bps,
+            tokens=status.tokens,
+            relayed=is_relayed(status.addresses),
+        )
         for key, status in sorted(alike, key=_key)
     )
     return View(candidates=candidates)

@@ -14,9 +14,11 @@ from peer.rounds.planning import (
     Candidate,
     choose_members,
     choose_voters,
+    dial_patience_s,
     leader_order,
     num_slices,
     part_values,
+    spared,
     split_parts,
     takeover_rank,
 )
@@ -112,6 +114,51 @@ def test_a_large_share_is_several_parts_and_a_small_one_stays_whole() -> None:
 def test_members_that_only_receive_average_nothing() -> None:
     members = [Member(peer_key=KEYS[0], contributes=False), Member(peer_key=KEYS[1], contributes=True)]
     assert {part.reducer for part in split_parts(members, {}, 7)} == {1}
+
+
+FAST, SLOW = 100, 10
+
+
+@pytest.mark.parametrize(
+    ("case", "peers", "expected"),
+    [
+        ("all can be dialled", [(FAST, False), (FAST, False)], []),
+        ("one of three cannot: it averages nothing", [(FAST, False), (FAST, True), (FAST, False)], [1]),
+        ("half can: the others are spared", [(FAST, True), (FAST, False)], [0]),
+        ("those that can are the minority: all average", [(FAST, True), (FAST, False), (FAST, True)], []),
+        ("what counts is the uplink", [(SLOW, True), (FAST, False), (SLOW, True), (SLOW, True)], [0, 2, 3]),
+        ("nobody can be dialled: all average", [(FAST, True), (SLOW, True)], []),
+        ("nobody claims an uplink", [(0, True), (0, False)], []),
+    ],
+)
+def test_who_cannot_be_dialled_averages_nothing_where_others_have_the_uplinks(
+    case: str, peers: list[tuple[int, bool]], expected: list[int]
+) -> None:
+    candidates = [Candidate(key=KEYS[i], trains=True, upload_bps=bps, relayed=r) for i, (bps, r) in enumerate(peers)]
+    seed = Candidate(key=KEYS[9], trains=False, upload_bps=10**9)
+    assert spared([*candidates, seed]) == {KEYS[i] for i in expected}, case
+    members = [Member(peer_key=candidate.key, contributes=True) for candidate in candidates]
+    parts = split_parts(members, {}, 1000, spared([*candidates, seed]))
+    assert {part.reducer for part in parts} == set(range(len(peers))) - set(expected), case
+    assert sum(part.num_slices for part in parts) == 1000
+
+
+@pytest.mark.parametrize(
+    ("case", "me", "peer", "relayed", "dials_first"),
+    [
+        ("both can be dialled: the lower key", 0, 1, (False, False), True),
+        ("both can be dialled: the higher key waits", 1, 0, (False, False), False),
+        ("neither can: the lower key", 0, 1, (True, True), True),
+        ("I cannot be dialled, so I dial", 1, 0, (True, False), True),
+        ("the other cannot: I wait for it", 0, 1, (False, True), False),
+    ],
+)
+def test_of_two_peers_one_dials_first(
+    case: str, me: int, peer: int, relayed: tuple[bool, bool], dials_first: bool
+) -> None:
+    mine = dial_patience_s(KEYS[me], KEYS[peer], relayed=relayed)
+    theirs = dial_patience_s(KEYS[peer], KEYS[me], relayed=relayed[::-1])
+    assert (mine < theirs) == dials_first and min(mine, theirs) == 0.0, case
 
 
 @pytest.mark.parametrize(
