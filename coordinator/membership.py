@@ -34,6 +34,7 @@ ADMISSION_LIFETIME_S = 7 * 24 * 3600
 MAX_CLOCK_DIFFERENCE_S = 300
 MAX_PEERS = 100_000
 MAX_SEED_ADDRESSES = 16
+MAX_TOLD_ADDRESSES = 1024
 MAX_NAME_CHARACTERS = 64
 MAX_INCIDENT_CHARACTERS = 512
 MAX_ADDRESS_CHARACTERS = 256
@@ -43,8 +44,8 @@ _MAX_ADDRESSES_PER_PEER = 8
 _logger = logging.getLogger(__name__)
 
 
-def admit(run: Run, store: Store, request: Signed, now_unix_ms: int) -> Signed:
-    """The signed `Admission` of whoever signed ``request``.
+def admit(run: Run, store: Store, request: Signed, now_unix_ms: int, seeds: Collection[bytes] = ()) -> Signed:
+    """The signed `Admission` of whoever signed ``request``; ``seeds``: further seed peers by the organizer's list.
 
     Raises `SignatureError`, `ProtocolError`, and `NotAdmitted` for a peer that the run's rules keep out.
     """
@@ -56,8 +57,8 @@ def admit(run: Run, store: Store, request: Signed, now_unix_ms: int) -> Signed:
     check_fresh(payload.sent_unix_ms, now_unix_ms)
     check_name(payload.agent, "agent")
     check_display_name(payload.name)
-    check_seed_addresses(payload.seed_addresses, request.signer, run.seed_peers)
-    reason = refusal(run.spec.admission, request.signer, payload.token, run.seed_peers)
+    check_seed_addresses(payload.seed_addresses, request.signer, (*run.seed_peers, *seeds))
+    reason = refusal(run.spec.admission, request.signer, payload.token, (*run.seed_peers, *seeds))
     if reason is not None:
         raise NotAdmitted(f"not admitted: {reason}", "ask the organizer of the run for an invite")
     expires_unix_s = now_unix_ms // 1000 + ADMISSION_LIFETIME_S
@@ -69,7 +70,7 @@ def admit(run: Run, store: Store, request: Signed, now_unix_ms: int) -> Signed:
     return run.sign(ADMISSION_CONTEXT, admission.SerializeToString(deterministic=True))
 
 
-def report(run: Run, store: Store, request: Signed, now_unix_ms: int) -> None:
+def report(run: Run, store: Store, request: Signed, now_unix_ms: int, seeds: Collection[bytes] = ()) -> None:
     """Write down what an admitted peer reports; one that arrives twice or late changes nothing.
 
     Raises `SignatureError`, `ProtocolError`, and `NotAdmitted` for a peer that is not (or no longer) admitted.
@@ -83,7 +84,7 @@ def report(run: Run, store: Store, request: Signed, now_unix_ms: int) -> None:
     if peer is None or peer.admitted_until_unix_ms <= now_unix_ms:
         raise NotAdmitted("only admitted peers report", "ask for admission first, or again")
     check_fresh(payload.sent_unix_ms, now_unix_ms)
-    check_seed_addresses(payload.seed_addresses, request.signer, run.seed_peers)
+    check_seed_addresses(payload.seed_addresses, request.signer, (*run.seed_peers, *seeds))
     row = checked_report(payload)
     if payload.incident:
         check_name(payload.incident, "report: incident", MAX_INCIDENT_CHARACTERS)
@@ -133,7 +134,10 @@ def check_seed_addresses(addresses: Sequence[str], peer_key: bytes, seed_peers: 
     if not addresses:
         return
     if peer_key not in seed_peers:
-        raise ProtocolError("only a seed peer tells seed addresses")
+        who = peer_id_of(peer_key)
+        raise NotAdmitted(
+            f"{who} is not on the list of seed peers", f"the organizer adds it: swarm seeds RUN.toml --add {who}"
+        )
     if len(addresses) > _MAX_ADDRESSES_PER_PEER:
         raise ProtocolError(f"{len(addresses)} seed addresses; at most {_MAX_ADDRESSES_PER_PEER}")
     ending = f"/p2p/{peer_id_of(peer_key)}"

@@ -22,7 +22,6 @@ from coordinator.run import Run, RunSource, open_run
 from coordinator.service import MAX_REQUEST_BYTES, Outlets, Service, handlers
 from coordinator.store import Store
 from coordinator.tls import TlsKey
-from swarm import removals
 from swarm.errors import AlreadyRunning, ConfigError, PortInUse, ResourceError
 from swarm.manifest import SPEC_FILE
 
@@ -106,7 +105,7 @@ def _open_service(config: ServerConfig, run: Run) -> Service:
     try:
         source = config.source
         store.bind_run(run.run_id, source.spec.SerializeToString(), source.genesis.SerializeToString())
-        return Service(run, store, config.clock, config.outlets, config.state_dir / removals.FILE_NAME)
+        return Service(run, store, config.clock, config.outlets, config.state_dir)
     except BaseException:
         store.close()
         raise

@@ -18,13 +18,24 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from coordinator import contributions, evaluations, incidents, membership, publication, records, vouching, witnesses
+from coordinator import (
+    contributions,
+    evaluations,
+    incidents,
+    membership,
+    publication,
+    records,
+    seed_list,
+    vouching,
+    witnesses,
+)
 from coordinator.checkpoint_files import CheckpointFiles
 from coordinator.contributions import Ledger
 from coordinator.run import Run
 from coordinator.store import Store
 from swarm import errors, evaluation, removals
 from swarm.errors import DataError, ProtocolError, SwarmError
+from swarm.identity import peer_id_of
 from swarm.proto import coordinator_pb2 as pb
 from swarm.proto.common_pb2 import Signed
 
@@ -54,9 +65,9 @@ class Service:
         store: Store,
         clock: Callable[[], float],
         outlets: Outlets | None = None,
-        removals_path: Path | None = None,
+        state_dir: Path | None = None,
     ) -> None:
-        """``clock`` tells Unix time in seconds; ``removals_path``: the organizer's removal list.
+        """``clock`` tells Unix time in seconds; ``state_dir`` holds the organizer's lists.
 
         Blocks while the log head is rebuilt from ``store``.
         """
@@ -66,7 +77,8 @@ class Service:
         self._run = run
         self._store = store
         self._clock = clock
-        self._removals_path = removals_path
+        self._removals_path = state_dir / removals.FILE_NAME if state_dir is not None else None
+        self._seed_list_path = state_dir / seed_list.FILE_NAME if state_dir is not None else None
         self._started_unix_ms = self._now_unix_ms()
         self._ledgers = [Ledger(run, store, shard) for shard in range(run.spec.num_shards)]
         vouching.open_metadata(run, store, self._started_unix_ms)
@@ -95,16 +107,25 @@ class Service:
         )
 
     async def _seed_addresses(self) -> list[str]:
-        return await asyncio.to_thread(self._store.seed_addresses, membership.MAX_SEED_ADDRESSES)
+        """Where the seed peers are, of those that are on the list now."""
+        told = await asyncio.to_thread(self._store.seed_addresses, membership.MAX_TOLD_ADDRESSES)
+        now = {peer_id_of(key) for key in (*self._run.seed_peers, *self._listed_seeds())}
+        listed = [address for address in told if address.rpartition("/p2p/")[2] in now]
+        return listed[: membership.MAX_SEED_ADDRESSES]
+
+    def _listed_seeds(self) -> tuple[bytes, ...]:
+        return seed_list.read(self._seed_list_path)
 
     async def admit(self, request: pb.AdmitRequest) -> pb.AdmitReply:
         now = self._now_unix_ms()
-        admission = await self._write(lambda: membership.admit(self._run, self._store, request.request, now))
+        run, store = self._run, self._store
+        admission = await self._write(lambda: membership.admit(run, store, request.request, now, self._listed_seeds()))
         return pb.AdmitReply(admission=admission)
 
     async def report(self, request: pb.ReportRequest) -> pb.ReportReply:
         now = self._now_unix_ms()
-        await self._write(lambda: membership.report(self._run, self._store, request.report, now))
+        run, store = self._run, self._store
+        await self._write(lambda: membership.report(run, store, request.report, now, self._listed_seeds()))
         first, *others = [ledger.next_round_wanted for ledger in self._ledgers]
         return pb.ReportReply(
             next_round_wanted=first, of_other_shards=others, seed_addresses=await self._seed_addresses()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from peer import placing
+from peer import placing, token_mirror
 from peer.checkpoints.checkpoint import CheckpointParts
 from peer.checkpoints.gathering import Gathering
 from peer.checkpoints.publishing import StateCopy, Template
@@ -63,11 +63,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerOptions:
-    """What a person chose. ``data_folder`` makes a seed peer: it serves these token shards and does not train."""
+    """What a person chose.
+
+    ``data_folder`` makes a seed peer: it serves these token shards and does not train. ``mirrors`` makes one that
+    fetches what it serves.
+    """
 
     invite: Invite
     home: Home
     data_folder: Path | None = None
+    mirrors: bool = False
     device: str = "auto"
     memory_bytes: int | None = None
     """the most that training may take of the device's memory; None: what is free"""
@@ -82,7 +87,7 @@ class PeerOptions:
 
     @property
     def trains(self) -> bool:
-        return self.data_folder is None
+        return self.data_folder is None and not self.mirrors
 
     @property
     def first_upload_bps(self) -> int:
@@ -170,7 +175,7 @@ def checkpoint_template(joined: Joined) -> Template:
         layout=layout,
         signed_spec=run.signed_spec,
         coordinator=joined.client,
-        publishes=not joined.options.trains,
+        publishes=joined.identity.public_key in joined.founders,
         kept=KEPT_BY_VOLUNTEER if joined.options.trains else KEPT_BY_SEED,
     )
 
@@ -182,13 +187,14 @@ async def meet_coordinator(
     client = await CoordinatorClient.connect(options.invite, identity)
     stack.push_async_callback(client.close)
     run = await client.get_run()
+    is_founder = identity.public_key in run.genesis.voters
     for _ in range(SEED_WAIT_ATTEMPTS):
-        if run.seed_addresses or not options.trains:
+        if run.seed_addresses or is_founder:
             break
         logger.info("no seed peer has told where it is yet")
         await asyncio.sleep(RETRY_S)
         run = await client.get_run()
-    if options.trains and not run.seed_addresses:
+    if not is_founder and not run.seed_addresses:
         raise Unreachable("the run has no seed peer that says where it is", "ask the organizer to start one, or wait")
     return client, run
 
@@ -230,6 +236,9 @@ async def join(entry: Entry, stack: AsyncExitStack) -> Joined:
     manifest = data_manifest.parse(run.manifest_bytes)
     if options.data_folder is not None:
         chunks.add_source(token_shard_source(options.data_folder, manifest))
+    if options.mirrors:
+        chunks.add_source(token_shard_source(folder / token_mirror.FOLDER, manifest))
+    if not options.trains:
         keep_genesis(folder, run.signed_genesis)
     kept = LedgerOptions(archive=not options.trains)
     hosting, reason = None, ""
@@ -324,16 +333,9 @@ async def find_holders(joined: Joined, shard: int = 0) -> list[bytes]:
 async def _meet(joined: Joined, peers: Mapping[bytes, Sequence[str]]) -> list[bytes]:
     """Those of ``peers`` with which there is a connection now."""
 
-    async def connect(peer: bytes) -> bool:
-        try:
-            await joined.transport.connect(peer, tuple(peers[peer]), timeout_s=MEET_TIMEOUT_S)
-        except NetworkError as error:
-            logger.info("a peer is away: %s", error)
-            return False
-        return True
-
-    connected = await asyncio.gather(*map(connect, peers))
-    return [peer for peer, is_there in zip(peers, connected, strict=True) if is_there]
+    dials = (joined.transport.connect(peer, tuple(way), timeout_s=MEET_TIMEOUT_S) for peer, way in peers.items())
+    outcomes = await asyncio.gather(*dials, return_exceptions=True)
+    return [peer for peer, outcome in zip(peers, outcomes, strict=True) if outcome is None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ from peer.rounds.member import Words
 from peer.rounds.mending import Incident
 from peer.spanning import span_trainer
 from peer.states import States
+from peer.token_mirror import TokenMirror
 from peer.training import device
 from peer.training.between_steps import Stats
 from peer.training.data import ReaderOptions, TokenReader
@@ -140,6 +141,8 @@ class Peer:
         self.hosted = HostedShards(joined, start.shards, self.training, self.words, listeners)
         self.reporter = Reporter(joined.client, joined.ledgers, self._report, self._renew_admission)
         self.states = States(joined, self.hosted, start, self.reporter, self._on_checkpoint)
+        mirrors = joined.options.mirrors
+        self.mirror = TokenMirror(joined.folder, joined.manifest, self._fetch_token_shard) if mirrors else None
         self._finished = asyncio.Event()
         self._told: Stats = Stats()
 
@@ -166,6 +169,7 @@ class Peer:
                 self.removals.run(),
                 self._watch_trainer(),
                 self._consider_moves(),
+                *((self.mirror.run(),) if self.mirror is not None else ()),
             )
         ]
         self._consider_end()
@@ -315,6 +319,7 @@ class Peer:
             "received bytes": received,
             "disk bytes": self.joined.chunks.used_bytes,
             **(self._of_shards(stats) if self.spec.num_shards > 1 else {}),
+            **({"token shards": self.mirror.told} if self.mirror is not None else {}),
         }
 
     def _of_shards(self, stats: Stats) -> dict[str, Any]:
@@ -348,22 +353,22 @@ class Peer:
             num_shards=len(self.hosted.shards),
         )
 
+    async def _fetch_token_shard(self, key: bytes, size: int) -> bytes:
+        holders = list(dict.fromkeys([*self.joined.founders, *self.hosted.live_peers]))
+        try:
+            return await fetch_chunk(self.transport, key, size, holders, FETCH_TIMEOUT_S, self.joined.book)
+        except NetworkError:
+            await find_holders(self.joined)  # connects to the seed peers again
+            raise
+
     # ---- building -----------------------------------------------------------------------------------------------
 
     def _build_training(self) -> Training:
-        async def fetch(key: bytes, size: int) -> bytes:
-            holders = list(dict.fromkeys([*self.joined.founders, *self.hosted.live_peers]))
-            try:
-                return await fetch_chunk(self.transport, key, size, holders, FETCH_TIMEOUT_S, self.joined.book)
-            except NetworkError:
-                await find_holders(self.joined)  # connects to the seed peers again
-                raise
-
         options = ReaderOptions(
             sequence_length=self.spec.data.sequence_length,
             cache=self.joined.folder / "tokens",
             max_cache_bytes=max(1 << 28, self.joined.options.disk_bytes // 2),
         )
-        reader = TokenReader(self.joined.manifest, options, fetch)
+        reader = TokenReader(self.joined.manifest, options, self._fetch_token_shard)
         reads = self.joined.ledgers[0].head.shard == 0  # later spans are sent what they train on
         return Training(self.spec, self.joined.identity.public_key, reader, self.joined.options.limits, reads=reads)

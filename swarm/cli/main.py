@@ -31,6 +31,7 @@ from swarm.cli import (
     push,
     researcher,
     run,
+    seeds,
 )
 from swarm.errors import DiskFull, PortInUse, ResourceError, SwarmError
 
@@ -77,6 +78,7 @@ _COMMANDS = (
     (plan.plan, "Show which spans of a run fit into how much memory."),
     (run.start, "Sign a run file's rules, serve the run, print its invite."),
     (run.seed, "Keep a seed peer of a run."),
+    (seeds.seeds, "List who may keep a further seed peer of a run."),
     (run.status, "Show a run's rounds, loss and who contributed."),
     (researcher.checkpoints, "List the checkpoints that a run published."),
     (download.download, "Fetch a checkpoint from a run's peers and mirrors, verified."),

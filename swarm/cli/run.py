@@ -77,7 +77,9 @@ def join(
 
 def seed(
     invite: InviteText,
-    data: Annotated[Path, typer.Option(help="Folder made by `swarm data prepare`; its token shards are served.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of prepared data to serve; else token shards are fetched from peers.")
+    ] = None,
     home: Annotated[Path | None, typer.Option(help="Folder for the key and all data of this peer.")] = None,
     disk: Annotated[float, typer.Option(min=0.1, help="Disk limit, GiB.")] = 50,
     listen: Listen = "127.0.0.1:0",
@@ -85,7 +87,10 @@ def seed(
     parent: Annotated[int, typer.Option(hidden=True, help="End when this process has ended.")] = 0,
     json_lines: Annotated[bool, typer.Option("--json", help="Print news as JSON, one object a line.")] = False,
 ) -> None:
-    """Keep a run alive: bootstrap, relay, archive and mirror. Trains nothing. `swarm start` runs one by itself."""
+    """Keep a run alive: bootstrap, relay, archive and mirror. Trains nothing. `swarm start` runs one by itself.
+
+    A further one is admitted once the organizer listed its peer id: swarm seeds RUN.toml --add PEER_ID.
+    """
     from peer.home import Home
     from peer.joining import PeerOptions
     from peer.runtime import run_peer
@@ -94,7 +99,8 @@ def seed(
     options = PeerOptions(
         invite=_parse(invite),
         home=Home((home or data_home() / "seed").absolute()),
-        data_folder=data.absolute(),
+        data_folder=data.absolute() if data is not None else None,
+        mirrors=data is None,
         disk_bytes=int(disk * 2**30),
         listen=(_maddr(listen),),
         announce=(_maddr(announce),) if announce else (),
@@ -291,7 +297,7 @@ class _Voice:
 _SHOWN = frozenset(
     {
         *("round", "committed tokens", "target tokens", "my tokens", "tokens/s", "loss", "peers", "sent bytes"),
-        *("hosts", "shards", "waits for"),
+        *("hosts", "shards", "waits for", "token shards"),
     }
 )
 

@@ -114,13 +114,20 @@ def is_locked(path: Path) -> bool:
 class Program:
     """A `swarm` command that runs for long and says what happens as JSON lines."""
 
-    def __init__(self, arguments: Sequence[object], folder: Path, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, arguments: Sequence[object], folder: Path, env: Mapping[str, str], inside: Sequence[str] = ()
+    ) -> None:
+        """``inside``: what it is started with, to run in a network namespace."""
         folder.mkdir(parents=True, exist_ok=True)
         self._out, self._errors = folder / "out.jsonl", folder / "errors.txt"
         self.temporary = Path(env["TMPDIR"])
         with open(self._out, "wb") as out, open(self._errors, "wb") as errors:
             self._popen = subprocess.Popen(
-                [*CLI, *map(str, arguments), "--json"], stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=env
+                [*inside, *CLI, *map(str, arguments), "--json"],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=errors,
+                env=env,
             )
 
     @property

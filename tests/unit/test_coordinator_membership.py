@@ -13,7 +13,7 @@ from coordinator import membership
 from coordinator.run import Run
 from coordinator.store import Losses, Store
 from swarm.digest import sha256
-from swarm.errors import ConfigError, ProtocolError, SignatureError, SwarmError
+from swarm.errors import ConfigError, NotAdmitted, ProtocolError, SignatureError, SwarmError
 from swarm.identity import Identity, verify
 from swarm.proto.common_pb2 import Admission, Signed
 from tests.coordinator_world import (
@@ -109,7 +109,7 @@ BAD_ADMISSIONS: dict[str, tuple[Callable[[World], Signed], type[SwarmError]]] = 
     "agent moves the cursor": (lambda world: world.admit_request(STRANGER, agent="\x1b[2J"), ProtocolError),
     "seed address of no seed peer": (
         lambda world: world.admit_request(STRANGER, seed_addresses=[address_of(STRANGER)]),
-        ProtocolError,
+        NotAdmitted,
     ),
     "seed address of another": (
         lambda world: world.admit_request(SEED, seed_addresses=[address_of(ANNA)]),
@@ -138,6 +138,17 @@ def test_a_bad_request_for_admission_is_refused_and_nothing_of_it_kept(store: St
         membership.admit(world.run, store, make(world), NOW_UNIX_MS)
     assert store.newest_peers(10) == []
     assert store.seed_addresses(16) == []
+
+
+def test_a_listed_peer_is_a_further_seed_peer_whatever_the_rule_of_admission(store: Store) -> None:
+    """It is admitted and may tell where it is; another's addresses it may not tell."""
+    world, own = World(admission=WITH_TOKEN), address_of(STRANGER)
+    request = world.admit_request(STRANGER, seed_addresses=[own])
+    membership.admit(world.run, store, request, NOW_UNIX_MS, seeds=(STRANGER.public_key,))
+    assert store.seed_addresses(16) == [own]
+    report = world.report_request(STRANGER, seed_addresses=[address_of(SEED)])
+    with pytest.raises(ProtocolError):
+        membership.report(world.run, store, report, NOW_UNIX_MS, seeds=(STRANGER.public_key,))
 
 
 def test_a_seed_peers_addresses_are_told_to_others(store: Store) -> None:
@@ -207,7 +218,7 @@ def test_a_report_with_an_unbelievable_value_is_refused(store: Store, case: str)
     run = world.run
     membership.admit(run, store, world.admit_request(STRANGER), NOW_UNIX_MS)
     before = store.peer(STRANGER.public_key)
-    with pytest.raises(ProtocolError):
+    with pytest.raises((ProtocolError, NotAdmitted)):
         membership.report(run, store, world.report_request(STRANGER, **BAD_VALUES[case]), NOW_UNIX_MS)
     assert store.peer(STRANGER.public_key) == before
     assert store.losses(0, 100) == {}

@@ -162,9 +162,14 @@ class Transport(MemoryTransport):
     async def watch(self) -> None:
         await asyncio.Event().wait()
 
+    def learn_seeds(self, addresses: tuple[str, ...]) -> None:
+        assert addresses == Coordinator.seed_addresses
+
 
 class Coordinator:
     """Takes every report, and publishes nothing."""
+
+    seed_addresses = ("/ip4/127.0.0.1/tcp/7",)
 
     async def report(self, report: ReportPayload) -> tuple[int, ...]:
         return (0,)
