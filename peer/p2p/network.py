@@ -29,7 +29,6 @@ from swarm.errors import (
     ConfigError,
     DeadlineExceeded,
     NetworkError,
-    NotFound,
     ProtocolError,
     SwarmError,
     Unreachable,
@@ -303,16 +302,10 @@ class Network:
         self, peer: bytes, method: str, timeout_s: float
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         dial_s = min(timeout_s, _DIAL_S)
-        try:
-            return await self._control.open_stream(peer, self._protocol(method), dial_s)
-        except NotFound:
-            raise
-        except Unreachable:
-            # libp2p forgets the way through a relay a while after the connection ended.
-            if peer not in self._hints:
-                raise
+        if peer in self._hints:
+            # libp2p forgets the way through a relay, and knows nothing of another; does nothing while connected.
             await self.connect(peer, self._hints[peer], timeout_s=dial_s)
-            return await self._control.open_stream(peer, self._protocol(method), dial_s)
+        return await self._control.open_stream(peer, self._protocol(method), dial_s)
 
     def _remember(self, peer: bytes, addresses: tuple[str, ...]) -> None:
         self._hints[peer] = addresses

@@ -74,7 +74,8 @@ class Member:
     def __init__(self, parts: MemberParts) -> None:
         self.parts = parts
         self.statuses: dict[bytes, Status] = {}
-        self._connected: set[bytes] = set()
+        self._connected: dict[bytes, tuple[str, ...]] = {}
+        """the relays named by whom nobody can dial: other relays are another way to it"""
         self._apart: set[bytes] = set()
         """peers further on whose commits did not follow ours"""
         self._jobs: dict[str, asyncio.Task[None]] = {}
@@ -170,8 +171,9 @@ class Member:
             self._jobs[name] = asyncio.create_task(job())
 
     async def _connect_to_new(self) -> None:
-        new = {peer: s for peer, s in self.statuses.items() if peer not in self._connected}
-        self._connected &= set(self.statuses)
+        ways = {peer: tuple(s.addresses) if is_relayed(s.addresses) else () for peer, s in self.statuses.items()}
+        new = {peer: s for peer, s in self.statuses.items() if self._connected.get(peer) != ways[peer]}
+        self._connected = {peer: way for peer, way in self._connected.items() if peer in ways}
 
         dials = asyncio.Semaphore(MAX_DIALS)
 
@@ -181,7 +183,7 @@ class Member:
             try:
                 async with dials:
                     await self.parts.transport.connect(peer, addresses, timeout_s=CONNECT_TIMEOUT_S)
-                self._connected.add(peer)
+                self._connected[peer] = ways[peer]
                 self.parts.exchange.behind.set()
             except SwarmError as error:
                 log.debug("no connection yet: %s", error)
