@@ -26,6 +26,8 @@ _LOOKUP_NODES = 8
 _TIMEOUT_S = 10.0
 # An unanswered request of the DHT is given up after this long.
 _ANSWER_S = 3.0
+# A seed peer that starts itself is busy for longer than that.
+_MEET_ATTEMPTS = 3
 
 
 class Dht:
@@ -63,15 +65,17 @@ class Dht:
 
     async def _meet(self, seeds: list[Any]) -> None:
         """Make ourselves known to a seed peer (which dials us back and compares clocks) and to our neighbours."""
-        pings = (self.node.protocol.call_ping(seed, validate=True) for seed in seeds)
-        answers = await asyncio.gather(*pings, return_exceptions=True)
-        refusals = [answer for answer in answers if isinstance(answer, BaseException)]
-        if all(answer is None or isinstance(answer, BaseException) for answer in answers):
+        for _ in range(_MEET_ATTEMPTS):
+            pings = (self.node.protocol.call_ping(seed, validate=True) for seed in seeds)
+            answers = await asyncio.gather(*pings, return_exceptions=True)
+            refusals = [answer for answer in answers if isinstance(answer, BaseException)]
+            if any(answer is not None and not isinstance(answer, BaseException) for answer in answers):
+                await self.node.find_nearest_nodes([self.node.node_id])
+                return
             if refusals:
                 advice = "check this machine's clock and firewall"
                 raise NetworkError(f"a seed peer refuses us: {refusals[0]}", advice) from refusals[0]
-            raise Unreachable("no seed peer answers", "check the network, then try again")
-        await self.node.find_nearest_nodes([self.node.node_id])
+        raise Unreachable("no seed peer answers", "check the network, then try again")
 
     def knows_node(self, peer_id: Any) -> bool:
         return peer_id in self.node.protocol.routing_table

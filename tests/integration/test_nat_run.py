@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from peer.home import Home
 from scripts.netlab.lab import Lab, Link, why_no_nat
+from swarm import keyfiles
 from tests.integration.processes import Program, end_all, environment, swarm, swarm_json, wait_for
 from tests.integration.test_swarm_processes import LIMITS, PACKAGES, ROUNDS_S, START_S, write_run_file
 
@@ -21,10 +23,10 @@ pytestmark = [
 
 ORGANIZER, CONE, SYMMETRIC, PUBLIC, SECOND_SEED = range(5)
 LINKS = [Link(), Link(nat="cone"), Link(nat="symmetric"), Link(), Link()]
-SEED_PORT, LEASE_S = 7001, 13
+SEED_PORT = 7001
 CHANGES = {
     "total_tokens": 10**8,
-    "rounds": {"tokens_per_round": 4096, "lease_s": LEASE_S},
+    "rounds": {"tokens_per_round": 4096, "takeover_timeout_s": 3, "lease_s": 11},
     "admission": {"mode": "open"},
 }
 
@@ -91,12 +93,12 @@ def test_a_run_over_routers_outlives_its_first_seed_peer(tmp_path: Path) -> None
     with running(tmp_path) as run:
         run.start_coordinator()
         first = run.start_seed("seed", ORGANIZER, run.file.parent / "state" / "seed", "--data", run.data)
-        refused = run.start_seed("second", SECOND_SEED, tmp_path / "home" / "second")
-        assert refused.wait_exit(START_S) == 77
-        peer_id = refused.errors.rpartition("--add ")[2].split()[0]
-        env = environment(tmp_path)
-        assert swarm_json("seeds", run.file, "--add", peer_id, env=env)["seed_peers"] == [peer_id]
-        second = run.start_seed("second-again", SECOND_SEED, tmp_path / "home" / "second")
+        first.wait_news("ready", START_S)
+        home = Home(tmp_path / "home" / "second")
+        peer_id = keyfiles.load_or_create(home.key_path).peer_id
+        listed = swarm_json("seeds", run.file, "--add", peer_id, env=environment(tmp_path))
+        assert listed["seed_peers"] == [peer_id]
+        second = run.start_seed("second", SECOND_SEED, home.folder)
         listen = ("--listen", "0.0.0.0:7002")
         volunteers = [run.join("cone", CONE, *listen), run.join("symmetric", SYMMETRIC)]
         volunteers.append(run.join("public", PUBLIC, *listen))
