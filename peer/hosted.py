@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from peer.joining import Joined, ShardStart
+from peer.joining import Joined
 from peer.rounds.answering import answer_peers
 from peer.rounds.exchange import Exchange
 from peer.rounds.exchange_parts import Committed, ExchangeParts
@@ -19,6 +19,7 @@ from peer.rounds.ledger import Ledger
 from peer.rounds.member import Member, MemberParts, Words
 from peer.rounds.mending import Incident
 from peer.rounds.pace import Pace
+from peer.starting import ShardStart
 from peer.surroundings import Surroundings, SurroundingsParts
 from peer.training.feeding import ShardTraining, Training
 from peer.training.layout import slices_of

@@ -1,7 +1,7 @@
-"""Joining a run: from an invite to everything that a peer needs before it takes part.
+"""Joining a run: from an invite to everything that a peer needs before it asks for states.
 
-Order matters: the pin and the signed rules first, then what fits into this machine, then the network, then admission,
-then a state that the log proves.
+Order matters: the pin and the signed rules first, then what fits into this machine, then the network, then admission.
+Leaves the state to begin from to `peer.starting`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import gc
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,40 +20,31 @@ import numpy as np
 
 from peer import placing, token_mirror
 from peer.checkpoints.checkpoint import CheckpointParts
-from peer.checkpoints.gathering import Gathering
-from peer.checkpoints.publishing import StateCopy, Template
+from peer.checkpoints.publishing import Template
 from peer.coordinator_client import CoordinatorClient, RunInfo
 from peer.home import Home
 from peer.p2p.chunk_store import ChunkStore, token_shard_source
 from peer.p2p.fetch import HolderBook
 from peer.p2p.lasting_transport import LastingTransport
 from peer.p2p.network import Network, NetworkConfig, open_network
-from peer.p2p.reachability import seeds_of
 from peer.p2p.spill import Spill
 from peer.rounds.archive import keep_genesis
-from peer.rounds.catch_up import Newcomer, obtain_state
 from peer.rounds.ledger import Ledger, LedgerOptions
-from peer.rounds.resume import resume
-from peer.rounds.shard import Shard
 from peer.rounds.statuses import StatusRules, check_admission, read_statuses, status_key
 from peer.training.hosting import Hosting, choose_hosting
 from peer.training.trainer import Limits
 from swarm import data_manifest, log, schedule
 from swarm.data_manifest import DataManifest
-from swarm.errors import NetworkError, NotFound, Unreachable
+from swarm.errors import NetworkError, Unreachable
 from swarm.identity import Identity, read_signed
 from swarm.invite import Invite
-from swarm.log import LogHead
 from swarm.proto.common_pb2 import Signed
 
 STATUS_LIFETIME_INTERVALS = 6
 MIN_STATUS_LIFETIME_S = 10.0
-STATE_ATTEMPTS = 20
 SEED_WAIT_ATTEMPTS = 40
 MAX_TOLD_ADDRESSES = 8
 RETRY_S = 1.5
-MEET_TIMEOUT_S = 5.0
-MAX_HOLDERS_MET = 8
 USUAL_UPLOAD_BPS = 20_000_000
 DEFAULT_DISK_BYTES = 50 << 30
 KEPT_BY_VOLUNTEER, KEPT_BY_SEED = 1, 100
@@ -313,89 +304,3 @@ async def _open_transport(
         return await open_network(replace(config, initial_peers=others), identity)
 
     return LastingTransport(await reopen(run.seed_addresses), reopen, run.seed_addresses)
-
-
-async def find_holders(joined: Joined, shard: int = 0) -> list[bytes]:
-    """Peers that may hold what we need: seed peers first, then whoever tells a status of the shard."""
-    own, seeds = joined.identity.public_key, seeds_of(joined.transport.seeds)
-    met = await _meet(joined, {seed: addresses for seed, addresses in seeds.items() if seed != own})
-    try:
-        values = await joined.transport.lookup(status_key(shard))
-    except NetworkError:
-        values = {}
-    others = read_statuses(values, joined.status_rules, joined.clock())
-    # Of those behind a router only they themselves say the way.
-    told = {peer: status.addresses for peer, status in others.items() if peer != own and peer not in seeds}
-    await _meet(joined, dict(list(told.items())[:MAX_HOLDERS_MET]))
-    return list(dict.fromkeys([*met, *told]))
-
-
-async def _meet(joined: Joined, peers: Mapping[bytes, Sequence[str]]) -> list[bytes]:
-    """Those of ``peers`` with which there is a connection now."""
-
-    dials = (joined.transport.connect(peer, tuple(way), timeout_s=MEET_TIMEOUT_S) for peer, way in peers.items())
-    outcomes = await asyncio.gather(*dials, return_exceptions=True)
-    return [peer for peer, outcome in zip(peers, outcomes, strict=True) if outcome is None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardStart:
-    """Where a peer takes part in the rounds of one shard from."""
-
-    head: LogHead
-    shard: Shard
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """Where a peer takes part from, in every shard.
-
-    ``due``: checkpoints on the way there, that a crash may have prevented; those that other shards have yet to reach
-    are in ``gathering``, which is None where a part of the model is hosted: no checkpoint can be made there.
-    """
-
-    shards: tuple[ShardStart, ...]
-    due: tuple[StateCopy, ...]
-    gathering: Gathering | None
-
-
-async def find_start(joined: Joined) -> Start:
-    """States, the rounds after them that this disk has, what this peer owed. Raises what the last attempt raised."""
-    found = [await _starting_state(joined, ledger) for ledger in joined.ledgers]
-    sizes, due = [shard.num_values for _, shard in found], list[StateCopy]()
-    is_whole = len(found) == joined.run.spec.num_shards
-    gathering = Gathering(joined.folder, sizes, archive=not joined.options.trains) if is_whole else None
-
-    def look(head: LogHead, shard: Shard) -> None:
-        if gathering is not None and joined.is_checkpoint_round(head.round):
-            copy = gathering.add(head, shard)
-            due.extend([copy] if copy is not None else [])
-
-    starts = []
-    for ledger, (head, shard) in zip(joined.ledgers, found, strict=True):
-        head = await asyncio.to_thread(resume, ledger, head, shard, joined.identity.public_key, look)
-        starts.append(ShardStart(head=head, shard=shard))
-    return Start(shards=tuple(starts), due=tuple(due), gathering=gathering)
-
-
-async def _starting_state(joined: Joined, ledger: Ledger) -> tuple[LogHead, Shard]:
-    """Asks again while nobody offers one."""
-    number = ledger.head.shard
-    genesis = joined.run.genesis.shards[number]
-    newcomer = Newcomer(
-        transport=joined.transport,
-        ledger=ledger,
-        chunks=joined.chunks,
-        spec=joined.run.spec,
-        shard=number,
-        genesis_digest=genesis.state_digest,
-        num_values=genesis.num_values,
-        book=joined.book,
-    )
-    for _ in range(STATE_ATTEMPTS - 1):
-        try:
-            return await obtain_state(newcomer, await find_holders(joined, number))
-        except NotFound as error:
-            logger.info("no state yet: %s", error)
-            await asyncio.sleep(RETRY_S)
-    return await obtain_state(newcomer, await find_holders(joined, number))

@@ -21,9 +21,6 @@ from peer.joining import (
     Entry,
     Joined,
     PeerOptions,
-    Start,
-    find_holders,
-    find_start,
     join,
     measure,
     meet_coordinator,
@@ -37,6 +34,7 @@ from peer.rounds.exchange_parts import Committed, tell_verdicts
 from peer.rounds.member import Words
 from peer.rounds.mending import Incident
 from peer.spanning import span_trainer
+from peer.starting import Start, find_holders, find_start
 from peer.states import States
 from peer.token_mirror import TokenMirror
 from peer.training import device

@@ -16,10 +16,11 @@ from peer.checkpoints.attesting import Attester
 from peer.checkpoints.gathering import Gathering
 from peer.checkpoints.publishing import CheckpointMaker, StateCopy
 from peer.hosted import HostedShards
-from peer.joining import Joined, Start, checkpoint_template
+from peer.joining import Joined, checkpoint_template
 from peer.reporting import Reporter
 from peer.rounds.exchange import Exchange
 from peer.rounds.planning import evaluator
+from peer.starting import Start
 from peer.training.feeding import Training
 from swarm import schedule
 from swarm.errors import SwarmError

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peer import joining
+from peer import joining, starting
 from peer.rounds import resume
 from peer.rounds.blocks import Blocks
 from peer.rounds.ledger import Ledger
@@ -165,14 +165,14 @@ def test_checkpoints_of_rounds_on_the_disk_are_due_again(tmp_path: Path, monkeyp
     async def from_the_beginning(joined: Any, number: int) -> tuple[LogHead, Shard]:
         return genesis, make_shard()
 
-    monkeypatch.setattr(joining, "_starting_state", from_the_beginning)
+    monkeypatch.setattr(starting, "_starting_state", from_the_beginning)
     spec = SPEC.model_copy(update={"checkpoints": Checkpoints(every_rounds=2), "total_tokens": 1000})
     identity = SimpleNamespace(public_key=ME)
     options = SimpleNamespace(trains=False)
     run = SimpleNamespace(spec=spec)
     joined: Any = SimpleNamespace(run=run, ledgers=(ledger,), folder=tmp_path, identity=identity, options=options)
     joined.is_checkpoint_round = functools.partial(joining.Joined.is_checkpoint_round, joined)
-    start = asyncio.run(joining.find_start(joined))
+    start = asyncio.run(starting.find_start(joined))
     assert start.shards[0].head == ledger.head and start.shards[0].shard.state_digest == shard.state_digest
     assert [(copy.round, copy.states[0].state_digest) for copy in start.due] == [
         (2, digests[2]),

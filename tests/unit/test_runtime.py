@@ -18,7 +18,7 @@ from peer.checkpoints.gathering import Gathering
 from peer.checkpoints.publishing import StateCopy
 from peer.coordinator_client import RunInfo
 from peer.home import Home, locked_identity
-from peer.joining import Joined, Papers, PeerOptions, ShardStart, Start
+from peer.joining import Joined, Papers, PeerOptions
 from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.fetch import HolderBook
 from peer.rounds.exchange import ROUND_METHOD
@@ -26,6 +26,7 @@ from peer.rounds.exchange_parts import Committed
 from peer.rounds.ledger import Ledger, LedgerOptions
 from peer.rounds.shard import Shard
 from peer.runtime import MAX_DIVERGENCES, News, Peer, run_peer
+from peer.starting import ShardStart, Start
 from peer.training import device, model
 from peer.training.cut import cut
 from swarm.digest import sha256
