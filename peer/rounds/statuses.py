@@ -24,6 +24,7 @@ ADMISSION_CONTEXT = "admission"
 MAX_STATUSES = 4096
 MAX_ADDRESSES = 8
 MAX_ADDRESS_CHARACTERS = 256
+MAX_TOKENS_PER_S = 1e12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,8 @@ def read_status(raw: bytes, peer: bytes, rules: StatusRules, now_unix_s: float) 
         raise ProtocolError("a status without a round or a state")
     if len(status.addresses) > MAX_ADDRESSES or any(len(a) > MAX_ADDRESS_CHARACTERS for a in status.addresses):
         raise ProtocolError("a status with too many or too long addresses")
+    if not all(0 <= rate <= MAX_TOKENS_PER_S for rate in (status.tokens_per_s, status.service_tokens_per_s)):
+        raise ProtocolError("a status with a speed that no peer has")  # no comparison holds for NaN
     if peer not in rules.founders:
         check_admission(status.admission, peer, rules, now_unix_s)
     return status

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from peer.rounds.statuses import (
@@ -65,6 +67,11 @@ def test_a_founder_needs_no_admission() -> None:
         ("a digest cut short", sign_status(PEER, RUN_ID, status(state_digest=b"s"))),
         ("too many addresses", sign_status(PEER, RUN_ID, status(addresses=["/a"] * 9))),
         ("an address too long", sign_status(PEER, RUN_ID, status(addresses=["/" + "a" * 256]))),
+        *(
+            (f"{name} {rate}", sign_status(PEER, RUN_ID, status(**{name: rate})))
+            for name in ("tokens_per_s", "service_tokens_per_s")
+            for rate in (math.nan, math.inf, -1.0, 1e300)
+        ),
         ("no admission", sign_status(PEER, RUN_ID, status(admission=None))),
         ("an admission that the peer made itself", sign_status(PEER, RUN_ID, status(admission=admission(PEER)))),
         (
