@@ -15,7 +15,7 @@ import simulate_swarm
 import simulate_validation
 from simulate_hops import Line, Outcome, Route, Station, simulate
 from simulate_rounds import Member, Round, round_seconds
-from simulate_swarm import MAX_MEMBERS, Place, day, found
+from simulate_swarm import Place, day, found
 from simulate_volunteers import CARDS, Study
 
 from swarm import pipeline_plan
@@ -121,14 +121,15 @@ def test_volunteers_settle_evenly_where_they_fit() -> None:
     assert min(counts) > 0.3 * sum(counts) and None in hosted
 
 
-def test_no_more_replicas_count_than_a_round_has_members() -> None:
+def test_no_more_replicas_count_than_a_round_has_members(monkeypatch: pytest.MonkeyPatch) -> None:
     """A swarm ten times as large commits no more once every shard has its members, and that is called the bound."""
+    monkeypatch.setattr(simulate_swarm, "MAX_MEMBERS", 8)
     study = small_study(**{card.name: (1, 4) for card in CARDS})
     places = [Place(card=CARDS[0], hosted=Hosted(first=shard, last=shard + 1), in_flight=4) for shard in (0, 1)]
-    swarm = simulate_swarm._Swarm(study, [places[index % 2] for index in range(1000)], 0)
+    swarm = simulate_swarm._Swarm(study, [places[index % 2] for index in range(100)], 0)
     members = swarm._members([volunteer for volunteer in swarm._volunteers if volunteer.ready])
-    assert len(members) == 2 * MAX_MEMBERS
-    assert day(study, places, 1000, 1.0, 0).bound_by in ("members of a round", "hop wire")
+    assert len(members) == 2 * 8
+    assert day(study, places, 100, 1.0, 0).bound_by in ("members of a round", "hop wire")
 
 
 def test_losses_only_take_away_and_who_leaves_is_replaced() -> None:
