@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from churn_swarm import START_S, Life, Swarm
 from pipeline_ours import ANSWERED, READ
 from pipeline_task import Task, remove_quotas
+from quality_setting import read_text
 from report import print_result
 
 from scripts.netlab.lab import Lab, Link, why_not
@@ -54,7 +55,7 @@ class Plan:
 
 
 PLAN = Plan(warm_up_s=20.0, quiet_s=60.0, arms=((60.0, 300.0), (20.0, 240.0)))
-QUICK_PLAN = Plan(warm_up_s=4.0, quiet_s=5.0, arms=((5.0, 12.0),))
+QUICK_PLAN = Plan(warm_up_s=4.0, quiet_s=5.0, arms=((3.0, 12.0),))
 
 
 def kill_times(mtbf_s: float, seconds: float, peers: int, seed: int) -> list[tuple[float, int]]:
@@ -120,6 +121,7 @@ def main() -> None:
     reason = why_not()
     if reason is not None:
         raise SystemExit(f"no laboratory: {reason}")
+    read_text()  # once: peers are forked, and a volunteer who comes back does not read all data again
     task, plan = (SHORT, QUICK_PLAN) if options.quick else (FULL, PLAN)
     with tempfile.TemporaryDirectory() as folder, Lab([Link()] * (SHARDS * REPLICAS)) as lab:
         swarm = Swarm(SHARDS * REPLICAS, task, lab, Path(folder))
