@@ -21,8 +21,9 @@ MAX_BUSY_S = 2.0
 LATE_DEVIATIONS = 4.0
 LATE_FACTOR = 2.0
 MIN_PATIENCE_S = 0.5
-# Of the time there is, for a replica of which nothing is known while there are others.
-UNKNOWN_SHARE = 0.5
+# Of the time there is, for a replica of which nothing is known while there are others. Shares multiply over the hops
+# of a pipeline: at a half the seventh hop had a hundredth of the time, and deep pipelines never began.
+UNKNOWN_SHARE = 0.9
 
 
 @dataclass(slots=True)

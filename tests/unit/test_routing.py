@@ -105,6 +105,15 @@ def test_an_answer_is_waited_for_as_long_as_is_usual(
     assert routes_of(**expected).patience_s(A, left_s, 0.0) == pytest.approx(wanted_s, rel=0.01)
 
 
+def test_eight_hops_among_strangers_leave_the_last_one_a_third_of_the_time() -> None:
+    left_s = 900.0
+    for _ in range(8):
+        routes = Routes()
+        routes.know([A, B])
+        left_s = routes.patience_s(A, left_s, 0.0)
+    assert left_s > 300
+
+
 def test_all_the_time_is_for_one_whose_replacements_are_avoided_for_longer() -> None:
     routes = routes_of(a=1.0, b=1.0)
     for _ in range(6):
