@@ -23,7 +23,7 @@ MAX_DRAIN_S = 30.0
 
 def span_trainer(joined: Joined, hosted: HostedShards) -> Build[HostedReplica]:
     """Makes the trainer of a replica that holds the shards of ``hosted``."""
-    from peer.pipeline.messages import HopRules
+    from peer.pipeline.messages import HopRules, time_for
     from peer.pipeline.trainer import SpanParts, SpanTrainer
 
     spec, hosting = joined.run.spec, joined.hosting
@@ -50,6 +50,7 @@ def span_trainer(joined: Joined, hosted: HostedShards) -> Build[HostedReplica]:
         hosts=hosted.surroundings.hosts,
         is_admitted=hosted.surroundings.is_admitted,
         later=later,
+        timeout_s=time_for(spec.num_shards - hosting.span.first),
         # A snapshot that comes later is of no use to its round.
         drain_s=min(MAX_DRAIN_S, spec.rounds.reduce_timeout_s / 2),
     )

@@ -29,6 +29,12 @@ TOKEN_BYTES = 4
 # What a message is beside hidden states and tokens.
 OVERHEAD_BYTES = 256
 MAX_TIME_LEFT_S = 900.0
+SHARD_TIME_S = 120.0
+
+
+def time_for(num_shards: int) -> float:
+    """Seconds for a microbatch through so many shards and back; after it, the source asks again."""
+    return min(MAX_TIME_LEFT_S, SHARD_TIME_S * num_shards)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

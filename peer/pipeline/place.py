@@ -17,7 +17,7 @@ from typing import Any
 from peer.p2p.transport import Transport
 from peer.pipeline.gate import Gate
 from peer.pipeline.hop import Hop, HopParts
-from peer.pipeline.messages import ID_BYTES, Answer, HopRules
+from peer.pipeline.messages import ID_BYTES, SHARD_TIME_S, Answer, HopRules
 from peer.pipeline.onward import Hosts, Onward, OnwardParts
 from peer.pipeline.serving import Serving, ServingParts
 from peer.pipeline.slot import Slot
@@ -51,7 +51,7 @@ class PlaceParts:
     on_step: Callable[[Stepped], None] = lambda stepped: None
     """called in the computing thread: be quick, and never block"""
     on_answer: Callable[[Tokens, Answer], None] = lambda tokens, answer: None
-    timeout_s: float = 120.0
+    timeout_s: float = SHARD_TIME_S
     drain_s: float = 30.0
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from peer.pipeline.hop import Hop
-from peer.pipeline.messages import Answer, Entering
+from peer.pipeline.messages import SHARD_TIME_S, Answer, Entering
 from peer.training.microbatches import Tokens
 from swarm.errors import Busy, NetworkError, SwarmError
 
@@ -31,7 +31,7 @@ class SourceParts:
     """how many were read before -> tokens [B, L+1]; None: there are none now"""
     new_id: Callable[[], bytes]
     max_in_flight: int
-    timeout_s: float = 120.0
+    timeout_s: float = SHARD_TIME_S
     """for one microbatch there and back; after it, it is asked for again"""
     on_answer: Callable[[Tokens, Answer], None] = lambda tokens, answer: None
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from peer.p2p.transport import Transport
-from peer.pipeline.messages import Answer, HopRules
+from peer.pipeline.messages import SHARD_TIME_S, Answer, HopRules
 from peer.pipeline.onward import Hosts
 from peer.pipeline.place import Place, PlaceParts
 from peer.pipeline.steps import Stepped
@@ -50,6 +50,8 @@ class SpanParts:
     is_admitted: Callable[[bytes], bool]
     later: Mapping[int, slice] = field(default_factory=dict)
     """shards of the span after its first, each with the replica's values from there on: entrances, too"""
+    timeout_s: float = SHARD_TIME_S
+    """for a microbatch that begins here, there and back"""
     drain_s: float = 30.0
 
 
@@ -79,6 +81,7 @@ class SpanTrainer(BetweenSteps):
                 on_step=self._stepped,
                 on_answer=self._answered,
                 limits=limits,
+                timeout_s=span.timeout_s,
                 drain_s=span.drain_s,
             )
         )

@@ -106,6 +106,7 @@ class Route:
     delay_s: float
     step_microbatches: int
     timeout_s: float
+    drain_s: float
 
 
 class _Replica:
@@ -232,7 +233,7 @@ class World:
         steps = Steps(replica, lambda: 1e-3, self.route.step_microbatches)
         gate = Gate(step_microbatches=self.route.step_microbatches, max_in_flight=station.in_flight)
         onward = None if station.next_shard is None else self._onward(wire, station.next_shard, hosts)
-        hop = Hop(HopParts(steps=steps, gate=gate, slot=slot, onward=onward, drain_s=self.route.timeout_s))
+        hop = Hop(HopParts(steps=steps, gate=gate, slot=slot, onward=onward, drain_s=self.route.drain_s))
         self._jobs.append(asyncio.ensure_future(hop.run()))
         if station.shard > 0:
             serving = ServingParts(

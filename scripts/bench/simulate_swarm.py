@@ -20,6 +20,8 @@ from simulate_hops import Route, Station, simulate
 from simulate_rounds import Member, Round, round_seconds
 from simulate_volunteers import HOMES, HOP_CODEC, SESSION_S, SUSTAINED, Card, Home, Study, draw_card, draw_home
 
+from peer.pipeline.messages import time_for
+from peer.spanning import MAX_DRAIN_S
 from swarm import pipeline_plan
 from swarm.placement import Host, Hosted, choose, throughput
 
@@ -31,8 +33,7 @@ SERVING_SHARE = 0.5
 # Slower homes send a thinner rung of the ladder: equal time.
 LEAST_UPLINK_BPS = 20e6
 DELAY_S = 0.03
-# Four times what the program allows: the largest models' microbatches are under way for longer.
-TIMEOUT_S = 3600.0
+# More than a run has by default: fewer drains (`pipeline.step_microbatches`).
 STEP_MICROBATCHES = 64
 SETTLE_S, DAY_S, SAMPLE_S = 8 * 3600.0, 24 * 3600.0, 1800.0
 CANDIDATES = 2
@@ -150,7 +151,8 @@ def efficiency(study: Study, places: list[Place], seed: int, seconds: float) -> 
         back_bytes=num_bytes,
         delay_s=DELAY_S,
         step_microbatches=STEP_MICROBATCHES,
-        timeout_s=TIMEOUT_S,
+        timeout_s=time_for(len(study.shards)),
+        drain_s=MAX_DRAIN_S,
     )
     came = simulate(stations, route, warm_up_s=seconds, measured_s=seconds, seed=seed)
     return min(1.0, came.tokens_per_s / promised)

@@ -101,6 +101,7 @@ def pipeline_tokens_per_s(settings: dict[str, Any], peers: int, link: str, whole
         delay_s=delay_s,
         step_microbatches=task.step_microbatches,
         timeout_s=task.timeout_s,
+        drain_s=30.0,
     )
     return simulate(stations, route, warm_up_s=60.0, measured_s=600.0).tokens_per_s
 

@@ -17,6 +17,7 @@ from peer.pipeline.messages import (
     HopRules,
     read_reply,
     read_request,
+    time_for,
     with_time,
     write_reply,
     write_request,
@@ -124,3 +125,7 @@ def test_an_answer_that_is_none_is_refused(name: str, data: bytes, reason: str) 
 def test_bytes_that_are_no_message_are_refused() -> None:
     with pytest.raises(ProtocolError, match="cannot be read"):
         read_request(b"\xff" * 40, (SHARD,), RULES)
+
+
+def test_deeper_pipelines_have_more_time_up_to_what_a_call_can_have() -> None:
+    assert [time_for(shards) for shards in (1, 2, 7, 80)] == [120.0, 240.0, 840.0, MAX_TIME_LEFT_S]

@@ -23,7 +23,9 @@ from swarm.memory_plan import Activations, ModelNumbers, Working
 from swarm.placement import Hosted
 from swarm.sharding import from_sizes
 
-ROUTE = Route(tokens=100, onward_bytes=1e5, back_bytes=1e5, delay_s=0.0, step_microbatches=64, timeout_s=600.0)
+ROUTE = Route(
+    tokens=100, onward_bytes=1e5, back_bytes=1e5, delay_s=0.0, step_microbatches=64, timeout_s=600.0, drain_s=600.0
+)
 
 
 def stations(number: int, up_bps: float | None = None, in_flight: int = 8) -> list[Station]:
