@@ -2,7 +2,8 @@
 
 Pure. Decides that at most ``max_in_flight`` microbatches hold activations, that no more are admitted than the inner
 step still wants (those that failed make room for others), and that none is while weights change: who comes then is told
-*busy*. Leaves waiting to `peer.pipeline.hop`, and what has counted (``gathered``) to `peer.pipeline.steps`.
+*busy*. At the last place, what is read here takes turns with what others send. Leaves waiting to `peer.pipeline.hop`,
+and what has counted (``gathered``) to `peer.pipeline.steps`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ class Gate:
     is_changing: bool = False
     """the weights are about to change, or change"""
     is_paused: bool = False
+    owes_turn: bool = False
+    """somebody else was told *busy* since one of our own was admitted, and nobody else's has been admitted since"""
 
     def __post_init__(self) -> None:
         if self.step_microbatches < 1 or self.max_in_flight < 1:
@@ -43,11 +46,18 @@ class Gate:
         """The inner step may be made."""
         return gathered >= self.step_microbatches
 
-    def enter(self, gathered: int) -> None:
-        """One more microbatch. Raises `Busy`."""
+    @property
+    def yields(self) -> bool:
+        """One of our own would take the last place, which is somebody else's turn."""
+        return self.owes_turn and self.in_flight + 1 >= min(self.max_in_flight, self.step_microbatches)
+
+    def enter(self, gathered: int, *, is_own: bool = False) -> None:
+        """One more microbatch; ``is_own``: of data that was read here. Raises `Busy`."""
         refusal = self.refusal(gathered)
         if refusal:
+            self.owes_turn |= not is_own and not self.is_paused
             raise Busy(f"busy: {refusal}")
+        self.owes_turn = False
         self.in_flight += 1
 
     def leave(self) -> None:

@@ -10,6 +10,7 @@ the whole model is a hop without a way onward. Leaves what counts to `peer.pipel
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -59,19 +60,33 @@ class Hop:
         self._commands: list[_Command] = []
         self._is_paused = False
 
-    def admit(self) -> None:
+    def admit(self, *, is_own: bool = False) -> None:
         """Make room for one microbatch: `train` or `give_up` must follow. Raises `Busy`."""
-        self.parts.gate.enter(self.parts.steps.num_gathered)
+        was_owed = self.parts.gate.owes_turn
+        self.parts.gate.enter(self.parts.steps.num_gathered, is_own=is_own)
+        if was_owed:
+            self._changed.set()  # whoever left the place to others need not wait longer
 
     def give_up(self) -> None:
         """Nothing came of an admission."""
         self.parts.gate.leave()
         self._changed.set()
 
-    async def room(self) -> None:
-        """Return once a microbatch would be admitted: for whoever reads the data."""
-        while self.parts.gate.refusal(self.parts.steps.num_gathered):
-            await self._change()
+    async def room(self, yield_s: float = 0.0) -> None:
+        """Return once a microbatch would be admitted: for whoever reads the data.
+
+        A last place that others were told busy for is left to them for ``yield_s``: who reads here is always quicker
+        than who comes over the network.
+        """
+        clock, gate, ends_s = asyncio.get_running_loop().time, self.parts.gate, math.inf
+        while True:
+            if gate.refusal(self.parts.steps.num_gathered):
+                await self._change()
+            elif not gate.yields or clock() >= ends_s:
+                return
+            else:
+                ends_s = min(ends_s, clock() + yield_s)
+                await self._change(ends_s - clock())
 
     async def train(self, entering: Entering) -> Answer:
         """An admitted microbatch, there and back. Raises what keeps it from being trained on, a `SwarmError`."""

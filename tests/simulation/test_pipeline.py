@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Coroutine
 from typing import Any
 
+import numpy as np
 import pytest
 
-from peer.pipeline.messages import TRAIN_METHOD
+from peer.pipeline.messages import TRAIN_METHOD, Entering
 from peer.training.microbatches import Trained
-from swarm.errors import NetworkError, NotAdmitted, ProtocolError
+from swarm.errors import Busy, NetworkError, NotAdmitted, ProtocolError
 from swarm.identity import Identity
 from tests.simulation.pipeline_in_memory import FakeReplica, PeerOptions, SimulatedPeer, SimulatedPipeline
 from tests.simulation.virtual_time import run
@@ -329,6 +331,31 @@ def test_what_its_caller_gave_up_on_is_not_carried_out_later() -> None:
         await pipeline.until(4)
         await pipeline.finish_steps()
         assert_accounts_add_up(pipeline)
+
+    live(main())
+
+
+@pytest.mark.parametrize(("step", "in_flight"), [(4, 1), (1, 8)])
+def test_a_whole_model_with_room_for_one_takes_turns_with_microbatches_of_others(step: int, in_flight: int) -> None:
+    """Whoever came once and does not come again costs one wait, no longer than a microbatch."""
+
+    async def main() -> None:
+        pipeline, clock = SimulatedPipeline(1), asyncio.get_running_loop().time
+        peer = await pipeline.add(0, PeerOptions(step_microbatches=step, max_in_flight=in_flight))
+        pipeline.limit, others, began_s = 1000, 0, clock()
+        await pipeline.until(100)
+        alone_s, before = clock() - began_s, len(pipeline.answers)
+        while others < 50:
+            await asyncio.sleep(pipeline.random.uniform(0.02, 0.05))
+            with contextlib.suppress(Busy):
+                peer.hop.admit()
+                others += 1
+                name = others.to_bytes(16, "big")
+                await peer.hop.train(Entering(microbatch_id=name, tokens=np.zeros((1, 3), int), time_left_s=60))
+        began_s, meanwhile = clock(), len(pipeline.answers) - before
+        assert 40 <= meanwhile <= 60
+        await pipeline.until(200 + meanwhile)
+        assert clock() - began_s < 1.05 * alone_s
 
     live(main())
 

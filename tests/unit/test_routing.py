@@ -159,6 +159,40 @@ def test_a_microbatch_is_admitted_where_there_is_room_for_it_and_its_step_wants_
             gate.enter(gathered)
 
 
+@pytest.mark.parametrize(("step", "in_flight"), [(1, 8), (8, 1)])
+def test_the_only_place_is_somebody_elses_after_they_were_told_busy_until_they_or_we_took_it(
+    step: int, in_flight: int
+) -> None:
+    gate = Gate(step_microbatches=step, max_in_flight=in_flight)
+    for is_own in (False, True):
+        gate.enter(0, is_own=True)
+        with pytest.raises(Busy):
+            gate.enter(0, is_own=True)
+        gate.leave()
+        assert not gate.yields, "nobody else came"
+        gate.enter(0, is_own=True)
+        with pytest.raises(Busy):
+            gate.enter(0)
+        gate.leave()
+        assert gate.yields and not gate.refusal(0)
+        gate.enter(0, is_own=is_own)
+        gate.leave()
+        assert not gate.yields
+
+
+def test_a_place_that_is_not_the_last_is_left_to_nobody_and_a_pause_owes_nothing() -> None:
+    gate = Gate(step_microbatches=8, max_in_flight=2, is_changing=True)
+    with pytest.raises(Busy):
+        gate.enter(0)
+    gate.is_changing = False
+    assert gate.owes_turn and not gate.yields
+    paused = Gate(step_microbatches=8, max_in_flight=1, is_paused=True)
+    with pytest.raises(Busy):
+        paused.enter(0)
+    paused.is_paused = False
+    assert not paused.yields
+
+
 @pytest.mark.parametrize(("step", "in_flight"), [(0, 1), (1, 0)])
 def test_a_gate_that_nothing_fits_through_is_refused(step: int, in_flight: int) -> None:
     with pytest.raises(ConfigError):
