@@ -16,7 +16,7 @@ from peer.rounds.catch_up import LOG_METHOD, STATE_METHOD
 from peer.rounds.exchange import ROUND_METHOD
 from peer.rounds.hearing import PING_METHOD
 from peer.rounds.member import Member
-from swarm.errors import ProtocolError
+from swarm.errors import NotFound, ProtocolError
 from swarm.proto.round_pb2 import LogRequest, PingRequest, RoundMessage, StateRequest
 
 
@@ -65,8 +65,8 @@ class Answers:
 
     def _of(self, request: _Request) -> Member:
         member = self._members.get(request.shard)
-        if member is None:
-            raise ProtocolError(f"this peer does not host shard {request.shard}")
+        if member is None:  # as where no peer runs: whoever moved to other shards is not waited for in this one
+            raise NotFound(f"this peer does not host shard {request.shard}")
         return member
 
 

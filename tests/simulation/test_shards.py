@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm.errors import NetworkError, ProtocolError
+from swarm.errors import NetworkError, NotFound, ProtocolError
 from swarm.log import tokens_by_peer
 from swarm.proto.round_pb2 import LogRequest, PingRequest, Record, RoundMessage, StateRequest
 from tests.simulation.swarm_in_memory import SimulatedSwarm
@@ -151,7 +151,7 @@ def test_a_call_about_a_shard_that_is_not_hosted_is_refused_by_name(tmp_path: Pa
         }
         seed, caller = swarm.peers["seed"], swarm.peers["v0"].transport
         for method, request in asks.items():
-            with pytest.raises(ProtocolError, match="does not host shard 2"):
+            with pytest.raises(NotFound, match="does not host shard 2"):
                 await caller.call(seed.key, method, request.SerializeToString(), timeout_s=5)
             with pytest.raises(ProtocolError, match="cannot be read"):
                 await caller.call(seed.key, method, b"\xff", timeout_s=5)
