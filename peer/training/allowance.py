@@ -21,5 +21,6 @@ class Allowance:
         return self._clock() >= self._free_at_s
 
     def spend(self, seconds: float) -> None:
-        """Tell that the work has just taken ``seconds``."""
-        self._free_at_s = self._clock() + seconds * (1 / self._share - 1)
+        """Tell that the work has just taken ``seconds``; what earlier work has yet to be made up for adds to it."""
+        made_up_from_s = max(self._clock(), self._free_at_s + seconds)
+        self._free_at_s = made_up_from_s + seconds * (1 / self._share - 1)
