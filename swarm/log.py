@@ -26,6 +26,7 @@ MAX_VOTERS = 7
 SMALL_SWARM = 5
 MAX_PARTS = 64
 MAX_MEMBERS = 64
+MAX_CODEC_BYTES = 16
 MAX_RECORD_BYTES = 512 * 1024
 MAX_VOTE_BYTES = 1024
 
@@ -105,6 +106,10 @@ def parse_record(raw: bytes, head: LogHead) -> Record:
         )
     if record.log_digest != head.log_digest:
         raise VerificationError(f"round {record.round}: the record extends another log than ours")
+    if len(record.state_digest) != digest.DIGEST_BYTES or len(record.codec.encode()) > MAX_CODEC_BYTES:
+        raise ProtocolError("a record names no state, or no codec")
+    if len(record.opened_by.leader) not in (0, PUBLIC_KEY_BYTES):
+        raise ProtocolError("the key of whoever opened the round has a wrong length")
     _check_voters(record.next_voters)
     _check_parts(record.parts)
     if record.total_tokens != head.total_tokens + sum(tokens_by_peer(record).values()):
@@ -185,12 +190,12 @@ def verify_commit(head: LogHead, commit: Commit) -> tuple[Record, LogHead]:
     record = parse_record(commit.record, head)
     if len(commit.votes) > MAX_VOTERS:
         raise ProtocolError("a commit with too many votes")
-    check_reducers(record, head)
     record_digest = digest.sha256(commit.record)
     for signed in commit.votes:
         verify_vote(signed, head, record_digest)
     if not _proof(commit, head)[0]:
         raise VerificationError(f"round {record.round}: no majority of its voters signed the commit")
+    check_reducers(record, head)  # after the votes: these are few, and a stranger has none
     return record, next_head(head, commit.record, record)
 
 
@@ -242,6 +247,8 @@ def _check_parts(parts: Sequence[PartResult]) -> None:
             raise ProtocolError("an absent part names contributors")
         if len(part.handed_over_by) > MAX_MEMBERS or len(set(part.handed_over_by)) != len(part.handed_over_by):
             raise ProtocolError("a part was handed over too often, or by one peer twice")
+        if any(len(key) != PUBLIC_KEY_BYTES for key in part.handed_over_by):
+            raise ProtocolError("the key of a peer that handed over has a wrong length")
         check_verdicts(part.shares, part.rejections)
     if not any(part.digest for part in parts):
         raise ProtocolError("a record in which every part is absent")

@@ -229,6 +229,21 @@ RECORD_CASES: list[tuple[str, Callable[[Record], object], type[SwarmError], str]
     ("another reducer", lambda r: setattr(r.parts[0], "reducer", PEER_A), SignatureError, "verify"),
     ("of another attempt", lambda r: setattr(r.opened_by, "number", 7), SignatureError, "verify"),
     ("of another state", lambda r: setattr(r, "state_digest", b"x" * 32), SignatureError, "verify"),
+    ("a state cut short", lambda r: setattr(r, "state_digest", b"s"), ProtocolError, "no state"),
+    ("a state without end", lambda r: setattr(r, "state_digest", b"s" * 70_000), ProtocolError, "no state"),
+    ("a codec without end", lambda r: setattr(r, "codec", "x" * 70_000), ProtocolError, "no codec"),
+    (
+        "opened by an endless key",
+        lambda r: setattr(r.opened_by, "leader", b"x" * 70_000),
+        ProtocolError,
+        "wrong length",
+    ),
+    (
+        "losses of an endless key",
+        lambda r: r.parts[0].handed_over_by.append(b"x" * 70_000),
+        ProtocolError,
+        "wrong length",
+    ),
     ("no reducer", lambda r: r.parts[0].ClearField("reducer"), ProtocolError, "no reducer"),
     ("no signature", lambda r: r.parts[0].ClearField("signature"), ProtocolError, "not signed"),
     ("an absent part with a reducer", lambda r: setattr(r.parts[2], "reducer", PEER_A), ProtocolError, "absent part"),
@@ -306,6 +321,17 @@ def test_a_malformed_record_is_refused_whoever_signed_it(
     """All five voters signed, and still the record has to hold together."""
     with pytest.raises(error, match=match):
         log.verify_commit(HEAD, _changed(change))
+
+
+def test_the_votes_are_looked_at_before_the_signatures_of_reducers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are up to 64 of these, and whoever sends a record without votes is to cost no more than a look."""
+    checked: list[Record] = []
+    monkeypatch.setattr(log, "check_reducers", lambda record, head: checked.append(record))
+    with pytest.raises(VerificationError, match="no majority"):
+        log.verify_commit(HEAD, _commit(_record(), VOTERS[:2]))
+    assert not checked
+    log.verify_commit(HEAD, _commit(_record()))
+    assert checked
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,14 @@ ATTACKS: dict[str, Attack] = {
         STRANGER,
         message(m, STRANGER, commit=Commit(record=false_record(m, log_digest=b"x" * 32).SerializeToString())),
     ),
+    "a stranger's commit with a field without end": lambda m: (
+        STRANGER,
+        message(
+            m,
+            STRANGER,
+            commit=Commit(record=false_record(m).SerializeToString() + Record(codec="x" * 70_000).SerializeToString()),
+        ),
+    ),
     "a stranger who leads": lambda m: (
         STRANGER,
         message(m, STRANGER, prepare=Prepare(log_digest=m.head.log_digest)),
