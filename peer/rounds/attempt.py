@@ -213,11 +213,21 @@ class Attempt:
     def check_reducers(self, record: Record) -> None:
         """Raise `ProtocolError` unless each part of a record of this attempt was averaged by who had to."""
         for index, part in enumerate(record.parts):
-            if part.digest and (index >= len(self.open.parts) or part.reducer != self.reducer_of(index)):
-                raise ProtocolError("the record has a part by somebody who was not to average it")
+            if part.digest and (why := self._is_misplaced(index, part)) is not None:
+                raise ProtocolError(why)
+
+    def _is_misplaced(self, part: int, result: PartResult) -> str | None:
+        if part >= len(self.open.parts) or result.reducer != self.reducer_of(part):
+            return "the record has a part by somebody who was not to average it"
+        place = self.open.parts[part]
+        if (result.first_slice, result.num_slices) != (place.first_slice, place.num_slices):
+            return "the record has other parts than the round"
+        return None
 
     def lie_about(self, part: int, result: PartResult) -> str | None:
-        """What ``result`` says of our own contribution that is not so."""
+        """What ``result`` says that is not so, as far as the opening and our own contribution show."""
+        if (why := self._is_misplaced(part, result)) is not None:
+            return why
         told: list[Share | Rejection] = [*result.shares, *result.rejections]
         mine = [one for one in told if one.peer_key == self.settings.me]
         if not mine or self.offered is None:

@@ -1,4 +1,4 @@
-"""What a commit says that is not so: a reducer's word about our contribution, an average that cannot be one.
+"""What a commit says that is not so: of a part, of our contribution to it, or of an average that cannot be one.
 
 Decides what is held against a reducer, which signed it (docs/protocol.md). Leaves to `peer.rounds.shard` that averages
 that are too long move nothing, and to people what becomes of the reducer.

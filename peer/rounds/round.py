@@ -227,7 +227,8 @@ class RoundMachine:
         self._check_standing(message.gone)
         record = parse_record(message.record, self.settings.head)
         self._check_record(record)
-        if self.attempt is not None and self.attempt.ballot == ballot_of(record.opened_by):
+        # Only from whoever opened the round. Another leader adopted what somebody may have accepted, and must be heard.
+        if self.attempt is not None and self.attempt.ballot == ballot == ballot_of(record.opened_by):
             self.attempt.check_reducers(record)
         self._leader.saw(ballot, now)
         self.held.ask_anew()

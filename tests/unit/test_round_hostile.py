@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from peer.rounds.attempt import Attempt
+from peer.rounds.disputes import false_averages
 from peer.rounds.paxos import to_message
 from swarm import averages
 from swarm.digest import sha256
@@ -159,6 +160,41 @@ def test_a_voter_refuses_a_part_that_somebody_else_was_to_average() -> None:
     record = false_record(machines, opened_by=to_message(machine.attempt.ballot))
     with pytest.raises(SwarmError, match="was not to average it"):
         machine.attempt.check_reducers(record)
+
+
+def test_a_record_that_another_leader_adopted_is_accepted_and_held_against_its_reducer_later() -> None:
+    """A voter may have accepted it that never had the opening: refused for good, it would end the round for good."""
+    machines = gathering()
+    machine = machines.peers[-1].machine
+    assert machine is not None and machine.attempt is not None
+    opened = machine.attempt.ballot
+    record = false_record(machines, opened_by=to_message(opened))
+    proposal = Accept(record=record.SerializeToString())
+    with pytest.raises(SwarmError, match="was not to average it"):
+        machine.on_message(opened[1], message(machines, opened[1], opened[0], accept=proposal), machines.now)
+    adopter = next(key for key in machines.head.voters if key != opened[1])
+    machine.on_message(adopter, message(machines, adopter, 50, accept=proposal), machines.now)
+    assert machine._to_accept is not None
+    (false,) = false_averages(record, machine.attempt, [])
+    assert "was not to average it" in false.why and false.signature == record.parts[0].signature.hex()
+
+
+def test_more_parts_than_the_round_has_are_an_incident_and_end_no_peer() -> None:
+    """Though a reducer signed in each of them that we contributed."""
+    machines = gathering()
+    machine = machines.peers[0].machine
+    assert machine is not None and machine.attempt is not None
+    attempt = machine.attempt
+    while attempt.offered is None:
+        let_one_thing_happen(machines)
+    parts = [
+        PartResult(first_slice=index, num_slices=1, digest=b"d" * 32, reducer=attempt.reducer_of(0))
+        for index in range(len(attempt.open.parts) + 1)
+    ]
+    for part in parts:
+        part.shares.append(Share(peer_key=attempt.settings.me, weight_tokens=10))
+    found = false_averages(Record(opened_by=to_message(attempt.ballot), parts=parts), attempt, [])
+    assert len(found) >= 1 and "was not to average it" in found[-1].why
 
 
 def test_a_refusal_by_a_stranger_or_with_an_absurd_ballot_is_not_believed() -> None:
