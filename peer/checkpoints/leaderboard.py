@@ -16,7 +16,7 @@ from typing import Any
 from peer.checkpoints.facts import FolderFacts
 from swarm import evaluation
 from swarm.errors import ConfigError, VerificationError
-from swarm.evaluation import Evaluation, SignedEvaluation
+from swarm.evaluation import SignedEvaluation
 from swarm.identity import peer_id_of
 from swarm.proto.common_pb2 import Signed
 
@@ -62,7 +62,7 @@ def row_of_folder(facts: FolderFacts) -> Row:
 
 def with_evaluations(row: Row, found: Sequence[SignedEvaluation]) -> Row:
     """``row`` with what was measured of it, and by whom."""
-    scores = row.scores | scores_of([item.evaluation for item in found])
+    scores = row.scores | scores_of(found)
     return replace(row, scores=scores, measured_by=frozenset(peer_id_of(item.signer) for item in found))
 
 
@@ -75,14 +75,15 @@ def told_evaluations(told: Sequence[Signed], run_id: bytes, manifest_digest: byt
     return [item for item in found if item.evaluation.manifest_digest == manifest_digest.hex()]
 
 
-def scores_of(evaluations: Sequence[Evaluation]) -> dict[str, float]:
-    """One number a metric: the median over whole evaluations, or over limited ones where there is no whole one.
+def scores_of(found: Sequence[SignedEvaluation]) -> dict[str, float]:
+    """One number a metric: the median over people, each with the median of its own whole evaluations; over limited
+    ones where there is no whole one.
 
-    The median, since who tells a false result must not move what most others found.
+    The median, since who tells a false result, however often, must not move what most others found.
     """
-    found = _values([item for item in evaluations if item.limit is not None])
-    found |= _values([item for item in evaluations if item.limit is None])
-    return {name: median(values) for name, values in sorted(found.items())}
+    scores = _medians([item for item in found if item.evaluation.limit is not None])
+    scores |= _medians([item for item in found if item.evaluation.limit is None])
+    return dict(sorted(scores.items()))
 
 
 def merged(rows: Sequence[Row]) -> list[Row]:
@@ -134,10 +135,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
 
 
-def _values(evaluations: Sequence[Evaluation]) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for item in evaluations:
-        for result in item.results:
+def _medians(found: Sequence[SignedEvaluation]) -> dict[str, float]:
+    values: dict[str, dict[bytes, list[float]]] = {}
+    for item in found:
+        for result in item.evaluation.results:
             shots = f" ({result.num_fewshot}-shot)" if result.num_fewshot else ""
-            found.setdefault(f"{result.task} {result.metric}{shots}", []).append(result.value)
-    return found
+            by_signer = values.setdefault(f"{result.task} {result.metric}{shots}", {})
+            by_signer.setdefault(item.signer, []).append(result.value)
+    return {name: median(map(median, by_signer.values())) for name, by_signer in values.items()}

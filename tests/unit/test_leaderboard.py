@@ -28,6 +28,7 @@ from swarm.cli.evaluate import evaluate
 from swarm.cli.leaderboard import leaderboard
 from swarm.digest import sha256
 from swarm.errors import ConfigError
+from swarm.evaluation import Evaluation, SignedEvaluation
 from swarm.identity import Identity
 from swarm.invite import Invite
 from swarm.proto.common_pb2 import Signed
@@ -43,13 +44,30 @@ def made(tmp_path: Path) -> SignedCheckpoint:
     return small_checkpoint(tmp_path / "c")
 
 
+def by(signer: int, found: Evaluation) -> SignedEvaluation:
+    return SignedEvaluation(name="", signer=bytes([signer]) * 32, evaluation=found)
+
+
 def test_a_score_is_the_median_of_whole_evaluations_and_limited_ones_count_only_alone(made: SignedCheckpoint) -> None:
     name = "tiny acc (5-shot)"
-    assert scores_of([evaluation(made, 0.2), evaluation(made, 0.4), evaluation(made, 0.9, limit=2)]) == {
-        name: pytest.approx(0.3)
-    }
-    assert scores_of([evaluation(made, value) for value in (0.2, 0.3, 99.0)]) == {name: 0.3}
-    assert scores_of([evaluation(made, 0.9, limit=2)]) == {name: 0.9}
+
+    def scores(*values: float, **changes: Any) -> dict[str, float]:
+        return scores_of([by(number, evaluation(made, value, **changes)) for number, value in enumerate(values)])
+
+    limited = by(9, evaluation(made, 0.9, limit=2))
+    whole = [by(number, evaluation(made, value)) for number, value in enumerate((0.2, 0.4))]
+    assert scores_of([*whole, limited]) == {name: pytest.approx(0.3)}
+    assert scores(0.2, 0.3, 99.0) == {name: 0.3}
+    assert scores_of([limited]) == {name: 0.9}
+
+
+def test_who_tells_one_result_often_counts_as_one(made: SignedCheckpoint) -> None:
+    honest = [by(signer, evaluation(made, 0.5)) for signer in range(2)]
+    liar = [by(9, evaluation(made, 0.9)) for _ in range(8)]
+    assert scores_of([*honest, *liar]) == {"tiny acc (5-shot)": 0.5}
+    assert scores_of([*honest[:1], *liar[:1], by(9, evaluation(made, 0.7))]) == {
+        "tiny acc (5-shot)": pytest.approx(0.65)
+    }, "of its own results one has the median too"
 
 
 def test_what_a_run_was_told_counts_where_its_signer_signed_it_of_this_checkpoint(made: SignedCheckpoint) -> None:
