@@ -2,11 +2,14 @@
 
 Decides who may tell (whoever the run's rule admits, and organizers), how much is kept (a few of each person, and only
 so many of people whom the log does not credit: invented keys crowd nobody out), and which go onto the next card: whole
-ones by organizers, seed peers and contributors. Whether one is true nobody decides: it is its signer's word. What
-writes runs on the writer's thread.
+ones by organizers, seed peers and contributors, of none so many that others find no room. Whether one is true nobody
+decides: it is its signer's word. What writes runs on the writer's thread.
 """
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
 
 from coordinator import membership
 from coordinator.published import EvaluationRow, Room
@@ -21,6 +24,7 @@ from swarm.proto.common_pb2 import Signed
 ROOM = Room(total=256, of_strangers=64, of_signer=16)
 MAX_TOKEN_CHARACTERS = 128
 MAX_IN_RECORD = 32
+MAX_OF_SIGNER = 8  # of these
 MAX_RECORD_BYTES = 512 << 10
 _MAX_ROUND = 2**63 - 1
 
@@ -63,20 +67,42 @@ def of_round(store: Store, round_number: int) -> pb.ListEvaluationsReply:
 
 
 def for_record(run: Run, store: Store, round_number: int) -> tuple[str, ...]:
-    """What the record of a round carries of earlier checkpoints' evaluations, newest checkpoints first."""
+    """What the record of a round carries of earlier checkpoints' evaluations, newest checkpoints first.
+
+    Of each checkpoint everybody's first, then everybody's second; what does not fit is left out, and the rest is not.
+    """
     chosen: list[str] = []
     size_bytes = 0
+    used: dict[bytes, tuple[int, int]] = {}
     for earlier in store.published.evaluated_rounds():
         rows = store.published.evaluations(earlier) if earlier < round_number else []
-        for row in rows:
+        for row in _in_turns(rows):
             signed = Signed.FromString(row.signed)
             is_whole = evaluation.parse(signed.payload).limit is None
-            if is_whole and (row.credited or _is_credited(run, store, row.signer)):
-                chosen.append(evaluation.encode(signed))
-                size_bytes += len(chosen[-1])
-            if len(chosen) > MAX_IN_RECORD or size_bytes > MAX_RECORD_BYTES:
-                return tuple(chosen[:-1])
+            if not is_whole or not (row.credited or _is_credited(run, store, row.signer)):
+                continue
+            text = evaluation.encode(signed)
+            number, their_bytes = used.get(row.signer, (0, 0))
+            if number >= MAX_OF_SIGNER or their_bytes + len(text) > MAX_RECORD_BYTES // 2:
+                continue
+            if size_bytes + len(text) > MAX_RECORD_BYTES:
+                continue
+            used[row.signer] = number + 1, their_bytes + len(text)
+            chosen.append(text)
+            size_bytes += len(text)
+            if len(chosen) == MAX_IN_RECORD:
+                return tuple(chosen)
     return tuple(chosen)
+
+
+def _in_turns(rows: Sequence[EvaluationRow]) -> list[EvaluationRow]:
+    """In the order of telling, but nobody's second before everybody's first."""
+    turns: Counter[bytes] = Counter()
+    placed = []
+    for row in rows:
+        placed.append((turns[row.signer], row))
+        turns[row.signer] += 1
+    return [row for _, row in sorted(placed, key=lambda item: item[0])]
 
 
 def _is_credited(run: Run, store: Store, key: bytes) -> bool:

@@ -146,3 +146,30 @@ def test_a_record_carries_a_bounded_number_of_evaluations(
     assert len(evaluations.for_record(world.run, store, 3)) == 2
     monkeypatch.setattr(evaluations, "MAX_RECORD_BYTES", 100)
     assert evaluations.for_record(world.run, store, 3) == ()
+
+
+def test_nobody_crowds_another_contributor_off_the_card(
+    world: World, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by telling often, nor by telling much."""
+    often = [tell(world, store, ANNA, seed=seed) for seed in range(5)]
+    late = tell(world, store, BORIS)
+    size_bytes = len(evaluation.encode(late))
+    monkeypatch.setattr(evaluations, "MAX_OF_SIGNER", 3)
+    carried = evaluations.for_record(world.run, store, 3)
+    assert evaluation.encode(late) in carried[:2] and len(carried) == 4
+    monkeypatch.setattr(evaluations, "MAX_IN_RECORD", 2)
+    assert evaluation.encode(late) in evaluations.for_record(world.run, store, 3)
+    monkeypatch.setattr(evaluations, "MAX_IN_RECORD", 32)
+    monkeypatch.setattr(evaluations, "MAX_RECORD_BYTES", size_bytes * 5 // 2)
+    carried = evaluations.for_record(world.run, store, 3)
+    assert evaluation.encode(late) in carried and len({*carried} & {*map(evaluation.encode, often)}) == 1
+
+
+def test_an_evaluation_that_does_not_fit_keeps_no_later_one_off_the_card(
+    world: World, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = tell(world, store, ANNA, asked=tuple("x" * 100 for _ in range(50)))
+    small = tell(world, store, BORIS)
+    monkeypatch.setattr(evaluations, "MAX_RECORD_BYTES", len(evaluation.encode(large)))
+    assert evaluations.for_record(world.run, store, 3) == (evaluation.encode(small),)
