@@ -178,14 +178,15 @@ async def meet_coordinator(
     client = await CoordinatorClient.connect(options.invite, identity)
     stack.push_async_callback(client.close)
     run = await client.get_run()
-    is_founder = identity.public_key in run.genesis.voters
+    # Who has the run's data beside it was started with the coordinator, and may be the first.
+    may_be_first = identity.public_key in run.genesis.voters or options.data_folder is not None
     for _ in range(SEED_WAIT_ATTEMPTS):
-        if run.seed_addresses or is_founder:
+        if run.seed_addresses or may_be_first:
             break
         logger.info("no seed peer has told where it is yet")
         await asyncio.sleep(RETRY_S)
         run = await client.get_run()
-    if not is_founder and not run.seed_addresses:
+    if not may_be_first and not run.seed_addresses:
         raise Unreachable("the run has no seed peer that says where it is", "ask the organizer to start one, or wait")
     return client, run
 

@@ -23,6 +23,7 @@ from peer.p2p.chunk_store import CHUNK_METHOD, ChunkStore
 from peer.p2p.network import NetworkConfig, open_network
 from peer.p2p.transport import Transport
 from swarm.cli import download as download_command
+from swarm.cli import reaching
 from swarm.errors import ConfigError, DataError, DeviceError, DigestError, NotFound, VerificationError
 from swarm.file_ranges import FileChunks
 from swarm.identity import Identity
@@ -313,4 +314,4 @@ def test_swarm_download_fetches_over_libp2p_from_the_seed_peer(
     assert report.ok
     assert tally.by_kind() == {"peers": made.manifest.size_bytes}
     assert report.folder == tmp_path / "out" / "round-000010"
-    assert (download_command.trusted_folder(made.run_id) / "timestamp.json").is_file()
+    assert (reaching.trusted_folder(made.run_id) / "timestamp.json").is_file()
