@@ -24,7 +24,7 @@ ATTESTATION_CONTEXT = "attestation"
 WITNESSES_CONTEXT = "witnesses"
 MAX_ATTESTATION_BYTES = 512
 MAX_WITNESSES_BYTES = 16 << 20
-MAX_REPLICAS = 256
+MAX_REPLICAS = 256  # of one shard
 
 
 def attestations_of(checkpoint: CheckpointManifest) -> tuple[Attestation, ...]:
@@ -98,7 +98,7 @@ def check_quorum(witnesses: Witnesses, run_id: bytes, rules: Checkpoints, checkp
     Of several shards, each has a quorum of its own.
     """
     replicas = set(witnesses.replicas)
-    if witnesses.round != checkpoint.round or not 1 <= len(replicas) <= MAX_REPLICAS:
+    if witnesses.round != checkpoint.round or not replicas:
         raise ProtocolError("the witnesses belong to another round, or no replica is named")
     if len(replicas) != len(witnesses.replicas) or any(len(key) != PUBLIC_KEY_BYTES for key in replicas):
         raise ProtocolError("the witnesses name a replica twice, or a key of a wrong length")
@@ -106,6 +106,8 @@ def check_quorum(witnesses: Witnesses, run_id: bytes, rules: Checkpoints, checkp
     if len(witnesses.attestations) > len(replicas) * len(expected):
         raise ProtocolError("more attestations than replicas")
     live = _live(witnesses, len(expected))
+    if max(map(len, live)) > MAX_REPLICAS or len(replicas) > MAX_REPLICAS * len(expected):
+        raise ProtocolError(f"the witnesses name more than {MAX_REPLICAS} replicas of a shard")
     signers: list[set[bytes]] = [set() for _ in expected]
     for signed in witnesses.attestations:
         attestation = parse_attestation(signed, run_id)

@@ -188,6 +188,27 @@ def test_a_quorum_names_the_replicas_of_each_shard_and_counts_these_alone(store:
     assert "the replicas of 1 shards" in problem([0, 1, 2])
 
 
+def test_a_quorum_is_bounded_by_the_replicas_of_each_shard_and_not_by_those_of_all(store: Store) -> None:
+    world = World(num_shards=2)
+    payload = manifest_of(world, recorded(world, store))
+    signers = (SEED, ANNA)
+    for who in signers:
+        attest(world, store, who, payload)
+    signed = [item for item, _ in witnesses._kept(world.run, store, 2)]
+    keys = [*(who.public_key for who in signers), *(number.to_bytes(32, "big") for number in range(2 * 256))]
+    rules = world.spec.checkpoints.model_copy(update={"witness_share": 0.0})
+
+    def check(replicas: list[bytes], *shards: list[int]) -> None:
+        named = [ShardReplicas(places=places) for places in shards]
+        made = Witnesses(round=2, replicas=replicas, attestations=signed, shards=named)
+        witness.check_quorum(made, world.run_id, rules, manifest.parse(payload))
+
+    check(keys[:257], list(range(200)), [0, 1, *range(200, 257)])
+    for replicas, shards in ((keys[:257], []), (keys[:257], [[*range(257)], [0, 1]]), (keys[:513], [[0, 1], [0, 1]])):
+        with pytest.raises(ProtocolError, match="more than 256 replicas of a shard"):
+            check(replicas, *shards)
+
+
 def test_witnesses_of_one_shard_that_disagree_are_an_incident_and_other_shards_are_not_compared(store: Store) -> None:
     world = World(num_shards=2)
     heads = recorded(world, store)
