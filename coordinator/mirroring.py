@@ -29,6 +29,7 @@ LOOK_INTERVAL_S = 2.0
 FIRST_PAUSE_S, LAST_PAUSE_S = 5.0, 600.0
 MAX_TRIES = 10  # per checkpoint and target: about half an hour; the next start of the coordinator tries again
 METADATA_INTERVAL_S = 60.0
+OLDEST_METADATA_S = 3 * 86_400.0  # it lasts 7 days
 _LAST = (SPEC_FILE, WITNESSES_FILE, MANIFEST_FILE, SIGNATURE_FILE)
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,10 @@ class Mirrored:
 @dataclass(slots=True)
 class _Target:
     storage: Storage
+    renewed_s: float
+    """when its metadata was written, or its mirroring began"""
     done: set[int] = field(default_factory=set)
+    given_up: set[int] = field(default_factory=set)
     tries: int = 0
     not_before: float = 0.0
     metadata: dict[str, bytes] = field(default_factory=dict)
@@ -76,7 +80,8 @@ async def keep_mirrors(
 
     Raises `ConfigError` where a target is none.
     """
-    targets, clock = [_Target(Storage(url)) for url in urls], asyncio.get_running_loop().time
+    clock = asyncio.get_running_loop().time
+    targets = [_Target(Storage(url), clock()) for url in urls]
     asked, files = clock(), await metadata() if targets else {}
     while targets:
         found = await asyncio.to_thread(published.folders)
@@ -89,10 +94,12 @@ async def keep_mirrors(
 
 async def _write_metadata(target: _Target, files: Mapping[str, bytes]) -> None:
     """What the target lacks of the metadata, once it has the newest checkpoint that this names: whoever reads there
-    alone would otherwise be told of what is not to be had."""
+    alone would otherwise be told of what is not to be had. Before what lies there expires it is written all the same:
+    without it, nothing there can be verified."""
     clock = asyncio.get_running_loop().time
     changed = {name: raw for name, raw in files.items() if target.metadata.get(name) != sha256(raw)}
-    if not changed or _newest(files) not in target.done or clock() < target.not_before:
+    is_due = _newest(files) in target.done or clock() - target.renewed_s > OLDEST_METADATA_S
+    if not changed or not is_due or clock() < target.not_before:
         return
     try:
         await _beside(partial(_write_files, target.storage, changed))
@@ -100,7 +107,7 @@ async def _write_metadata(target: _Target, files: Mapping[str, bytes]) -> None:
         target.not_before = clock() + FIRST_PAUSE_S
         log.warning("the metadata is not mirrored: %s; next try in %.0f s", error, FIRST_PAUSE_S)
     else:
-        target.metadata = {name: sha256(raw) for name, raw in files.items()}
+        target.metadata, target.renewed_s = {name: sha256(raw) for name, raw in files.items()}, clock()
 
 
 def _write_files(storage: Storage, files: Mapping[str, bytes]) -> None:
@@ -119,7 +126,7 @@ async def _catch_up(target: _Target, found: Sequence[PublishedFolder], on_news: 
     clock = asyncio.get_running_loop().time
     for one in found:
         number = one.manifest.round
-        if number in target.done or clock() < target.not_before:
+        if number in target.done or number in target.given_up or clock() < target.not_before:
             continue
         try:
             await _beside(partial(write_mirror, target.storage, one))
@@ -130,11 +137,12 @@ async def _catch_up(target: _Target, found: Sequence[PublishedFolder], on_news: 
             if target.tries < MAX_TRIES:
                 log.warning("round %d is not mirrored: %s; next try in %.0f s", number, error, pause_s)
                 return
+            target.given_up.add(number)
             on_news(Mirrored(round=number, url=target.storage.url, error=str(error)))
         else:
+            target.done.add(number)
             on_news(Mirrored(round=number, url=target.storage.url))
         target.tries = 0
-        target.done.add(number)
 
 
 async def _beside(write: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from coordinator import mirroring
 from coordinator.checkpoint_files import MAX_PIECE_BYTES, MAX_READS_AT_ONCE, CheckpointFiles, published_folders
-from coordinator.mirroring import Mirrored, PublishedRun, keep_mirrors
+from coordinator.mirroring import Mirrored, PublishedRun, _catch_up, _Target, _write_metadata, keep_mirrors
 from peer.checkpoints.checkpoint import write_signed
 from swarm.digest import sha256
 from swarm.errors import ConfigError, NetworkError, NotFound, ProtocolError
@@ -204,3 +204,32 @@ def test_metadata_lies_beside_the_checkpoints_that_it_names_and_is_written_last(
     assert written[-1] == "metadata/timestamp.json"
     assert {name: (tmp_path / "www" / "metadata" / name).read_bytes() for name in repository.files} == repository.files
     assert not (tmp_path / "late" / "metadata").exists()
+
+
+def test_a_target_that_failed_for_good_is_told_of_no_checkpoint_that_it_lacks_until_its_metadata_is_old(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = checkpoint(home, 10)
+    repository = Repository(SPEC, (ORGANIZER,), PUBLISHER)
+    repository.publish(made.publication, 10)
+
+    def fails(storage: Storage, one: object) -> None:
+        raise NetworkError("no space there")
+
+    monkeypatch.setattr(mirroring, "write_mirror", fails)
+    monkeypatch.setattr(mirroring, "MAX_TRIES", 1)
+    monkeypatch.setattr(mirroring, "FIRST_PAUSE_S", 0.0)
+    written, heard = tmp_path / "www" / "metadata" / "timestamp.json", list[Mirrored]()
+
+    async def body() -> None:
+        found = list(published_folders(home, made.run_id, SPEC))
+        target = _Target(Storage(f"file://{tmp_path}/www"), asyncio.get_running_loop().time())
+        for _ in range(2):
+            await _catch_up(target, found, heard.append)
+        await _write_metadata(target, repository.files)
+        assert [one.error for one in heard] == ["no space there"] and not written.exists()
+        target.renewed_s -= mirroring.OLDEST_METADATA_S
+        await _write_metadata(target, repository.files)
+
+    asyncio.run(body())
+    assert written.exists()
