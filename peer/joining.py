@@ -200,13 +200,17 @@ async def measure(options: PeerOptions, run: RunInfo) -> Hosting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """Who joins what, once the run's signatures are right; ``hosting``: what fits here, None on a seed peer."""
+    """Who joins what, once the run's signatures are right.
+
+    ``hosting``: what fits here, None on a seed peer. ``work_per_s``: as measured before a move, 0 where nothing was.
+    """
 
     options: PeerOptions
     identity: Identity
     client: CoordinatorClient
     run: RunInfo
     hosting: Hosting | None
+    work_per_s: float = 0.0
 
 
 async def join(entry: Entry, stack: AsyncExitStack) -> Joined:
@@ -235,7 +239,7 @@ async def join(entry: Entry, stack: AsyncExitStack) -> Joined:
     kept = LedgerOptions(archive=not options.trains)
     hosting, reason = None, ""
     if entry.hosting is not None:
-        hosting, reason = await _settle(entry.hosting, run, transport, clock)
+        hosting, reason = await _settle(entry, entry.hosting, transport, clock)
     ledgers = tuple(
         Ledger(folder / f"shard-{shard}", log.genesis_head(run.genesis, shard), chunks, kept)
         for shard in (range(run.spec.num_shards) if hosting is None else hosting.span.shards)
@@ -259,19 +263,19 @@ async def join(entry: Entry, stack: AsyncExitStack) -> Joined:
 
 
 async def _settle(
-    hosting: Hosting, run: RunInfo, transport: LastingTransport, clock: Callable[[], float]
+    entry: Entry, hosting: Hosting, transport: LastingTransport, clock: Callable[[], float]
 ) -> tuple[Hosting, str]:
     """The span to host, and why: what all others tell decides, unless the whole model fits."""
     if hosting.choice.plan.span.is_whole:
         return hosting, "the whole model fits"
-    rules, told = status_rules(run), []
-    for shard in range(run.spec.num_shards):
+    rules, told = status_rules(entry.run), []
+    for shard in range(entry.run.spec.num_shards):
         try:
             told.append(read_statuses(await transport.lookup(status_key(shard)), rules, clock()))
         except NetworkError as error:
             logger.info("shard %d: nobody's status can be had: %s", shard, error)
             told.append({})
-    return placing.settle(hosting, told, transport.public_key)
+    return placing.settle(hosting, told, transport.public_key, entry.work_per_s)
 
 
 def own_addresses(options: PeerOptions, transport: LastingTransport) -> tuple[str, ...]:

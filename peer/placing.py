@@ -35,16 +35,25 @@ def others_of(hosting: Hosting, statuses: Sequence[Mapping[bytes, Status]], me: 
     return tuple(host if host.work_per_s > 0 else replace(host, work_per_s=usual) for host in hosts)
 
 
-def settle(hosting: Hosting, statuses: Sequence[Mapping[bytes, Status]], me: bytes) -> tuple[Hosting, str]:
-    """What to host, and why."""
+def settle(
+    hosting: Hosting, statuses: Sequence[Mapping[bytes, Status]], me: bytes, work_per_s: float = 0.0
+) -> tuple[Hosting, str]:
+    """What to host, and why. ``work_per_s``: of this peer, as measured before it moved (`SpanMoved`); 0: it was not."""
     others = others_of(hosting, statuses, me)
     fits = {hosting.hosted(choice): choice for choice in hosting.fits}
-    place = placement.choose(me, _usual_work(others), list(fits), others, hosting.work)
+    place = placement.choose(me, work_per_s or _usual_work(others), list(fits), others, hosting.work)
     return replace(hosting, choice=fits[place.span]), place.reason
 
 
 class SpanMoved(SwarmError):
-    """Another span is hosted from now on: leave this one, and join again."""
+    """Another span is hosted from now on: leave this one, and join again.
+
+    ``work_per_s``: with which that was decided. Whoever joins again by another measure might settle elsewhere.
+    """
+
+    def __init__(self, reason: str, work_per_s: float) -> None:
+        super().__init__(reason)
+        self.work_per_s = work_per_s
 
 
 class Mover:
@@ -56,8 +65,8 @@ class Mover:
 
     async def decide(
         self, service_tokens_per_s: Callable[[], float], clock: Callable[[], float], rules: StatusRules
-    ) -> str:
-        """Return why to move, once it is worth it. ``clock``: unix time, the same for everybody."""
+    ) -> SpanMoved:
+        """Return once a move is worth it. ``clock``: unix time, the same for everybody."""
         window_s = WINDOW_LIFETIMES * rules.lifetime_s  # whoever moved before is seen where it went
         window = int(clock() // window_s)
         while True:
@@ -66,9 +75,10 @@ class Mover:
             if self.consider(window, service_tokens_per_s())[0] == self._hosting.span:
                 continue
             await asyncio.sleep(placement.wait_share(window, self._me) * window_s / 4)
-            span, reason = self.consider(window, service_tokens_per_s())
+            rate = service_tokens_per_s()
+            span, reason = self.consider(window, rate)
             if span != self._hosting.span:
-                return reason
+                return SpanMoved(reason, rate * _work_of(self._hosting, self._hosting.span))
 
     def consider(self, window: int, service_tokens_per_s: float) -> tuple[Hosted, str]:
         """The span to host from now on, and why; another than ours only in the window whose mover we are."""

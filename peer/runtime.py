@@ -79,11 +79,12 @@ async def run_peer(options: PeerOptions, stop: asyncio.Event, watch: Watch) -> N
     if options.trains:
         device.choose(options.device)  # a missing one is told before anything is fetched
     with locked_identity(options.home) as identity:
-        divergences = 0
+        divergences, work_per_s = 0, 0.0
         while divergences < MAX_DIVERGENCES:
             try:
-                return await _take_part(options, identity, stop, watch)
+                return await _take_part(options, identity, stop, watch, work_per_s)
             except SpanMoved as moved:
+                work_per_s = moved.work_per_s
                 watch(News(kind="moving", values={"reason": str(moved)}))
             except DivergedError as error:
                 divergences += 1
@@ -94,9 +95,11 @@ async def run_peer(options: PeerOptions, stop: asyncio.Event, watch: Watch) -> N
         )
 
 
-async def _take_part(options: PeerOptions, identity: Identity, stop: asyncio.Event, watch: Watch) -> None:
+async def _take_part(
+    options: PeerOptions, identity: Identity, stop: asyncio.Event, watch: Watch, work_per_s: float
+) -> None:
     async with AsyncExitStack() as stack:
-        joining = asyncio.create_task(_join(options, identity, watch, stack))
+        joining = asyncio.create_task(_join(options, identity, watch, stack, work_per_s))
         stopping = asyncio.create_task(stop.wait())
         try:
             await asyncio.wait({joining, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -110,12 +113,14 @@ async def _take_part(options: PeerOptions, identity: Identity, stop: asyncio.Eve
         await peer.live(stop)
 
 
-async def _join(options: PeerOptions, identity: Identity, watch: Watch, stack: AsyncExitStack) -> Peer:
+async def _join(
+    options: PeerOptions, identity: Identity, watch: Watch, stack: AsyncExitStack, work_per_s: float
+) -> Peer:
     client, run = await meet_coordinator(options, identity, stack)
     hosting = await measure(options, run) if options.trains else None
     told = {"peer id": identity.peer_id, "spec": run.spec, "options": options, "hosting": hosting}
     watch(News(kind="joining", values=told))
-    entry = Entry(options=options, identity=identity, client=client, run=run, hosting=hosting)
+    entry = Entry(options=options, identity=identity, client=client, run=run, hosting=hosting, work_per_s=work_per_s)
     joined = await join(entry, stack)
     if joined.hosting is not None and run.spec.num_shards > 1:
         hosts = list(joined.hosting.span.shards)
@@ -293,7 +298,7 @@ class Peer:
             return
         mover = Mover(self.joined.hosting, self.hosted.surroundings.everywhere, self.joined.identity.public_key)
         rules = self.joined.status_rules
-        raise SpanMoved(await mover.decide(lambda: self.words.service_tokens_per_s, self.joined.clock, rules))
+        raise await mover.decide(lambda: self.words.service_tokens_per_s, self.joined.clock, rules)
 
     async def _watch_trainer(self) -> None:
         if self.training is None:

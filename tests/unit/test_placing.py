@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from peer.placing import Mover, settle
+from peer.placing import Mover, SpanMoved, settle
 from peer.rounds.statuses import StatusRules
 from peer.training.hosting import Hosting
 from swarm.placement import Hosted
@@ -85,8 +87,30 @@ def test_in_each_window_one_peer_at_most_may_move() -> None:
 
 
 def test_a_move_is_decided_in_a_window_of_its_own_and_told_with_its_reason() -> None:
-    async def main() -> str:
+    async def main() -> SpanMoved:
         loop = asyncio.get_running_loop()
         return await asyncio.wait_for(mover_at(told(a=5), {}).decide(lambda: 5.0, loop.time, RULES), 20)
 
-    assert "0 shards lack a replica then" in asyncio.run(main())
+    moved = asyncio.run(main())
+    assert "0 shards lack a replica then" in str(moved) and moved.work_per_s == 5.0
+
+
+def test_whoever_moves_settles_on_the_span_that_it_moved_for() -> None:
+    """By its own measure: with the others' usual one, many a peer would settle elsewhere, or where it was."""
+    rng, work, moves = random.Random(0), (1.0,) * 4, 0
+    shards = from_sizes((1,) * 4)
+    for _ in range(100):
+        statuses: list[dict[bytes, Status]] = [{} for _ in shards]
+        for number in range(rng.randint(2, 6)):
+            first, rate = rng.randrange(3), rng.lognormvariate(3, 1)
+            for shard in range(first, first + rng.choice((1, 2))):
+                statuses[shard] |= told(**{f"peer{number}": rate})
+        fits = [*shards, *(join(shards[first : first + 2]) for first in range(3))]
+        before = replace(hosting(fits, rng.choice(fits)), shards=shards, work=work)
+        rate = rng.lognormvariate(3, 1)
+        mover = Mover(before, lambda told=statuses: told, ME)  # type: ignore[misc]
+        for span in {mover.consider(window, rate)[0] for window in range(10)} - {before.span}:
+            moves += 1
+            settled, _ = settle(before, statuses, ME, rate * len(before.span.shards))
+            assert settled.span == span
+    assert moves > 20

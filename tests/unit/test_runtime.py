@@ -75,7 +75,7 @@ def diverging(monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
     """Each of the first ``times`` lives of a peer ends by divergence, the next well; who lived is told."""
     lives: list[str] = []
 
-    async def live(options: PeerOptions, identity: Any, stop: asyncio.Event, watch: Any) -> None:
+    async def live(options: PeerOptions, identity: Any, stop: asyncio.Event, watch: Any, work_per_s: float) -> None:
         lives.append(identity.peer_id)
         assert len(lives) < 100, "for ever"
         if len(lives) <= times:
@@ -108,7 +108,7 @@ def joining(monkeypatch: pytest.MonkeyPatch, join: Callable[[], Coroutine[Any, A
     """Joining opens something and then does ``join``; what was closed is told."""
     closed: list[str] = []
 
-    async def opens(options: PeerOptions, identity: Any, watch: Any, stack: AsyncExitStack) -> Any:
+    async def opens(options: PeerOptions, identity: Any, watch: Any, stack: AsyncExitStack, work_per_s: float) -> Any:
         async def close() -> None:
             await asyncio.sleep(0)  # as a network's end does
             closed.append("network")
