@@ -9,8 +9,9 @@ that reducer beside our contribution, and is ours no longer once a commit says w
 what a reducer owes when it ends (docs/protocol.md). Debt is kept and handed over in int8, slice by slice, on disk where
 somebody has a place for it: in memory it would take 1.02 bytes a value. What int8 loses is below a hundredth of it.
 
-What is handed over is hearsay: it counts when the log names who hands it over as a reducer of these slices. And all
-that is added to a mean is together no longer than what its encoding can lose at most. The rest stays where it is.
+What is handed over is hearsay: it counts when the log names who hands it over as a reducer of these slices, and as far
+as it is short: nobody judges where it points. And all that is added to a mean is together no longer than what its
+encoding can lose at most. The rest stays where it is.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ KEPT = CODECS["int8"]
 MAX_ATTEMPTS = 4
 # Reducers of a slice that are remembered, the newest last: of whom else its losses come they are not taken.
 MAX_REDUCERS = 8
+# Of what an encoding can lose at most, how much others may hand over together: about twice what it usually loses.
+SHARE_OF_OTHERS = 0.5
 
 Piece = tuple[slice, Kept]
 """(where in the part, what is owed there)"""
@@ -77,13 +80,17 @@ class ReducerDebt:
         longer than what it loses of the mean at most, so everybody can say how long an average may be.
         """
         room, taken, pieces = codec.largest_loss * _norm([mean]), list[bytes](), list[Piece]()
+        lengths: dict[int, float] = {}  # of what is taken of each slice, at most
         for peer, what in handed_over:
             if all(peer in self._reducers.get(index, ()) for index in what.slices):
                 theirs = _pieces_of(what, first_slice, len(mean))
-                if (norm := _norm(map(_decoded, theirs))) <= room:
-                    room -= norm
+                added = {place.start: _norm([_decoded((place, data))]) for place, data in theirs}
+                with_theirs = lengths | {start: lengths.get(start, 0.0) + norm for start, norm in added.items()}
+                if math.hypot(*with_theirs.values()) <= SHARE_OF_OTHERS * room:
+                    lengths = with_theirs
                     pieces += theirs
                     taken.append(peer)
+        room -= math.hypot(*lengths.values())
         norm = _norm(map(_decoded, self._pieces(first_slice, len(mean))))
         share = 1.0 if norm <= room else room / norm
         _add(mean, pieces)

@@ -155,9 +155,38 @@ def one_reducer_then(other: bytes) -> tuple[ReducerDebt, ReducerDebt, HandOver]:
 def test_what_is_handed_over_counts_within_bounds(case: str, reducer: bytes, scale: float, taken: bool) -> None:
     """What does not is left with whoever owes it."""
     _, takes, handed_over = one_reducer_then(reducer)
-    mean = np.full(SLICE_VALUES, 3 * scale, np.float32)
+    mean = np.full(SLICE_VALUES, 5 * scale, np.float32)
     assert takes.make_good(mean, 0, [(KEYS[0], handed_over)], CODECS["int4"])[0] == ([KEYS[0]] if taken else [])
-    assert np.array_equal(mean, np.full(SLICE_VALUES, 3 * scale, np.float32)) is not taken
+    assert np.array_equal(mean, np.full(SLICE_VALUES, 5 * scale, np.float32)) is not taken
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int2"])
+def test_what_is_handed_over_takes_at_most_half_of_what_an_encoding_can_lose(name: str) -> None:
+    """Wherever it points, and whoever hands over with it: the rest is for what the reducer owes itself."""
+    _, takes, _ = one_reducer_then(KEYS[0])
+    takes.settle(Record(parts=[PartResult(num_slices=1, digest=b"d" * 32, reducer=KEYS[2])]))
+    mean, codec = np.full(SLICE_VALUES, 3, np.float32), CODECS[name]
+
+    def handed(share: float) -> HandOver:
+        return HandOver((0,), KEPT.encode(mean * np.float32(-share * codec.largest_loss)))
+
+    for shares, taken in [((0.6, 0.4), [KEYS[2]]), ((0.4, 0.2), [KEYS[0]]), ((0.25, 0.2), [KEYS[0], KEYS[2]])]:
+        result = mean.copy()
+        offered = [(KEYS[0], handed(shares[0])), (KEYS[2], handed(shares[1]))]
+        assert takes.make_good(result, 0, offered, codec)[0] == taken
+        assert float(np.linalg.norm(result - mean)) <= 0.5 * codec.largest_loss * float(np.linalg.norm(mean))
+
+
+def test_reducers_of_different_slices_leave_each_other_room() -> None:
+    """Each of three owes to its own slice what int2 usually loses of it."""
+    takes = ReducerDebt()
+    parts = [PartResult(first_slice=i, num_slices=1, digest=b"d" * 32, reducer=KEYS[i]) for i in range(3)]
+    takes.settle(Record(parts=parts))
+    mean = np.full(3 * SLICE_VALUES, 1, np.float32)
+    owed = KEPT.encode(np.full(SLICE_VALUES, 0.4, np.float32))
+    offered = [(KEYS[i], HandOver((i,), owed)) for i in range(3)]
+    assert takes.make_good(mean, 0, offered, CODECS["int2"])[0] == KEYS
+    np.testing.assert_allclose(mean, 1.4, rtol=0.01)
 
 
 def test_what_is_owed_and_too_long_is_added_bit_by_bit() -> None:
