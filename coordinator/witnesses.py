@@ -1,9 +1,9 @@
 """Witnesses of checkpoints: which attestations are kept, who lives, and whether enough of those agree.
 
 Decides by the recorded log who may be a witness of a round: seed peers, contributors of the round and the voters that
-it named. Who attested lives; so does, for a while after the round, who was heard lately and is not leaving.
-Attestations that contradict each other are an incident that names who signed what. The functions that take a `Store`
-and write run on the writer's thread.
+it named. Who attested a shard's state lives there; so does, for a while after the round, who was heard lately and is
+not leaving. Attestations that contradict each other are an incident that names who signed what. The functions that take
+a `Store` and write run on the writer's thread.
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ def gather(
     expected = [witness.said(attestation) for attestation in witness.attestations_of(checkpoint)]
     known = _replicas_by_shard(run, store, checkpoint.round)
     agreeing: list[dict[bytes, Signed]] = [{} for _ in expected]  # by signer: one may say the same in several ways
-    attested: set[bytes] = set()
+    attested: list[set[bytes]] = [set() for _ in expected]
     for signed, attestation in _kept(run, store, checkpoint.round):
-        attested.add(signed.signer)
+        attested[attestation.shard].add(signed.signer)
         if signed.signer in known[attestation.shard] and witness.said(attestation) == expected[attestation.shard]:
             agreeing[attestation.shard].setdefault(signed.signer, signed)
     live = [
-        of_shard & (attested | _awaited(run, store, checkpoint.round, shard, hearing))
+        of_shard & (attested[shard] | _awaited(run, store, checkpoint.round, shard, hearing))
         for shard, of_shard in enumerate(known)
     ]
     wanted = [witness.needed(len(lived), run.spec.checkpoints) for lived in live]

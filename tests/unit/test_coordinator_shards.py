@@ -158,6 +158,17 @@ def test_each_shard_needs_a_quorum_of_its_own(store: Store) -> None:
         dataclasses.replace(published, witnesses=cut).verified(world.run_id, world.spec)
 
 
+def test_who_attested_one_shard_is_not_waited_for_at_another_that_it_does_not_host(store: Store) -> None:
+    world = World(num_shards=2)
+    payload = manifest_of(world, recorded(world, store))
+    attest(world, store, SEED, payload)
+    for who in (ANNA, BORIS):
+        attest(world, store, who, payload, shards=(0,))
+        membership.report(world.run, store, world.report_request(who, first_shard=0, num_shards=1), NOW_UNIX_MS)
+    quorum = Witnesses.FromString(publish(world, store, payload).witnesses.payload)
+    assert [len(shard.places) for shard in quorum.shards] == [3, 1]
+
+
 def test_a_quorum_names_the_replicas_of_each_shard_and_counts_these_alone(store: Store) -> None:
     """One of each shard alone is too few where the quorum says that two held it."""
     world = World(num_shards=2)
