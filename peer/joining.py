@@ -275,7 +275,7 @@ async def _settle(
         except NetworkError as error:
             logger.info("shard %d: nobody's status can be had: %s", shard, error)
             told.append({})
-    return placing.settle(hosting, told, transport.public_key, entry.work_per_s)
+    return await asyncio.to_thread(placing.settle, hosting, told, transport.public_key, entry.work_per_s)
 
 
 def own_addresses(options: PeerOptions, transport: LastingTransport) -> tuple[str, ...]:

@@ -72,19 +72,29 @@ class Mover:
         while True:
             await asyncio.sleep((window + 1) * window_s - clock())
             window = int(clock() // window_s)
-            if self.consider(window, service_tokens_per_s())[0] == self._hosting.span:
+            if (await self._look(window, service_tokens_per_s()))[0] == self._hosting.span:
                 continue
             await asyncio.sleep(placement.wait_share(window, self._me) * window_s / 4)
             rate = service_tokens_per_s()
-            span, reason = self.consider(window, rate)
+            span, reason = await self._look(window, rate)
             if span != self._hosting.span:
                 return SpanMoved(reason, rate * _work_of(self._hosting, self._hosting.span))
 
     def consider(self, window: int, service_tokens_per_s: float) -> tuple[Hosted, str]:
         """The span to host from now on, and why; another than ours only in the window whose mover we are."""
+        return self._consider(window, service_tokens_per_s, self._statuses())
+
+    async def _look(self, window: int, service_tokens_per_s: float) -> tuple[Hosted, str]:
+        """As `consider`, in a thread: of many shards and peers it takes seconds, and rounds must not wait for it."""
+        statuses = [dict(of_shard) for of_shard in self._statuses()]
+        return await asyncio.to_thread(self._consider, window, service_tokens_per_s, statuses)
+
+    def _consider(
+        self, window: int, service_tokens_per_s: float, statuses: Sequence[Mapping[bytes, Status]]
+    ) -> tuple[Hosted, str]:
         hosting, span = self._hosting, self._hosting.span
         mine = Host(key=self._me, span=span, work_per_s=service_tokens_per_s * _work_of(hosting, span))
-        others = others_of(hosting, self._statuses(), self._me)
+        others = others_of(hosting, statuses, self._me)
         if mine.work_per_s <= 0 and not _is_stuck(others, mine, len(hosting.work)):
             return span, "how fast this peer is has yet to be seen"
         mine = mine if mine.work_per_s > 0 else replace(mine, work_per_s=_usual_work(others))

@@ -72,25 +72,40 @@ def hosts_of(rates: Sequence[Mapping[bytes, float]], work: Sequence[float]) -> t
 
 def throughput(hosts: Sequence[Host], work: Sequence[float]) -> float:
     """The tokens/s that ``hosts`` can train together, if each divides its work among its shards as is best."""
-    high = sum(host.work_per_s for host in hosts) / sum(work)
+    by_span = {host.span: host.work_per_s for host in merged(hosts)}
+    by_end = sorted(by_span, key=lambda span: span.last)
+    of_shards = [[span for span in by_end if shard in span.shards] for shard in range(len(work))]
+    high = sum(by_span.values()) / sum(work)
     low = 0.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if _is_feasible(middle, hosts, work) else (low, middle)
+        low, high = (middle, high) if _is_feasible(middle, by_span, of_shards, work) else (low, middle)
     return low
 
 
-def _is_feasible(tokens_per_s: float, hosts: Sequence[Host], work: Sequence[float]) -> bool:
-    """Shard by shard, whoever has the fewest ahead gives first: as spans are contiguous, no other way does more."""
-    left = {host.key: host.work_per_s for host in hosts}
-    by_end = sorted(hosts, key=lambda host: host.span.last)
-    for shard, needed in enumerate(work):
+def merged(hosts: Sequence[Host]) -> list[Host]:
+    """As if all hosts of a span were one: they can do the same together, and there are far fewer spans than peers."""
+    found: dict[Hosted, Host] = {}
+    for host in hosts:
+        work_per_s = found[host.span].work_per_s if host.span in found else 0.0
+        found[host.span] = replace(host, work_per_s=work_per_s + host.work_per_s)
+    return list(found.values())
+
+
+def _is_feasible(
+    tokens_per_s: float, by_span: Mapping[Hosted, float], of_shards: Sequence[Sequence[Hosted]], work: Sequence[float]
+) -> bool:
+    """Shard by shard, whoever has the fewest ahead gives first: as spans are contiguous, no other way does more.
+
+    ``of_shards``: the spans with each shard, in the order in which they give.
+    """
+    left = dict(by_span)
+    for needed, spans in zip(work, of_shards, strict=True):
         wanted = needed * tokens_per_s
-        for host in by_end:
-            if shard in host.span.shards:
-                given = min(wanted, left[host.key])
-                left[host.key] -= given
-                wanted -= given
+        for span in spans:
+            given = min(wanted, left[span])
+            left[span] -= given
+            wanted -= given
         if wanted > 1e-12 * needed * tokens_per_s:
             return False
     return True
@@ -104,7 +119,7 @@ def choose(
     The whole model where that fits. Where no span makes the run go (other shards lack a replica): what leaves the
     fewest shards without one. Of equal ones: that which evens the shards out most; the larger; by a hash of ``me``.
     """
-    whole = Hosted(first=0, last=len(work))
+    whole, others = Hosted(first=0, last=len(work)), merged(others)
     if whole in fits:
         with_me = [*others, Host(key=me, span=whole, work_per_s=work_per_s)]
         return Place(span=whole, tokens_per_s=throughput(with_me, work), reason="the whole model fits")
@@ -115,8 +130,9 @@ def choose(
         tie = sha256(me + bytes([span.first % 256, span.last % 256]))
         return (round(throughput(with_me, work), 6), -uncovered, -_unevenness(with_me, work), len(span.shards), tie)
 
-    best = max(fits, key=score)
-    tokens_per_s, uncovered = score(best)[0], -score(best)[1]
+    scores = {span: score(span) for span in fits}
+    best = max(scores, key=scores.__getitem__)
+    tokens_per_s, uncovered = scores[best][0], -scores[best][1]
     alone = throughput(others, work)
     reason = f"{tokens_per_s:.0f} tokens/s with it, {alone:.0f} without"
     if uncovered:

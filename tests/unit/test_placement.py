@@ -8,7 +8,7 @@ import random
 import pytest
 
 from swarm.errors import ConfigError
-from swarm.placement import Host, Hosted, choose, consider_move, hosts_of, mover, throughput, wait_share
+from swarm.placement import Host, Hosted, choose, consider_move, hosts_of, merged, mover, throughput, wait_share
 
 ME = b"m" * 32
 
@@ -61,6 +61,19 @@ def test_no_set_of_shards_is_asked_for_more_than_its_hosts_have() -> None:
             for chosen in sets
         )
         assert throughput(given, work) == pytest.approx(tightest, abs=1e-6)
+
+
+def test_hosts_of_one_span_count_as_one_so_that_many_peers_cost_no_more_than_few() -> None:
+    """And nothing that peers decide is another with them merged."""
+    rng = random.Random(2)
+    given = hosts(*((first, first + 1, rng.uniform(1, 5)) for first in (0, 1, 2, 1, 1, 0)), (0, 2, 3.0), (1, 3, 1.0))
+    one_each = merged(given)
+    assert len({host.span for host in given}) == len({host.span for host in one_each}) == len(one_each) == 5
+    for span_ in {host.span for host in given}:
+        of_span = [host.work_per_s for host in given if host.span == span_]
+        assert [h.work_per_s for h in one_each if h.span == span_] == [pytest.approx(sum(of_span))]
+    assert throughput(given, [1, 1, 1]) == pytest.approx(throughput(one_each, [1, 1, 1]))
+    assert choose(ME, 5, FITS, given, [1, 1, 1]).span == choose(ME, 5, FITS, one_each, [1, 1, 1]).span
 
 
 FITS = [span(0, 1), span(1, 2), span(2, 3)]

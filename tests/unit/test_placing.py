@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 from peer.placing import Mover, SpanMoved, settle
 from peer.rounds.statuses import StatusRules
 from peer.training.hosting import Hosting
+from swarm import placement
 from swarm.placement import Hosted
 from swarm.proto.round_pb2 import Status
 from swarm.sharding import Span, from_sizes, join
@@ -114,3 +116,21 @@ def test_whoever_moves_settles_on_the_span_that_it_moved_for() -> None:
             settled, _ = settle(before, statuses, ME, rate * len(before.span.shards))
             assert settled.span == span
     assert moves > 20
+
+
+def test_the_event_loop_goes_on_while_a_move_is_considered(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+    consider_move = placement.consider_move
+
+    def noted(*args: Any) -> tuple[Hosted, str]:
+        threads.append(threading.current_thread())
+        return consider_move(*args)
+
+    monkeypatch.setattr(placement, "consider_move", noted)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        await asyncio.wait_for(mover_at(told(a=5), {}).decide(lambda: 5.0, loop.time, RULES), 20)
+
+    asyncio.run(main())
+    assert threads and threading.main_thread() not in threads
