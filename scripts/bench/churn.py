@@ -54,7 +54,7 @@ class Plan:
     arms: tuple[tuple[float, float], ...]
 
 
-PLAN = Plan(warm_up_s=20.0, quiet_s=60.0, arms=((60.0, 300.0), (20.0, 240.0)))
+PLAN = Plan(warm_up_s=15.0, quiet_s=40.0, arms=((60.0, 270.0), (20.0, 180.0)))
 QUICK_PLAN = Plan(warm_up_s=4.0, quiet_s=5.0, arms=((3.0, 12.0),))
 
 

@@ -35,8 +35,8 @@ class Task:
     step_microbatches: int = 32
     max_in_flight: int = 8
     cpu_share: float = 0.45
-    warm_up_s: float = 20.0
-    measured_s: float = 60.0
+    warm_up_s: float = 15.0
+    measured_s: float = 40.0
     timeout_s: float = 120.0
 
     @property
@@ -70,15 +70,20 @@ class Task:
 
 
 def hold_to(share: float, name: str) -> None:
-    """This process, and all that it starts, may use ``share`` of one core. Raises `OSError` without such control."""
+    """This process, and all that it starts, gets ``share`` of one core, whatever else runs on the machine.
+
+    Raises `OSError` without such control.
+    """
     quota_us = int(share * PERIOD_US)
     folder = (V1 if V1.is_dir() else V2) / f"swarm-bench-{os.getppid()}-{name}"
     folder.mkdir(exist_ok=True)
     if V1.is_dir():
         (folder / "cpu.cfs_period_us").write_text(str(PERIOD_US))
         (folder / "cpu.cfs_quota_us").write_text(str(quota_us))
+        (folder / "cpu.shares").write_text("65536")
     else:
         (folder / "cpu.max").write_text(f"{quota_us} {PERIOD_US}")
+        (folder / "cpu.weight").write_text("10000")
     (folder / "cgroup.procs").write_text(str(os.getpid()))
 
 
