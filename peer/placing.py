@@ -8,15 +8,18 @@ has measured it: as much as the others do on average. Leaves the choice to `swar
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
 from peer.rounds.statuses import StatusRules
 from peer.training.hosting import Hosting
 from swarm import placement
-from swarm.errors import SwarmError
+from swarm.errors import NetworkError, SwarmError
 from swarm.placement import Host, Hosted
 from swarm.proto.round_pb2 import Status
+
+log = logging.getLogger(__name__)
 
 # A window in which one peer may move, in lifetimes of statuses.
 WINDOW_LIFETIMES = 2.0
@@ -64,9 +67,16 @@ class Mover:
         self._hosting, self._statuses, self._me = hosting, statuses, me
 
     async def decide(
-        self, service_tokens_per_s: Callable[[], float], clock: Callable[[], float], rules: StatusRules
+        self,
+        service_tokens_per_s: Callable[[], float],
+        clock: Callable[[], float],
+        rules: StatusRules,
+        ask_coordinator: Callable[[], Awaitable[object]],
     ) -> SpanMoved:
-        """Return once a move is worth it. ``clock``: unix time, the same for everybody."""
+        """Return once a move is worth it, and possible: without the coordinator nobody who left can join again.
+
+        ``clock``: unix time, the same for everybody. ``ask_coordinator``: anything.
+        """
         window_s = WINDOW_LIFETIMES * rules.lifetime_s  # whoever moved before is seen where it went
         window = int(clock() // window_s)
         while True:
@@ -77,7 +87,13 @@ class Mover:
             await asyncio.sleep(placement.wait_share(window, self._me) * window_s / 4)
             rate = service_tokens_per_s()
             span, reason = await self._look(window, rate)
-            if span != self._hosting.span:
+            if span == self._hosting.span:
+                continue
+            try:
+                await ask_coordinator()
+            except NetworkError as error:
+                log.info("no move now, as the coordinator does not answer: %s", error)
+            else:
                 return SpanMoved(reason, rate * _work_of(self._hosting, self._hosting.span))
 
     def consider(self, window: int, service_tokens_per_s: float) -> tuple[Hosted, str]:

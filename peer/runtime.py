@@ -43,6 +43,7 @@ from peer.training.data import ReaderOptions, TokenReader
 from peer.training.feeding import Build, Training
 from peer.training.hosting import build_replica
 from peer.training.trainer import Trainer
+from peer.waiting import wait_for_news
 from swarm.errors import DivergedError, NetworkError, SwarmError
 from swarm.identity import Identity
 from swarm.proto.coordinator_pb2 import ReportPayload
@@ -56,6 +57,7 @@ PROGRESS_INTERVAL_S = 1.0
 CHECKPOINT_WAIT_S = 90.0
 FETCH_TIMEOUT_S = 60.0
 MAX_DIVERGENCES = 3
+JOIN_AGAIN_S = 15.0
 
 logger = logging.getLogger(__name__)
 
@@ -74,20 +76,30 @@ class News:
 Watch = Callable[[News], None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Before:
+    """Whether this process has taken part already, and how fast it was then, as far as that was measured."""
+
+    lived: bool = False
+    work_per_s: float = 0.0
+
+
 async def run_peer(options: PeerOptions, stop: asyncio.Event, watch: Watch) -> None:
     """Take part until the run is finished or ``stop`` is set; then leave cleanly."""
     if options.trains:
         device.choose(options.device)  # a missing one is told before anything is fetched
     with locked_identity(options.home) as identity:
-        divergences, work_per_s = 0, 0.0
+        divergences, before = 0, Before()
         while divergences < MAX_DIVERGENCES:
             try:
-                return await _take_part(options, identity, stop, watch, work_per_s)
+                if await _take_part(options, identity, stop, watch, before):
+                    return
+                await wait_for_news(stop, JOIN_AGAIN_S)
             except SpanMoved as moved:
-                work_per_s = moved.work_per_s
+                before = Before(lived=True, work_per_s=moved.work_per_s)
                 watch(News(kind="moving", values={"reason": str(moved)}))
             except DivergedError as error:
-                divergences += 1
+                divergences, before = divergences + 1, Before(lived=True)
                 logger.error("%s; joining again with the state that the log proves", error)
         raise DivergedError(
             f"this replica diverged from the run {MAX_DIVERGENCES} times",
@@ -96,31 +108,38 @@ async def run_peer(options: PeerOptions, stop: asyncio.Event, watch: Watch) -> N
 
 
 async def _take_part(
-    options: PeerOptions, identity: Identity, stop: asyncio.Event, watch: Watch, work_per_s: float
-) -> None:
+    options: PeerOptions, identity: Identity, stop: asyncio.Event, watch: Watch, before: Before
+) -> bool:
+    """False where it cannot join again yet. Where it never did, what is wrong is raised: somebody looks then."""
     async with AsyncExitStack() as stack:
-        joining = asyncio.create_task(_join(options, identity, watch, stack, work_per_s))
+        joining = asyncio.create_task(_join(options, identity, watch, stack, before))
         stopping = asyncio.create_task(stop.wait())
         try:
             await asyncio.wait({joining, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not joining.done():
-                return
+                return True
             peer = joining.result()
+        except NetworkError as error:
+            if not before.lived:
+                raise
+            logger.warning("%s; joining again in %.0f s", error, JOIN_AGAIN_S)
+            return stop.is_set()
         finally:
             joining.cancel()
             stopping.cancel()
             await asyncio.gather(joining, stopping, return_exceptions=True)
         await peer.live(stop)
+    return True
 
 
-async def _join(
-    options: PeerOptions, identity: Identity, watch: Watch, stack: AsyncExitStack, work_per_s: float
-) -> Peer:
+async def _join(options: PeerOptions, identity: Identity, watch: Watch, stack: AsyncExitStack, before: Before) -> Peer:
     client, run = await meet_coordinator(options, identity, stack)
     hosting = await measure(options, run) if options.trains else None
     told = {"peer id": identity.peer_id, "spec": run.spec, "options": options, "hosting": hosting}
     watch(News(kind="joining", values=told))
-    entry = Entry(options=options, identity=identity, client=client, run=run, hosting=hosting, work_per_s=work_per_s)
+    entry = Entry(
+        options=options, identity=identity, client=client, run=run, hosting=hosting, work_per_s=before.work_per_s
+    )
     joined = await join(entry, stack)
     if joined.hosting is not None and run.spec.num_shards > 1:
         hosts = list(joined.hosting.span.shards)
@@ -297,8 +316,8 @@ class Peer:
             await asyncio.Event().wait()
             return
         mover = Mover(self.joined.hosting, self.hosted.surroundings.everywhere, self.joined.identity.public_key)
-        rules = self.joined.status_rules
-        raise await mover.decide(lambda: self.words.service_tokens_per_s, self.joined.clock, rules)
+        rules, ask = self.joined.status_rules, self.joined.client.progress
+        raise await mover.decide(lambda: self.words.service_tokens_per_s, self.joined.clock, rules, ask)
 
     async def _watch_trainer(self) -> None:
         if self.training is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from peer.placing import Mover, SpanMoved, settle
 from peer.rounds.statuses import StatusRules
 from peer.training.hosting import Hosting
 from swarm import placement
+from swarm.errors import Unreachable
 from swarm.placement import Hosted
 from swarm.proto.round_pb2 import Status
 from swarm.sharding import Span, from_sizes, join
@@ -88,13 +89,32 @@ def test_in_each_window_one_peer_at_most_may_move() -> None:
     assert 5 < len(able) < 60, "one of eight"
 
 
-def test_a_move_is_decided_in_a_window_of_its_own_and_told_with_its_reason() -> None:
-    async def main() -> SpanMoved:
-        loop = asyncio.get_running_loop()
-        return await asyncio.wait_for(mover_at(told(a=5), {}).decide(lambda: 5.0, loop.time, RULES), 20)
+async def answered() -> None:
+    pass
 
-    moved = asyncio.run(main())
+
+async def decided(ask: Callable[[], Awaitable[None]]) -> SpanMoved:
+    """What a peer comes to whose neighbours left a shard without a replica."""
+    loop = asyncio.get_running_loop()
+    return await asyncio.wait_for(mover_at(told(a=5), {}).decide(lambda: 5.0, loop.time, RULES, ask), 20)
+
+
+def test_a_move_is_decided_in_a_window_of_its_own_and_told_with_its_reason() -> None:
+    moved = asyncio.run(decided(answered))
     assert "0 shards lack a replica then" in str(moved) and moved.work_per_s == 5.0
+
+
+def test_nobody_moves_while_the_coordinator_does_not_answer() -> None:
+    """Whoever left then could not join again."""
+    asked: list[None] = []
+
+    async def ask() -> None:
+        asked.append(None)
+        if len(asked) < 3:
+            raise Unreachable("the coordinator cannot be reached")
+
+    asyncio.run(decided(ask))
+    assert len(asked) == 3
 
 
 def test_whoever_moves_settles_on_the_span_that_it_moved_for() -> None:

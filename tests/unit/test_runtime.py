@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,11 +22,12 @@ from peer.home import Home, locked_identity
 from peer.joining import Joined, Papers, PeerOptions
 from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.fetch import HolderBook
+from peer.placing import SpanMoved
 from peer.rounds.exchange import ROUND_METHOD
 from peer.rounds.exchange_parts import Committed
 from peer.rounds.ledger import Ledger, LedgerOptions
 from peer.rounds.shard import Shard
-from peer.runtime import MAX_DIVERGENCES, News, Peer, run_peer
+from peer.runtime import MAX_DIVERGENCES, Before, News, Peer, run_peer
 from peer.starting import ShardStart, Start
 from peer.training import device, model
 from peer.training.cut import cut
@@ -80,6 +82,7 @@ def diverging(monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
         assert len(lives) < 100, "for ever"
         if len(lives) <= times:
             raise DivergedError("round 5 starts from another state than ours")
+        return True
 
     monkeypatch.setattr(runtime, "_take_part", live)
     return lives
@@ -99,6 +102,51 @@ def test_a_peer_that_diverges_again_and_again_ends_by_name(tmp_path: Path, monke
     with pytest.raises(DivergedError, match=f"diverged from the run {MAX_DIVERGENCES} times") as ended:
         in_time(run_peer(make_options(tmp_path), asyncio.Event(), unheard))
     assert len(lives) == MAX_DIVERGENCES and "test the machine" in ended.value.advice
+
+
+# ---- moving ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reason", [SpanMoved("4 tokens/s instead of 3", 7.0), DivergedError("another state")])
+def test_a_peer_that_was_here_comes_back_once_the_coordinator_does(
+    reason: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its measure goes with it. Of a first time the person is told at once, see below."""
+    joins: list[Before] = []
+
+    async def end(stop: asyncio.Event) -> None:
+        if len(joins) == 1:
+            raise reason
+
+    async def join(options: Any, identity: Any, watch: Any, stack: Any, before: Before) -> Any:
+        joins.append(before)
+        if len(joins) in (2, 3):
+            raise Unreachable("no coordinator answers")
+        return SimpleNamespace(live=end)
+
+    monkeypatch.setattr(runtime, "_join", join)
+    monkeypatch.setattr(runtime, "JOIN_AGAIN_S", 0.001)
+    in_time(run_peer(make_options(tmp_path), asyncio.Event(), unheard))
+    assert joins == [Before(), *[Before(lived=True, work_per_s=getattr(reason, "work_per_s", 0.0))] * 3]
+
+
+def test_whoever_cannot_come_back_leaves_when_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, joins = asyncio.Event(), 0
+
+    async def end(stop: asyncio.Event) -> None:
+        raise SpanMoved("another span", 0.0)
+
+    async def join(*joining: Any) -> Any:
+        nonlocal joins
+        joins += 1
+        if joins == 1:
+            return SimpleNamespace(live=end)
+        asyncio.get_running_loop().call_later(0.01, stop.set)
+        raise Unreachable("no coordinator answers")
+
+    monkeypatch.setattr(runtime, "_join", join)
+    in_time(run_peer(make_options(tmp_path), stop, unheard))
+    assert joins <= 3
 
 
 # ---- leaving while joining ------------------------------------------------------------------------------------------
