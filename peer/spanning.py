@@ -40,6 +40,7 @@ def span_trainer(joined: Joined, hosted: HostedShards) -> Build[HostedReplica]:
     pieces = slices_of([exchange.shard.num_values for exchange in hosted.exchanges])
     later = {shard: slice(piece.start, pieces[-1].stop) for shard, piece in zip(shards, pieces, strict=True)}
     later.pop(shards[0])
+    work = {shard: sum(hosting.work[shard:last]) for shard in shards}
     parts = SpanParts(
         transport=joined.transport,
         rules=rules,
@@ -50,6 +51,7 @@ def span_trainer(joined: Joined, hosted: HostedShards) -> Build[HostedReplica]:
         hosts=hosted.surroundings.hosts,
         is_admitted=hosted.surroundings.is_admitted,
         later=later,
+        shares={shard: work[shard] / work[shards[0]] for shard in later},
         timeout_s=time_for(spec.num_shards - hosting.span.first),
         # A snapshot that comes later is of no use to its round.
         drain_s=min(MAX_DRAIN_S, spec.rounds.reduce_timeout_s / 2),

@@ -50,6 +50,8 @@ class SpanParts:
     is_admitted: Callable[[bytes], bool]
     later: Mapping[int, slice] = field(default_factory=dict)
     """shards of the span after its first, each with the replica's values from there on: entrances, too"""
+    shares: Mapping[int, float] = field(default_factory=dict)
+    """of the work of the span, what a microbatch asks for that enters at one of these shards"""
     timeout_s: float = SHARD_TIME_S
     """for a microbatch that begins here, there and back"""
     drain_s: float = 30.0
@@ -58,7 +60,7 @@ class SpanParts:
 class SpanTrainer(BetweenSteps):
     def __init__(self, replica: HostedReplica, span: SpanParts, hooks: Hooks, limits: Limits) -> None:
         super().__init__(replica)
-        self._hooks, self._limits = hooks, limits
+        self._hooks, self._limits, self._shares = hooks, limits, span.shares
         self._last_end_s = 0.0
         self._computed_s = 0.0
         self._service_tokens_per_s = 0.0
@@ -163,12 +165,17 @@ class SpanTrainer(BetweenSteps):
     def _stepped(self, stepped: Stepped) -> None:
         now_s = time.monotonic()
         elapsed_s, self._last_end_s = now_s - self._last_end_s, now_s
-        self._measure(stepped.num_tokens)
+        self._measure(stepped)
         self._tell_of_bad_steps(self._count(stepped.result, stepped.num_tokens, elapsed_s, stepped.entered_later))
 
-    def _measure(self, num_tokens: int) -> None:
-        """Tokens of a step by what it was computed in, whatever was waited for between."""
+    def _measure(self, stepped: Stepped) -> None:
+        """Tokens of a step by what it was computed in, whatever was waited for between.
+
+        What entered later passed a part of the span, and counts for so much: others reckon with all of its work.
+        """
         computed_s = self._place.slot.computed_s
+        spared = sum(tokens * (1 - self._shares.get(shard, 1)) for shard, tokens in stepped.entered_later.items())
+        num_tokens = stepped.num_tokens - spared
         rate, self._computed_s = num_tokens / max(computed_s - self._computed_s, 1e-9), computed_s
         kept = RATE_KEPT if self._service_tokens_per_s else 0.0
         self._service_tokens_per_s = kept * self._service_tokens_per_s + (1 - kept) * rate

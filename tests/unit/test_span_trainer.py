@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ import pytest
 import torch
 
 from peer.pipeline.messages import HopRules
+from peer.pipeline.steps import Stepped
 from peer.pipeline.trainer import SpanParts, SpanTrainer
 from peer.training import model
 from peer.training.between_steps import Stats
 from peer.training.fp32_replica import Replica
 from peer.training.int8_replica import Int8Replica
+from peer.training.microbatches import StepResult
 from peer.training.trainer import Hooks, Limits, Trainer
 from swarm.errors import SwarmError
 from swarm.identity import Identity
@@ -129,6 +132,21 @@ def test_spans_train_together_and_land_anchors_while_they_do() -> None:
             assert trainer.failure is None
 
     live(main())
+
+
+def test_what_entered_later_counts_for_the_part_of_the_work_that_it_asked_for() -> None:
+    """A peer is as fast however many of its microbatches come from others; who hosts what depends on it."""
+    rates = []
+    for own, later in ((4, 0), (2, 2), (1, 3)):
+        parts = replace(parts_of(MemoryNetwork()), shares={1: 0.25})
+        trainer = SpanTrainer(replica_of(whole(NUM_LAYERS)), parts, hooks_of(limited(0)), Limits())
+        trainer._place.slot.computed_s = own * 1.0 + later * 0.25
+        result = StepResult(loss=1.0, grad_norm=1.0, ok=True, num_microbatches=4)
+        trainer._stepped(
+            Stepped(result=result, num_tokens=400, microbatch_ids=(), entered_later={1: 100 * later} if later else {})
+        )
+        rates.append(trainer.service_tokens_per_s)
+    assert rates == pytest.approx([100.0] * 3)
 
 
 def test_a_paused_trainer_still_carries_out_commands() -> None:
