@@ -148,9 +148,12 @@ def test_the_event_loop_goes_on_while_a_move_is_considered(monkeypatch: pytest.M
 
     monkeypatch.setattr(placement, "consider_move", noted)
 
+    async def there() -> None:
+        pass
+
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        await asyncio.wait_for(mover_at(told(a=5), {}).decide(lambda: 5.0, loop.time, RULES), 20)
+        await asyncio.wait_for(mover_at(told(a=5), {}).decide(lambda: 5.0, loop.time, RULES, there), 20)
 
     asyncio.run(main())
     assert threads and threading.main_thread() not in threads
