@@ -114,7 +114,7 @@ class ReducerDebt:
             slices = range(part.first_slice, part.first_slice + part.num_slices)
             if part.digest == digest:
                 self._owed.update(by_slice)
-            elif self.me in part.handed_over_by:
+            elif self.me in (part.reducer, *part.handed_over_by):  # ours of a forgotten attempt: it is in there too
                 for index in slices:
                     self._owed.pop(index, None)
             self._note_reducer(slices, part.reducer, {part.reducer, *part.handed_over_by})

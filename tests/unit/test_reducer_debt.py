@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peer.rounds.codec import CODECS, Float32
 from peer.rounds.paxos import Ballot, to_message
 from peer.rounds.planning import SLICE_VALUES
-from peer.rounds.reducer_debt import KEPT, MAX_REDUCERS, ReducerDebt, check_handed_over
+from peer.rounds.reducer_debt import KEPT, MAX_ATTEMPTS, MAX_REDUCERS, ReducerDebt, check_handed_over
 from peer.rounds.round_actions import HandOver, Reduce
 from peer.rounds.shard import Shard
 from swarm import digest
@@ -212,6 +212,18 @@ def test_what_was_handed_over_is_owed_until_a_commit_says_that_it_was_taken() ->
     record.parts[0].handed_over_by.append(KEYS[0])
     owes.settle(record)
     assert owes.to_hand_over(0, 1) is None and owes.size_bytes == 0
+
+
+def test_what_went_into_an_average_of_an_attempt_that_is_forgotten_is_not_added_again() -> None:
+    """More attempts than are remembered, and the first of them is committed after all."""
+    owes, _, _ = one_reducer_then(KEYS[0])
+    lost = np.ones(SLICE_VALUES, np.float32)
+    for number in range(1, MAX_ATTEMPTS + 2):
+        owes.note((number, LEADER), 0, bytes([number]) * 32, lost)
+    record = Record(opened_by=to_message((1, LEADER)))
+    record.parts.add(num_slices=1, digest=b"\x01" * 32, reducer=KEYS[0])
+    owes.settle(record)
+    assert owes.to_hand_over(0, 1) is None
 
 
 def test_reducers_of_long_ago_are_forgotten() -> None:
