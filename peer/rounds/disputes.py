@@ -13,11 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from peer.rounds.attempt import Attempt
-from peer.rounds.mending import record_incident
+from peer.rounds.mending import incidents_bytes, record_incident
 from peer.rounds.paxos import ballot_of
 from swarm.averages import payload
 from swarm.identity import peer_id_of
 from swarm.proto.round_pb2 import PartResult, Record
+
+MAX_INCIDENTS_BYTES = 16 << 20  # a whole record's worth is half a megabyte
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +63,12 @@ def false_averages(record: Record, attempt: Attempt | None, too_long: Sequence[P
 
 
 def write_down(folder: Path, found: Sequence[FalseAverage]) -> tuple[str, ...]:
-    """Into the file of incidents, durably; gives what to tell a person."""
+    """Into the file of incidents, durably; gives what to tell a person.
+
+    Nothing more goes into a large file: a liar must not fill a disk, and whoever replays a round finds it anew.
+    """
     for false in found:
         log.error("incident: %s", false)
-        record_incident(folder, asdict(false))
+        if incidents_bytes(folder) < MAX_INCIDENTS_BYTES:
+            record_incident(folder, asdict(false))
     return tuple(map(str, found))

@@ -27,6 +27,8 @@ from swarm.proto.round_pb2 import Commit, Record
 ATTEMPTS = 20
 RETRY_S = 1.5
 
+INCIDENTS_FILE = "incidents"
+
 log = logging.getLogger(__name__)
 
 
@@ -89,11 +91,18 @@ def heir(branch: Branch, ledger: Ledger) -> bytes:
 
 def record_incident(folder: Path, incident: Mapping[str, object]) -> None:
     """One line of JSON more in ``folder``/incidents, durable."""
-    path = folder / "incidents"
+    path = folder / INCIDENTS_FILE
     with disk_errors(path), open(path, "a") as file:
         file.write(json.dumps(incident, sort_keys=True) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def incidents_bytes(folder: Path) -> int:
+    """What is written there so far."""
+    path = folder / INCIDENTS_FILE
+    with disk_errors(path):
+        return path.stat().st_size if path.exists() else 0
 
 
 async def debt_of(branch: Branch, newcomer: Newcomer, holders: Sequence[bytes], applied: LogHead) -> Debt | None:
