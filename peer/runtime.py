@@ -346,8 +346,12 @@ class Peer:
 
     def _of_shards(self, stats: Stats) -> dict[str, Any]:
         waits_for = self.training.waits_for if self.training is not None else ""
-        shards = self.hosted.progress(stats.tokens_per_s)
-        return {"hosts": self.hosted.shards, "shards": shards, **({"waits for": waits_for} if waits_for else {})}
+        return {
+            "hosts": self.hosted.shards,
+            "shards": self.hosted.progress(stats.tokens_per_s),
+            "first shard tokens": stats.tokens_of(self.hosted.shards[0]),  # less than "my tokens": some entered later
+            **({"waits for": waits_for} if waits_for else {}),
+        }
 
     async def _renew_admission(self) -> None:
         addresses = own_addresses(self.joined.options, self.transport)

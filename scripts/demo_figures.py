@@ -75,13 +75,22 @@ def committed_tokens(commits: Sequence[dict[str, Any]]) -> list[int]:
     return [0, *(commit["committed tokens"] for commit in commits)]
 
 
+def first_shard_tokens(news: dict[str, Any]) -> int:
+    """Tokens that passed the first shard that its teller hosts: what entered later passed another's before."""
+    return int(news.get("first shard tokens", news["my tokens"]))
+
+
+def first_shard_tokens_per_s(news: dict[str, Any]) -> float:
+    return float(news["tokens/s"] * first_shard_tokens(news) / max(news["my tokens"], 1))
+
+
 def pending_tokens(news_of_all: Sequence[Sequence[dict[str, Any]]], now_s: float) -> int:
     """Tokens that volunteers trained and that no commit has counted yet: by their newest news, and their pace since."""
     newest = [next((n for n in reversed(news) if "my tokens" in n), None) for news in news_of_all]
     told = [news for news in newest if news is not None]
     if not told:
         return 0
-    trained = sum(news["my tokens"] + news["tokens/s"] * (now_s - news["at_s"]) for news in told)
+    trained = sum(first_shard_tokens(news) + first_shard_tokens_per_s(news) * (now_s - news["at_s"]) for news in told)
     return int(trained - max(news["committed tokens"] for news in told))
 
 

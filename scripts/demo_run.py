@@ -18,7 +18,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from demo_figures import Evidence, Volunteer, claims, committed_tokens, figures, pending_tokens, tables
+from demo_figures import (
+    Evidence,
+    Volunteer,
+    claims,
+    committed_tokens,
+    figures,
+    first_shard_tokens_per_s,
+    pending_tokens,
+    tables,
+)
 from demo_stage import DemoFailed, Program, Stage, kill
 
 from swarm.cli import output
@@ -180,6 +189,7 @@ class Demo:
     def _progress(self) -> dict[str, object]:
         live = [p for p in self.volunteers.values() if p.is_running and p.last("progress")]
         progress = [program.last("progress") for program in live]
+        speeds = [first_shard_tokens_per_s(p) for p in progress if 0 in p.get("hosts", [0])]  # every token passes it
         if time.monotonic() > self.status_due and any(program.of("commit") for program in live):
             self.status = self.stage.swarm_json("status", "$INVITE", quiet=self.status_due > 0)
             self.status_due = time.monotonic() + STATUS_EVERY_S
@@ -190,7 +200,7 @@ class Demo:
             "tokens": f"{max((p['committed tokens'] for p in progress), default=0):,}",
             "training loss": f"{sum(losses) / len(losses):.2f}" if losses else "-",
             "validation loss": f"{measured[-1]:.2f}" if measured else "-",
-            "tokens/s": f"{sum(p['tokens/s'] for p in progress):,}",
+            "tokens/s": f"{sum(speeds):,.0f}",
             "peers": len(live),
         }
 

@@ -158,6 +158,13 @@ def test_pending_tokens_are_those_trained_and_not_committed() -> None:
     assert demo.pending_tokens([[]], now_s=5.0) == 0
 
 
+def test_tokens_that_entered_at_a_later_shard_are_not_counted_twice() -> None:
+    """A third of what the peer with both shards trained passed the first one at another peer, which counts it."""
+    both, first = {**commit(2), "first shard tokens": 80}, {**commit(2), "first shard tokens": 120}
+    assert demo.pending_tokens([[both], [first]], now_s=2.0) == 80 + 120 - 200
+    assert demo.pending_tokens([[both]], now_s=5.0) == 80 + 20 - 200
+
+
 def test_tokens_per_second_are_measured_over_commits() -> None:
     assert demo.tokens_per_s(evidence()) == 100.0
     assert demo.tokens_per_s(replace(evidence(), volunteers=[])) == 0.0
