@@ -166,9 +166,10 @@ class Training:
         await self._reader.ensure_validation(VALIDATION_SEQUENCES)
         batches = list(self._reader.validation_batches(VALIDATION_SEQUENCES, self._spec.inner.microbatch_sequences))
         began_s = time.monotonic()
-        loss = await self.trainer.evaluate(anchor, batches)
-        self._evaluating.spend(time.monotonic() - began_s)
-        return loss
+        try:
+            return await self.trainer.evaluate(anchor, batches)
+        finally:  # one that fails took its time, too
+            self._evaluating.spend(time.monotonic() - began_s)
 
     async def stop(self, timeout_s: float) -> None:
         if self._prefetching is not None:

@@ -17,7 +17,7 @@ from peer.training.data import ReaderOptions, TokenReader
 from peer.training.feeding import Training
 from peer.training.trainer import Limits, Trainer
 from swarm import assignment
-from swarm.errors import DataError, DiskFull, NotFound, Unreachable
+from swarm.errors import DataError, DeadlineExceeded, DiskFull, NotFound, Unreachable
 from swarm.log import LogHead
 from swarm.removals import Removal, left_to_read
 from tests.unit.small_models import LENGTH, small_spec
@@ -124,6 +124,19 @@ def test_an_evaluation_makes_up_for_its_time_before_the_next_may_be_made(tmp_pat
     async def test(training: Training, replica: Recording) -> None:
         assert training.may_evaluate
         assert await training.evaluate(ANCHOR) > 0
+        assert not training.may_evaluate
+
+    with_training(Source(tmp_path, []), test)
+
+
+def test_an_evaluation_that_fails_makes_up_for_its_time_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(training: Training, replica: Recording) -> None:
+        async def fail(*given: Any) -> float:
+            raise DeadlineExceeded("the trainer did not answer")
+
+        monkeypatch.setattr(training.trainer, "evaluate", fail)
+        with pytest.raises(DeadlineExceeded):
+            await training.evaluate(ANCHOR)
         assert not training.may_evaluate
 
     with_training(Source(tmp_path, []), test)
