@@ -60,7 +60,7 @@ def publish(run: Run, store: Store, request: Signed, hearing: Hearing) -> Public
             signed_witnesses=signed_quorum.SerializeToString(),
         )
         # What researchers would refuse must not take the round's place: it is published once.
-        vouching.publication_of(run, published).verified(run.run_id, run.spec, run.source.offline.roots)
+        vouching.publication_of(run, published).verified(run.run_id, run.spec)
         vouching.add(run, store, published)
     elif published.manifest_digest != manifest_digest:
         raise VerificationError(f"round {checkpoint.round} is published with another manifest")

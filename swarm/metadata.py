@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
+from securesystemslib.exceptions import UnverifiedSignatureError
 from securesystemslib.signer import Key, Signature, SSlibKey
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Signed, Snapshot, TargetFile, Targets, Timestamp
@@ -88,6 +89,19 @@ def check_run(raw: bytes, run_id: bytes) -> None:
     """Raise `VerificationError` unless a file says that it is of this run; its signatures cover that."""
     if read(raw, Signed).signed.unrecognized_fields.get(RUN_FIELD) != run_id.hex():
         raise VerificationError("metadata of another run")
+
+
+def is_signed(raw: bytes, key: bytes) -> bool:
+    """Whether ``key`` signed this file."""
+    whole = read(raw, Signed)
+    signature = whole.signatures.get(key_id_of(key))
+    if signature is None:
+        return False
+    try:
+        tuf_key(key).verify_signature(signature, whole.signed_bytes)
+    except UnverifiedSignatureError:
+        return False
+    return True
 
 
 def entries(checkpoints: bytes) -> dict[int, Entry]:

@@ -1,13 +1,14 @@
 """A checkpoint as it is published: what is signed about it, and by whose authority.
 
-Decides which publication key may have signed it (the run spec's, or the one that the organizers' roots lead to), and
-that manifest, witnesses and roots belong together. The files themselves are `peer.checkpoints.verify`'s.
+Decides which publication key may have signed it (the run spec's, or the one that the organizers' roots lead to; of one
+that they replaced only what the new one lists), and that manifest, witnesses and roots belong together. The files
+themselves are `peer.checkpoints.verify`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -16,12 +17,24 @@ from swarm import digest, governance, manifest, witness
 from swarm.errors import ProtocolError, SignatureError, VerificationError
 from swarm.identity import verify
 from swarm.manifest import CheckpointManifest
+from swarm.metadata import Entry
 from swarm.proto.checkpoint_pb2 import Roots
 from swarm.proto.common_pb2 import Signed
 from swarm.run_spec import RunSpec
 
 ROOTS_CONTEXT = "roots"
 MAX_ROOTS_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What is trusted of a run already: roots, and by round the checkpoints that the key of the newest one lists."""
+
+    roots: tuple[bytes, ...] = ()
+    checkpoints: Mapping[int, Entry] = field(default_factory=dict)
+
+
+NOTHING_KNOWN = Known()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,30 +45,37 @@ class Publication:
     witnesses: Signed
     roots: Signed | None = None
 
-    def verified(self, run_id: bytes, spec: RunSpec, known_roots: Sequence[bytes] = ()) -> CheckpointManifest:
-        """The manifest, once the publication key signed it and a quorum of replicas witnessed its state.
+    def verified(self, run_id: bytes, spec: RunSpec, known: Known = NOTHING_KNOWN) -> CheckpointManifest:
+        """The manifest, once a publication key signed it and a quorum of replicas witnessed its state.
 
-        ``known_roots``: roots that are trusted already; a key that they have replaced is refused.
+        A key that organizers replaced vouches only for what the new one lists too: ``known`` names this very manifest.
         """
-        key = self._publication_key(run_id, spec, known_roots)
-        if self.manifest.signer != key and known_roots:
-            raise SignatureError(
-                "the checkpoint is signed by another key than the organizers' newest root names",
-                "download it again: what is still vouched for has new signatures",
-            )
+        own = parse_roots(self.roots, run_id, spec)
+        shared = min(len(own), len(known.roots))
+        if list(own[:shared]) != list(known.roots[:shared]):
+            raise VerificationError("the checkpoint's roots are not those that are trusted on this machine")
+        key = governance.publication_key(run_id, spec, own)
         checkpoint = manifest.parse_signed(self.manifest, run_id, key)
+        newest_key = governance.publication_key(run_id, spec, max(own, known.roots, key=len))
+        if key != newest_key and known.checkpoints.get(checkpoint.round) != self.entry(checkpoint.round):
+            raise SignatureError(
+                "the checkpoint is signed by a key that the organizers replaced, and the new key does not list it",
+                "bring the list up to date (swarm checkpoints INVITE): a checkpoint that is not in it is not the run's",
+            )
         witnesses = witness.parse_witnesses(self.witnesses, run_id, key)
         if witnesses.manifest_digest != digest.sha256(self.manifest.payload):
             raise VerificationError("the witnesses are those of another manifest")
         witness.check_quorum(witnesses, run_id, spec.checkpoints, checkpoint)
         return checkpoint
 
-    def _publication_key(self, run_id: bytes, spec: RunSpec, known_roots: Sequence[bytes]) -> bytes:
-        own = parse_roots(self.roots, run_id, spec)
-        shared = min(len(own), len(known_roots))
-        if list(own[:shared]) != list(known_roots[:shared]):
-            raise VerificationError("the checkpoint's roots are not those that are trusted on this machine")
-        return governance.publication_key(run_id, spec, max(own, known_roots, key=len))
+    def entry(self, round_number: int) -> Entry:
+        """How metadata lists what is published of this round."""
+        return Entry(
+            round=round_number,
+            manifest_bytes=len(self.manifest.payload),
+            manifest_digest=digest.sha256(self.manifest.payload),
+            witnesses_digest=digest.sha256(self.witnesses.payload),
+        )
 
 
 def published_manifest(folder: Path, run_id: bytes, spec: RunSpec) -> CheckpointManifest:

@@ -21,11 +21,11 @@ from pathlib import Path
 from peer.checkpoints.checkpoint import write_signed
 from peer.checkpoints.filling import Fetching, fill
 from peer.checkpoints.verify import (
-    KnownRoots,
+    KnownOf,
     Provenance,
     Report,
     check_provenance,
-    no_roots,
+    knows_nothing,
     read_provenance,
     verify_folder,
 )
@@ -52,7 +52,7 @@ class Order:
     publication: Publication
     target: Path
     any_round: bool = False
-    known_roots: KnownRoots = no_roots
+    known_of: KnownOf = knows_nothing
 
 
 def round_folder(target: Path, round_number: int) -> Path:
@@ -67,7 +67,7 @@ async def download(order: Order, fetching: Fetching) -> Report:
     Raises `VerificationError` (signature, rollback), `ConfigError` (the target holds another run), `AlreadyRunning`,
     `DiskFull`, `NotFound` (run it again later: it resumes).
     """
-    provenance = check_provenance(order.signed_spec, order.publication, order.run_id, order.known_roots)
+    provenance = check_provenance(order.signed_spec, order.publication, order.run_id, order.known_of)
     manifest = provenance.manifest
     final = round_folder(order.target, manifest.round)
     partial = order.target / f".partial-{manifest.round}"
@@ -158,7 +158,7 @@ def _signed_anew(complete: Report, offered: Provenance, order: Order) -> Report:
         return complete
     with disk_errors(order.target), locked(order.target):
         write_signed(complete.folder, order.publication, order.signed_spec)
-        return replace(complete, provenance=read_provenance(complete.folder, order.run_id, order.known_roots))
+        return replace(complete, provenance=read_provenance(complete.folder, order.run_id, order.known_of))
 
 
 @contextmanager

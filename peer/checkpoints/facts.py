@@ -13,7 +13,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from peer.checkpoints.card import CardFacts
-from peer.checkpoints.verify import KnownRoots, Provenance, no_roots, read_provenance
+from peer.checkpoints.verify import KnownOf, Provenance, knows_nothing, read_provenance
 from peer.checkpoints.weights import Weights
 from swarm import data_manifest, digest, evaluation, manifest, run_record
 from swarm.errors import DataError, SwarmError, VerificationError
@@ -80,9 +80,9 @@ def manifest_digest(provenance: Provenance) -> str:
     return digest.sha256(provenance.publication.manifest.payload).hex()
 
 
-def read_facts(folder: Path, run_id: bytes | None, known_roots: KnownRoots = no_roots) -> FolderFacts:
+def read_facts(folder: Path, run_id: bytes | None, known_of: KnownOf = knows_nothing) -> FolderFacts:
     """Raises `DataError` where this is no checkpoint, `VerificationError` where what is read is not what was signed."""
-    provenance = read_provenance(folder, run_id, known_roots)
+    provenance = read_provenance(folder, run_id, known_of)
     listed, spec = provenance.manifest, provenance.spec
     raw_data = _listed(folder, provenance, manifest.DATA_FILE, data_manifest.MAX_MANIFEST_BYTES)
     if raw_data is None:

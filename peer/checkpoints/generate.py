@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peer.checkpoints.verify import KnownRoots, no_roots, verify_folder
+from peer.checkpoints.verify import KnownOf, knows_nothing, verify_folder
 from peer.training.device import choose
 from swarm.errors import ConfigError, DataError
 
@@ -40,7 +40,7 @@ class GenerateOptions:
     seed: int | None = None
     device: str = "auto"
     run_id: bytes | None = None
-    known_roots: KnownRoots = no_roots
+    known_of: KnownOf = knows_nothing
     verify: bool = True
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ def generate(folder: Path, prompt: str, options: GenerateOptions) -> Iterator[st
     model that can be opened, `DeviceError`, and `ConfigError` for a prompt longer than the model's context.
     """
     if options.verify:
-        verify_folder(folder, options.run_id, known_roots=options.known_roots).require_ok()
+        verify_folder(folder, options.run_id, known_of=options.known_of).require_ok()
     device = choose(options.device)
     model, tokenizer = open_checkpoint(folder)
     tokens = tokenizer.encode(prompt) or [tokenizer.bos_token_id]

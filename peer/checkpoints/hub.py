@@ -15,7 +15,7 @@ from pathlib import Path
 from peer.checkpoints.export_hf import ORIGIN_NAME
 from peer.checkpoints.facts import read_evaluations
 from peer.checkpoints.model_signature import SIGNATURE_NAME
-from peer.checkpoints.verify import KnownRoots, Provenance, no_roots, verify_folder
+from peer.checkpoints.verify import KnownOf, Provenance, knows_nothing, verify_folder
 from swarm.digest import sha256
 from swarm.errors import ConfigError, DataError, DigestError, NetworkError
 from swarm.evaluation import FOLDER as EVALUATIONS
@@ -55,13 +55,13 @@ def parse_target(text: str) -> str:
     return found[1]
 
 
-def describe_folder(folder: Path, run_id: bytes | None, known_roots: KnownRoots = no_roots) -> Pushed:
+def describe_folder(folder: Path, run_id: bytes | None, known_of: KnownOf = knows_nothing) -> Pushed:
     """What is pushed, once every byte that its list names is right.
 
     Raises `DataError` where the folder is neither a checkpoint nor a derived set, `VerificationError`.
     """
     if (folder / MANIFEST_FILE).exists():
-        report = verify_folder(folder, run_id, known_roots=known_roots)
+        report = verify_folder(folder, run_id, known_of=known_of)
         report.require_ok()
         listed = report.provenance
         digest = sha256(listed.publication.manifest.payload).hex()

@@ -19,12 +19,11 @@ from tuf.api.exceptions import DownloadError, DownloadHTTPError, ExpiredMetadata
 from tuf.ngclient import FetcherInterface, Updater
 
 from swarm import governance, metadata
-from swarm.digest import sha256
 from swarm.errors import NotFound, VerificationError
 from swarm.files import disk_errors
 from swarm.manifest import CheckpointManifest
 from swarm.metadata import Entry
-from swarm.publication import Publication
+from swarm.publication import Known, Publication
 from swarm.run_spec import RunSpec
 
 Source = Callable[[str], Iterable[bytes]]
@@ -53,15 +52,9 @@ class Trusted:
 
     def check(self, publication: Publication) -> CheckpointManifest:
         """The manifest of ``publication``, once the metadata names exactly it and its witnesses."""
-        checkpoint = publication.verified(self.run_id, self.spec, self.roots)
-        payload, quorum = publication.manifest.payload, publication.witnesses.payload
-        offered = Entry(
-            round=checkpoint.round,
-            manifest_bytes=len(payload),
-            manifest_digest=sha256(payload),
-            witnesses_digest=sha256(quorum),
-        )
-        if self.checkpoints.get(checkpoint.round) != offered:
+        known = Known(roots=self.roots, checkpoints=self.checkpoints)
+        checkpoint = publication.verified(self.run_id, self.spec, known)
+        if self.checkpoints.get(checkpoint.round) != publication.entry(checkpoint.round):
             raise VerificationError(
                 f"round {checkpoint.round}: the run's metadata names another checkpoint, or none (withdrawn?)", _ADVICE
             )
@@ -91,15 +84,24 @@ def refresh(folder: Path, run_id: bytes, spec: RunSpec, source: Source) -> Trust
             return _refresh(folder, run_id, spec, source)
 
 
-def known_roots(folder: Path, run_id: bytes, spec: RunSpec) -> tuple[bytes, ...]:
-    """The roots that ``folder`` holds of this run; none where it was never refreshed."""
+def known_of(folder: Path, run_id: bytes, spec: RunSpec) -> Known:
+    """What ``folder`` holds of this run; nothing where it was never refreshed. It may be old: nobody is asked."""
+    roots = _roots(folder)
+    key = governance.publication_key(run_id, spec, roots)
+    listed = folder / f"{metadata.CHECKPOINTS}.json"
+    raw = listed.read_bytes() if roots and listed.exists() else None
+    # A refresh may have brought a root and ended before the list that its key signs.
+    is_current = raw is not None and metadata.is_signed(raw, key)
+    return Known(roots=roots, checkpoints=metadata.entries(raw) if raw is not None and is_current else {})
+
+
+def _roots(folder: Path) -> tuple[bytes, ...]:
     roots: list[bytes] = []
     for version in range(1, governance.MAX_ROOTS + 1):
         try:
             roots.append((folder / "root_history" / f"{version}.root.json").read_bytes())
         except FileNotFoundError:
             break
-    governance.publication_key(run_id, spec, roots)
     return tuple(roots)
 
 
@@ -119,7 +121,8 @@ def _refresh(folder: Path, run_id: bytes, spec: RunSpec, source: Source) -> Trus
         raise NotFound(f"the run's metadata is not complete: {error}") from error
     except (DownloadError, RepositoryError) as error:
         raise VerificationError(f"the run's metadata: {error}", _ADVICE) from error
-    roots = known_roots(folder, run_id, spec)
+    roots = _roots(folder)
+    governance.publication_key(run_id, spec, roots)
     checkpoints = metadata.entries((folder / f"{metadata.CHECKPOINTS}.json").read_bytes())
     return Trusted(run_id=run_id, spec=spec, roots=roots, checkpoints=checkpoints)
 

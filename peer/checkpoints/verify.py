@@ -39,7 +39,7 @@ from swarm.manifest import (
 )
 from swarm.proto.checkpoint_pb2 import Witnesses
 from swarm.proto.common_pb2 import Signed
-from swarm.publication import MAX_ROOTS_BYTES, Publication
+from swarm.publication import MAX_ROOTS_BYTES, NOTHING_KNOWN, Known, Publication
 from swarm.run_spec import RunSpec
 
 MAX_FOLDER_ENTRIES = 100_000
@@ -53,8 +53,8 @@ _LOADED_SUFFIXES = frozenset(
 _ADDED_LATER = ("evaluations", "model.sig")
 
 OnBytes = Callable[[int], object]
-KnownRoots = Callable[[bytes, RunSpec], tuple[bytes, ...]]
-"""(run id, spec) -> the run's roots that this machine trusts, as `peer.checkpoints.trusted` keeps them"""
+KnownOf = Callable[[bytes, RunSpec], Known]
+"""(run id, spec) -> what this machine trusts of the run, as `peer.checkpoints.trusted` keeps them"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,22 +134,23 @@ class Report:
         }
 
 
-def no_roots(_run_id: bytes, _spec: RunSpec) -> tuple[bytes, ...]:
+def knows_nothing(_run_id: bytes, _spec: RunSpec) -> Known:
     """For who has never heard of the run."""
-    return ()
+    return NOTHING_KNOWN
 
 
 def verify_folder(
-    folder: Path, run_id: bytes | None, on_bytes: OnBytes = lambda _: None, known_roots: KnownRoots = no_roots
+    folder: Path, run_id: bytes | None, on_bytes: OnBytes = lambda _: None, known_of: KnownOf = knows_nothing
 ) -> Report:
     """Check signatures and every byte of ``folder``; ``on_bytes`` hears how many bytes were read.
 
-    ``known_roots``: what this machine trusts of a run already: a publication key that was replaced is refused.
+    ``known_of``: what this machine trusts of a run already. Where that is a newer publication key than the one that
+    signed, the newer one must list the checkpoint.
 
     Where ``run_id`` is None, the folder's own run id is reported, and the person has to compare it.
     Raises `DataError` where this is no checkpoint, `VerificationError` where a signature file is wrong.
     """
-    provenance = read_provenance(folder, run_id, known_roots)
+    provenance = read_provenance(folder, run_id, known_of)
     refused, damaged = [*_mismatches(provenance)], list[str]()
     for file in provenance.manifest.files:
         try:
@@ -174,7 +175,7 @@ def verify_folder(
     )
 
 
-def read_provenance(folder: Path, run_id: bytes | None, known_roots: KnownRoots = no_roots) -> Provenance:
+def read_provenance(folder: Path, run_id: bytes | None, known_of: KnownOf = knows_nothing) -> Provenance:
     """The signed run spec and manifest in ``folder``, verified; no other file is read."""
     signed_spec = _read_signed(folder / SPEC_FILE, run_spec.MAX_SPEC_BYTES)
     signed_manifest = _read_signed(folder / SIGNATURE_FILE, manifests.MAX_MANIFEST_BYTES)
@@ -182,14 +183,14 @@ def read_provenance(folder: Path, run_id: bytes | None, known_roots: KnownRoots 
     has_roots = os.path.lexists(folder / ROOTS_FILE)
     roots = _read_signed(folder / ROOTS_FILE, MAX_ROOTS_BYTES) if has_roots else None
     publication = Publication(manifest=signed_manifest, witnesses=witnesses, roots=roots)
-    provenance = check_provenance(signed_spec, publication, run_id, known_roots)
+    provenance = check_provenance(signed_spec, publication, run_id, known_of)
     if _read_bounded(folder / MANIFEST_FILE, manifests.MAX_MANIFEST_BYTES) != signed_manifest.payload:
         raise SignatureError(f"{MANIFEST_FILE} is not what {SIGNATURE_FILE} signs", "download the checkpoint again")
     return provenance
 
 
 def check_provenance(
-    signed_spec: Signed, publication: Publication, run_id: bytes | None, known_roots: KnownRoots = no_roots
+    signed_spec: Signed, publication: Publication, run_id: bytes | None, known_of: KnownOf = knows_nothing
 ) -> Provenance:
     """Spec, manifest and witnesses, once every signature is right and all belong to the run."""
     if run_id is None:
@@ -201,7 +202,7 @@ def check_provenance(
     return Provenance(
         run_id=run_id,
         spec=spec,
-        manifest=publication.verified(run_id, spec, known_roots(run_id, spec)),
+        manifest=publication.verified(run_id, spec, known_of(run_id, spec)),
         signed_spec=signed_spec,
         publication=publication,
     )

@@ -14,7 +14,7 @@ import typer
 
 from swarm.cli import output
 from swarm.cli.download import Folder, Json, Run, parse_run, verified
-from swarm.cli.reaching import known_roots
+from swarm.cli.reaching import known_of
 
 
 def diff(
@@ -30,7 +30,7 @@ def diff(
     if not no_verify:
         verified(a, None)
         verified(b, None)
-    facts_a, facts_b = read_facts(a, None, known_roots), read_facts(b, None, known_roots)
+    facts_a, facts_b = read_facts(a, None, known_of), read_facts(b, None, known_of)
     difference = compare(facts_a, facts_b).as_json()
     if as_json:
         output.print_json(difference)
@@ -57,7 +57,7 @@ def lineage(folder: Folder, run: Run = None, as_json: Json = False) -> None:
     """Show where a checkpoint comes from: run, start, rounds, data, software, and who signed."""
     from peer.checkpoints.facts import read_facts
 
-    facts = read_facts(folder, parse_run(run), known_roots)
+    facts = read_facts(folder, parse_run(run), known_of)
     found = facts.lineage()
     if as_json:
         output.print_json(found)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swarm.cli import output
-from swarm.cli.reaching import Where, coordinator, current_publication, known_roots, offered, sources_of
+from swarm.cli.reaching import Where, coordinator, current_publication, known_of, offered, sources_of
 
 if TYPE_CHECKING:
     from peer.checkpoints.filling import Fetching
@@ -130,7 +130,7 @@ def _verify(folder: Path, run_id: bytes | None) -> Report:
     from peer.checkpoints.verify import verify_folder
 
     with output.progress(_folder_megabytes(folder), "MB", "verifying") as advance:
-        return verify_folder(folder, run_id, _in_megabytes(advance), known_roots)
+        return verify_folder(folder, run_id, _in_megabytes(advance), known_of)
 
 
 async def download_checkpoint(
@@ -148,7 +148,7 @@ async def download_checkpoint(
             publication=offer.publication,
             target=out if out is not None else Path(offer.spec.name),
             any_round=force or round_number > 0,
-            known_roots=known_roots,
+            known_of=known_of,
         )
         wanted = manifest.parse(offer.publication.manifest.payload)
         tally = Tally()
@@ -175,19 +175,19 @@ async def repair_checkpoint(folder: Path, run: str | None, where: Where, tally: 
         advance = stack.enter_context(output.progress(_folder_megabytes(folder), "MB", "repairing"))
         tally.on_progress = _cumulative(advance, tally)
         if invite is None:
-            provenance = read_provenance(folder, parse_run(run), known_roots)
+            provenance = read_provenance(folder, parse_run(run), known_of)
             opening = mirrors.open_mirrors(where.named, (), provenance.manifest.round)
             found: list[Source] = list(await stack.enter_async_context(opening))
         else:
             client = await stack.enter_async_context(coordinator(invite))
             try:
-                provenance = read_provenance(folder, invite.run_id, known_roots)
+                provenance = read_provenance(folder, invite.run_id, known_of)
             except SwarmError:
                 if round_number == 0:
                     raise
                 _refuse_other_run(folder, invite.run_id)
                 known, publication = await client.get_run(), await current_publication(client, invite, round_number)
-                provenance = check_provenance(known.signed_spec, publication, invite.run_id, known_roots)
+                provenance = check_provenance(known.signed_spec, publication, invite.run_id, known_of)
             found = await stack.enter_async_context(sources_of(client, invite, provenance.manifest.round, where))
         return await repair(folder, provenance, _fetching(found, tally, where))
 

@@ -16,7 +16,7 @@ import typer
 
 from swarm.cli import output
 from swarm.cli.download import Folder, Json, invite_of, parse_run, verified
-from swarm.cli.reaching import coordinator, known_roots
+from swarm.cli.reaching import coordinator, known_of
 
 if TYPE_CHECKING:
     from swarm.errors import SwarmError
@@ -70,7 +70,7 @@ def evaluate(
     harness.plan_tasks(options.tasks)  # a file that is none is told before the weights are read
     if not no_verify:
         verified(folder, run_id)
-    provenance = read_provenance(folder, run_id, known_roots)
+    provenance = read_provenance(folder, run_id, known_of)
     made = harness.evaluate(folder, provenance, options, output.progress)
     path, signed = evaluations.record(folder, made, load_or_create(Home((home or data_home()).absolute()).key_path))
     failure = _try_to_tell(invite, signed)
@@ -124,7 +124,7 @@ def _tell_recorded(folder: Path, invite: Invite, as_json: bool) -> None:
     from peer.checkpoints.verify import read_provenance
     from swarm.errors import NotFound
 
-    found = evaluations.recorded(folder, read_provenance(folder, invite.run_id, known_roots))
+    found = evaluations.recorded(folder, read_provenance(folder, invite.run_id, known_of))
     if not found:
         raise NotFound(f"nothing was measured in {folder}", "measure something: swarm eval DIR --tasks ...")
     asyncio.run(_tell(invite, found))

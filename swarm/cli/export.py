@@ -13,7 +13,7 @@ import typer
 
 from swarm.cli import output
 from swarm.cli.download import Folder, Json, Run, parse_run, verified
-from swarm.cli.reaching import known_roots
+from swarm.cli.reaching import known_of
 
 
 def export(
@@ -41,7 +41,7 @@ def export(
     refuse_existing(target)  # before minutes of verifying
     if not no_verify:
         verified(folder, parse_run(run))
-    facts = read_facts(folder, parse_run(run), known_roots)
+    facts = read_facts(folder, parse_run(run), known_of)
     work = export_gguf if to == "gguf" else export_hf
     num_tensors = len(Weights(folder, facts.provenance.manifest).shapes)
     with output.progress(num_tensors, "tensors", f"export to {to}") as advance:

@@ -12,7 +12,7 @@ import typer
 
 from swarm.cli import output
 from swarm.cli.download import Folder, Json, Run, parse_run
-from swarm.cli.reaching import known_roots
+from swarm.cli.reaching import known_of
 
 
 def generate(
@@ -39,7 +39,7 @@ def generate(
         seed=seed,
         device=device,
         run_id=parse_run(run),
-        known_roots=known_roots,
+        known_of=known_of,
         verify=not no_verify,
     )
     text = sys.stdin.read(generation.MAX_PROMPT_CHARACTERS) if prompt == "-" else prompt

@@ -15,7 +15,7 @@ import typer
 
 from swarm.cli import output
 from swarm.cli.download import Json
-from swarm.cli.reaching import coordinator, known_roots
+from swarm.cli.reaching import coordinator, known_of
 
 if TYPE_CHECKING:
     from peer.checkpoints.leaderboard import Row
@@ -65,7 +65,7 @@ def _rows(source: str) -> list[Row]:
     from swarm.invite import parse
 
     if os.path.isdir(source):  # Path.is_dir raises where a name is too long, as invites can be
-        return [row_of_folder(read_facts(Path(source), None, known_roots))]
+        return [row_of_folder(read_facts(Path(source), None, known_of))]
     return asyncio.run(_rows_of_run(parse(source)))
 
 

@@ -12,7 +12,7 @@ import typer
 
 from swarm.cli import output
 from swarm.cli.download import Folder, Json, Run, parse_run, verified
-from swarm.cli.reaching import known_roots
+from swarm.cli.reaching import known_of
 
 
 def push(
@@ -27,7 +27,7 @@ def push(
     from peer.checkpoints import hub
 
     repository = hub.parse_target(target)
-    pushed = hub.describe_folder(folder, parse_run(run), known_roots)
+    pushed = hub.describe_folder(folder, parse_run(run), known_of)
     url = hub.push(folder, pushed, hub.PushOptions(repository=repository, private=private, revision=revision))
     if as_json:
         output.print_json({"folder": str(folder), "repository": repository, "pushed": pushed.summary, "commit": url})

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peer.p2p.transport import Transport
     from swarm.errors import SwarmError
     from swarm.invite import Invite
-    from swarm.publication import Publication
+    from swarm.publication import Known, Publication
     from swarm.run_spec import RunSpec
 
 _STATUS_LIFETIME_S = 600.0  # the longest that the directory keeps a record
@@ -44,11 +44,11 @@ def trusted_folder(run_id: bytes) -> Path:
     return data_home() / "trusted" / run_id.hex()
 
 
-def known_roots(run_id: bytes, spec: RunSpec) -> tuple[bytes, ...]:
-    """The run's roots that this machine trusts, for whoever checks a checkpoint's signatures."""
+def known_of(run_id: bytes, spec: RunSpec) -> Known:
+    """What this machine trusts of the run, for whoever checks a checkpoint's signatures."""
     from peer.checkpoints import trusted
 
-    return trusted.known_roots(trusted_folder(run_id), run_id, spec)
+    return trusted.known_of(trusted_folder(run_id), run_id, spec)
 
 
 @asynccontextmanager
