@@ -32,6 +32,7 @@ from peer.rounds.archive import keep_genesis
 from peer.rounds.ledger import Ledger, LedgerOptions
 from peer.rounds.statuses import StatusRules, check_admission, read_statuses, status_key
 from peer.training.hosting import Hosting, choose_hosting
+from peer.training.speed import try_flops
 from peer.training.trainer import Limits
 from swarm import data_manifest, log, schedule
 from swarm.data_manifest import DataManifest
@@ -192,10 +193,18 @@ async def meet_coordinator(
 
 
 async def measure(options: PeerOptions, run: RunInfo) -> Hosting:
-    """What of the run fits into this machine's memory, before anything is fetched. Raises `ResourceError`."""
+    """What of the run fits into this machine's memory, before anything is fetched; of several shards its speed, too.
+
+    Raises `ResourceError`.
+    """
     gc.collect()  # a replica that diverged takes room until then
-    vocab_size = data_manifest.parse(run.manifest_bytes).vocab_size
-    return await asyncio.to_thread(choose_hosting, run.spec, vocab_size, options.device, options.memory_bytes)
+    vocab_size, spec = data_manifest.parse(run.manifest_bytes).vocab_size, run.spec
+    hosting = await asyncio.to_thread(choose_hosting, spec, vocab_size, options.device, options.memory_bytes)
+    if spec.num_shards == 1:
+        return hosting
+    rows, threads = spec.inner.microbatch_sequences * spec.data.sequence_length, options.limits.num_threads
+    flops = await asyncio.to_thread(try_flops, hosting.device, hosting.config.hidden_size, rows, threads)
+    return replace(hosting, tried_flops=flops)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -36,9 +35,9 @@ from peer.rounds.mending import Incident
 from peer.spanning import span_trainer
 from peer.starting import Start, find_holders, find_start
 from peer.states import States
+from peer.telling import Telling, prediction
 from peer.token_mirror import TokenMirror
 from peer.training import device
-from peer.training.between_steps import Stats
 from peer.training.data import ReaderOptions, TokenReader
 from peer.training.feeding import Build, Training
 from peer.training.hosting import build_replica
@@ -46,7 +45,6 @@ from peer.training.trainer import Trainer
 from peer.waiting import wait_for_news
 from swarm.errors import DivergedError, NetworkError, SwarmError
 from swarm.identity import Identity
-from swarm.proto.coordinator_pb2 import ReportPayload
 
 if TYPE_CHECKING:
     from peer.pipeline.trainer import HostedReplica
@@ -143,7 +141,8 @@ async def _join(options: PeerOptions, identity: Identity, watch: Watch, stack: A
     joined = await join(entry, stack)
     if joined.hosting is not None and run.spec.num_shards > 1:
         hosts = list(joined.hosting.span.shards)
-        watch(News(kind="hosting", values={"shards": hosts, "reason": joined.reason}))
+        told = {"shards": hosts, "reason": joined.reason, **prediction(joined)}
+        watch(News(kind="hosting", values=told))
     return Peer(joined, await find_start(joined), watch)
 
 
@@ -161,12 +160,19 @@ class Peer:
         )
         listeners = Listeners(on_commit=self._on_commit, on_incident=self._on_incident)
         self.hosted = HostedShards(joined, start.shards, self.training, self.words, listeners)
-        self.reporter = Reporter(joined.client, joined.ledgers, self._report, self._renew_admission)
-        self.states = States(joined, self.hosted, start, self.reporter, self._on_checkpoint)
         mirrors = joined.options.mirrors
         self.mirror = TokenMirror(joined.folder, joined.manifest, self._fetch_token_shard) if mirrors else None
+        self.telling = Telling(
+            joined=joined,
+            hosted=self.hosted,
+            training=self.training,
+            mirror=self.mirror,
+            words=self.words,
+            device=self.device,
+        )
+        self.reporter = Reporter(joined.client, joined.ledgers, self.telling.report, self._renew_admission)
+        self.states = States(joined, self.hosted, start, self.reporter, self._on_checkpoint)
         self._finished = asyncio.Event()
-        self._told: Stats = Stats()
 
     # ---- life ---------------------------------------------------------------------------------------------------
 
@@ -250,7 +256,7 @@ class Peer:
         if self.training is not None:
             with contextlib.suppress(SwarmError):
                 await self.training.stop(TRAINER_STOP_S)
-        self.watch(News(kind="left", values=self._values()))
+        self.watch(News(kind="left", values=self.telling.values()))
 
     # ---- events -------------------------------------------------------------------------------------------------
 
@@ -260,7 +266,7 @@ class Peer:
         if shard == self.hosted.shards[0] and self.training is not None:
             self.training.follow(head)
         await self.states.committed(shard, contributors, self.training)
-        values = self._values() | {
+        values = self.telling.values() | {
             "shard": shard,
             "round": head.round,
             "committed tokens": head.total_tokens,
@@ -302,11 +308,9 @@ class Peer:
 
     async def _tell_progress(self) -> None:
         while True:
-            if self.training is not None:
-                self.words.tokens_per_s = self.training.stats.tokens_per_s
-                self.words.service_tokens_per_s = self.training.service_tokens_per_s
+            self.telling.refresh_words()
             self.transport.learn_seeds(self.joined.client.seed_addresses)
-            self.watch(News(kind="progress", values=self._values()))
+            self.watch(News(kind="progress", values=self.telling.values()))
             self._consider_end()  # the shards elsewhere may have been the last
             await asyncio.sleep(PROGRESS_INTERVAL_S)
 
@@ -326,58 +330,10 @@ class Peer:
         await self.training.failed.wait()
         raise self.training.failure or self.training.trainer.failure or SwarmError("training ended")
 
-    def _values(self) -> dict[str, Any]:
-        stats = self.training.stats if self.training is not None else Stats()
-        sent, received = self.transport.traffic()
-        return {
-            "round": self.hosted.round,
-            "committed tokens": self.hosted.first.head.total_tokens,
-            "target tokens": self.spec.total_tokens,
-            "my tokens": stats.tokens,
-            "tokens/s": round(stats.tokens_per_s),
-            "loss": stats.last_loss,
-            "peers": len(self.hosted.surroundings.peers),
-            "sent bytes": sent,
-            "received bytes": received,
-            "disk bytes": self.joined.chunks.used_bytes,
-            **(self._of_shards(stats) if self.spec.num_shards > 1 else {}),
-            **({"token shards": self.mirror.told} if self.mirror is not None else {}),
-        }
-
-    def _of_shards(self, stats: Stats) -> dict[str, Any]:
-        waits_for = self.training.waits_for if self.training is not None else ""
-        return {
-            "hosts": self.hosted.shards,
-            "shards": self.hosted.progress(stats.tokens_per_s),
-            "first shard tokens": stats.tokens_of(self.hosted.shards[0]),  # less than "my tokens": some entered later
-            **({"waits for": waits_for} if waits_for else {}),
-        }
-
     async def _renew_admission(self) -> None:
         addresses = own_addresses(self.joined.options, self.transport)
         self.words.admission = await self.joined.client.admit(None, addresses, self.joined.options.name)
         self.joined.papers.admission = self.words.admission
-
-    def _report(self) -> ReportPayload:
-        stats = self.training.stats if self.training is not None else Stats()
-        loss, self._told = stats.mean_loss_since(self._told), stats
-        sent, received = self.transport.traffic()
-        return ReportPayload(
-            round=self.hosted.round,
-            train_loss=loss,
-            validation_loss=math.nan,
-            tokens_per_s=stats.tokens_per_s,
-            bytes_sent=sent,
-            bytes_received=received,
-            sent_unix_ms=int(self.joined.clock() * 1000),
-            state_digest=self.hosted.state_digest,
-            log_digest=self.hosted.log_digest,
-            leaving=self.words.leaving,
-            seed_addresses=own_addresses(self.joined.options, self.transport),
-            device=self.device,
-            first_shard=self.hosted.shards[0],
-            num_shards=len(self.hosted.shards),
-        )
 
     async def _fetch_token_shard(self, key: bytes, size: int) -> bytes:
         holders = list(dict.fromkeys([*self.joined.founders, *self.hosted.live_peers]))

@@ -88,14 +88,19 @@ def flops_per_token(numbers: ModelNumbers, span: Span, working: Working) -> int:
 
 def span_speed(numbers: ModelNumbers, span: Span, working: Working, machine: Machine, codec: str = "int8") -> SpanSpeed:
     """What one peer with this machine does of ``span``."""
-    one_way = hop_bytes(numbers.hidden, codec)
+    return speed_of(span, flops_per_token(numbers, span, working), numbers.hidden, machine, codec)
+
+
+def speed_of(span: Span, token_flops: float, width: int, machine: Machine, codec: str) -> SpanSpeed:
+    """The same by what a token takes in ``span``: operations, and hidden states of ``width`` values."""
+    one_way = hop_bytes(width, codec)
     onward = 0 if span.has_head else one_way + TOKEN_ID_BYTES
     back = 0 if span.has_embedding else one_way
     # What it is sent: hidden states where it is not the first, gradients where it is not the last.
     received = (0 if span.has_embedding else one_way + TOKEN_ID_BYTES) + (0 if span.has_head else one_way)
     return SpanSpeed(
         span=span,
-        by_compute=machine.flops / flops_per_token(numbers, span, working),
+        by_compute=machine.flops / token_flops,
         by_uplink=_rate(machine.uplink_bps, onward + back),
         by_downlink=_rate(machine.downlink_bps, received),
     )

@@ -44,6 +44,8 @@ class Hosting:
     choice: Choice
     in_flight: tuple[int, ...]
     """of each of ``fits``: microbatches whose activations fit beside the replica"""
+    tried_flops: float = 0.0
+    """operations a second that the device did when it was tried; 0: it was not, as the run has one shard"""
 
     def hosted(self, choice: Choice) -> Hosted:
         """The shards of a choice."""

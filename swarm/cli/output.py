@@ -113,7 +113,7 @@ def _joined(what: str, note: str) -> str:
 class LiveView:
     """A handful of named values that change: redrawn in place on a terminal, a plain line every few seconds elsewhere.
 
-    A context manager; `update` may be called as often as there is news.
+    A context manager; `update` may be called as often as there is news. A value that became empty is not shown.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class LiveView:
 
     def update(self, values: Mapping[str, object]) -> None:
         """Show ``values``, keys in their order, over those shown before."""
-        self._values |= values
+        self._values = {name: value for name, value in (self._values | dict(values)).items() if value != ""}
         if self._live is not None:
             self._draw(self._live)
         elif self._clock() >= self._next_line_at:

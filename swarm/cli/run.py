@@ -13,13 +13,13 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from swarm.cli import words
 from swarm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def status(invite: InviteText, as_json: Json = False) -> None:
             await client.close()
 
     reply = asyncio.run(ask())
-    values = _progress_values(reply)
+    values = words.progress_values(reply)
     if as_json:
         from swarm.cli import output
 
@@ -191,67 +191,6 @@ def _table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
     output.table(title, columns, cells)
 
 
-def _progress_values(reply: GetProgressReply) -> dict[str, Any]:
-    from swarm.identity import peer_id_of
-
-    def loss(value: float) -> float | None:
-        return round(value, 4) if value == value else None
-
-    return {
-        "name": reply.name,
-        "round": reply.round,
-        "total tokens": reply.total_tokens,
-        "target tokens": reply.target_tokens,
-        "initial validation loss": loss(reply.initial_validation_loss),
-        "shards": [
-            {
-                "shard": number,
-                "round": shard.round,
-                "tokens": shard.total_tokens,
-                "replicas": shard.replicas,
-                "tokens/s": round(shard.tokens_per_s),
-                "state": "trains" if shard.replicas else "waits for a replica",
-            }
-            for number, shard in enumerate(reply.shards)
-        ],
-        "rounds": [
-            {
-                "round": r.round,
-                "tokens": r.total_tokens,
-                "train loss": loss(r.train_loss),
-                "validation loss": loss(r.validation_loss),
-                "contributors": len(r.shares),
-                "absent parts": r.absent_parts,
-                "shares": {peer_id_of(share.peer_key): share.weight_tokens for share in r.shares},
-            }
-            for r in reply.rounds
-        ],
-        "peers": [
-            {
-                "peer": peer_id_of(p.peer_key),
-                "round": p.round,
-                "tokens": p.tokens,
-                "tokens/s": round(p.tokens_per_s),
-                "sent MB": round(p.bytes_sent / 1e6, 2),
-                "received MB": round(p.bytes_received / 1e6, 2),
-                "state": "left" if p.leaving else p.state_digest.hex()[:16],
-                "state digest": p.state_digest.hex(),
-                "leaving": p.leaving,
-                "device": p.device,
-            }
-            for p in reply.peers
-        ],
-        "incidents": [
-            {
-                "told (UTC)": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(incident.told_unix_ms / 1000)),
-                "what": incident.text,
-                "signed by": [peer_id_of(signed.signer) for signed in incident.attestations],
-            }
-            for incident in reversed(reply.incidents)
-        ],
-    }
-
-
 class _Voice:
     """Says what happens: JSON lines for programs, a live view for people."""
 
@@ -274,7 +213,7 @@ class _Voice:
     def hear(self, news: News) -> None:
         """News of a peer in this process."""
         if news.kind == "joining":
-            self.say("joining", _plans(news.values))
+            self.say("joining", words.plans(news.values))
         else:
             self.say(news.kind, news.values)
 
@@ -288,49 +227,12 @@ class _Voice:
             sys.stdout.write(json.dumps({"event": kind, **clean}) + "\n")
             sys.stdout.flush()
         elif self._view is not None and kind.endswith(("progress", "commit")):
-            self._view.update({key: _shown(value) for key, value in values.items() if key in _SHOWN})
+            self._view.update({key: words.in_words(key, value) for key, value in values.items() if key in words.SHOWN})
         else:
-            sys.stdout.write(f"{kind}\n" + "".join(f"  {key}: {value}\n" for key, value in values.items()))
+            sys.stdout.write(
+                f"{kind}\n" + "".join(f"  {key}: {words.in_words(key, value)}\n" for key, value in values.items())
+            )
             sys.stdout.flush()
-
-
-_SHOWN = frozenset(
-    {
-        *("round", "committed tokens", "target tokens", "my tokens", "tokens/s", "loss", "peers", "sent bytes"),
-        *("hosts", "shards", "waits for", "token shards"),
-    }
-)
-
-
-def _shown(value: Any) -> Any:
-    """A value of the live view; of several shards each in a few words."""
-    if not isinstance(value, list):
-        return value
-    return "; ".join(_in_words(each) if isinstance(each, dict) else str(each) for each in value)
-
-
-def _in_words(shard: dict[str, Any]) -> str:
-    could = shard["could tokens/s"]
-    words = f"{shard['shard']}: round {shard['round']}, {shard['replicas']} replicas, {shard['tokens/s']} tokens/s"
-    return words + (f" of {could}" if could else "") + (" (bottleneck)" if shard["bottleneck"] else "")
-
-
-def _plans(values: dict[str, Any]) -> dict[str, Any]:
-    """What a peer will do and use, before it does."""
-    spec, options, hosting = values["spec"], values["options"], values["hosting"]
-    limit_bps = options.upload_limit_bps
-    return {
-        "run": spec.name,
-        "run id": spec.run_id.hex(),
-        "peer id": values["peer id"],
-        "will": "train" if options.trains else "keep and serve the run",
-        "model": f"{spec.model.family}, {spec.total_tokens} tokens in all",
-        "folder": str(options.home.folder),
-        "disk limit": f"{options.disk_bytes / 2**30:.1f} GiB",
-        "upload": "no limit" if limit_bps is None else f"at most {limit_bps / 1e6:.1f} Mbit/s",
-        "time": f"{options.limits.max_duty * 100:.0f} %",
-        **({} if hosting is None else {"memory": hosting.choice.reason}),
-    }
 
 
 def _parse(invite: str) -> Invite:

@@ -107,6 +107,7 @@ DOORS = {
         "peer/training/passes.py",
         "peer/training/pretrained.py",
         "peer/training/quantized.py",
+        "peer/training/speed.py",
         "peer/training/fp32_replica.py",
         "peer/training/room.py",
         "peer/training/span.py",

@@ -284,6 +284,17 @@ def test_a_live_view_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.splitlines() == [f"training: round {at}" for at in (0.0, 5.0, 10.0)]
 
 
+def test_a_live_view_stops_showing_what_became_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    """As what training waits for: an old reason would stay for ever."""
+    clock = Clock()
+    with output.LiveView("training", interval_s=1.0, clock=clock) as view:
+        for waits_for in ("", "shard 1", ""):
+            view.update({"round": 1, "waits for": waits_for})
+            clock.now_s += 1.0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == ["training: round 1", "training: round 1, waits for shard 1", "training: round 1"]
+
+
 def _terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

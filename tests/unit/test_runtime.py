@@ -386,7 +386,7 @@ def test_progress_of_several_shards_tells_what_passed_the_first_apart_from_what_
     async def main() -> None:
         transport = Transport(MemoryNetwork(), identity := Identity(b"i" * 32))
         peer = make_peer(tmp_path, transport, identity, make_state(2))
-        told = peer._of_shards(Stats(tokens=120, entered_later={1: 40}))
+        told = peer.telling.of_shards(Stats(tokens=120, entered_later={1: 40}))
         assert (told["hosts"], told["first shard tokens"]) == ([0, 1], 80)
 
     in_time(main())
