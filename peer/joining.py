@@ -308,7 +308,7 @@ async def _open_transport(
         host_maddrs=options.listen,
         announce_maddrs=options.announce,
         relay_for=None if options.trains else admit_to_relay,
-        proof=papers.show if options.trains and not options.announce else None,
+        proof=papers.show if options.trains else None,
         upload_limit_bps=options.upload_limit_bps,
         keep=Spill(options.home.run_folder(options.invite.run_id)).put,
     )

@@ -64,7 +64,7 @@ class NetworkConfig:
     relay_for: Callable[[bytes, bytes], None] | None = None
     """makes this peer a relay; raises for a caller whose proof (its admission) is none"""
     proof: Callable[[], bytes] | None = None
-    """what relays want to see; None: this peer asks for none, and is taken to be one that can be dialled"""
+    """what relays want to see; None: this peer asks none. It can be dialled where it announces, or tells none at all"""
     dht_server: bool = True
     startup_timeout_s: float = 20.0
     keep: Callable[[bytes], Kept] = lambda data: data
@@ -226,7 +226,7 @@ class Network:
         await self._meet_seeds()
         if self._config.relay_for is not None:
             await self._serve_relay(self._config.relay_for)
-        if self._config.proof is not None:
+        if self._config.proof is not None and not self._config.announce_maddrs:
             await self._reach.look(self._listens_at, self._seeds, self._ask_seed)
         # Nobody is sent to a node of the directory that cannot be asked.
         serves = self._config.dht_server and self._reach.is_dialable
@@ -259,8 +259,8 @@ class Network:
             await self._dht.greet(self._peer_id(seed))
 
     async def _reserve(self) -> None:
-        """Ask the seed peers to relay, or to go on with it, where nobody can dial this peer."""
-        if self._config.proof is not None and not self._reach.is_dialable:
+        """Ask the seed peers to relay, or to go on with it; who can be dialled shows them that it may dial others."""
+        if self._config.proof is not None:
             await self._reach.reserve(self._seeds, self._config.proof(), self._ask_seed)
 
     async def _ask_seed(self, seed: bytes, method: str, request: bytes) -> bytes:
@@ -274,7 +274,7 @@ class Network:
         return await dial_back(request, await self._control.seen_at(caller))
 
     async def _serve_relay(self, check: Callable[[bytes, bytes], None]) -> None:
-        relay = Relay(self._control.open_stream, check)
+        relay = Relay(self._control.open_stream, check, self._control.seen_at)
 
         async def on_hop(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await relay.on_hop(public_key_of(str(info.peer_id)), reader, writer)

@@ -1,23 +1,25 @@
 """A relay, kept by seed peers: connections to peers that nobody can dial, passed on byte by byte.
 
 Speaks the relay's side of libp2p's circuit protocol, so that every p2pd dials through it. Decides who may be reached
-this way (whoever asked a moment ago and showed that it is admitted), and how many connections there are at once.
-Leaves streams to `peer.p2p.network`. What passes is encrypted between the two ends. Why p2pd's own relay is not used:
-docs/decisions/0019.
+this way (whoever asked a moment ago and showed that it is admitted), how many connections there are at once, and how
+few of them whoever showed nothing may have: researchers dial too. Leaves streams to `peer.p2p.network`. What passes is
+encrypted between the two ends. Why p2pd's own relay is not used: docs/decisions/0019.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import ipaddress
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
+from peer.p2p.passing import Stream, pass_both_ways
 from swarm.errors import NetworkError, ProtocolError, ResourceError, SwarmError
 from swarm.identity import peer_id_bytes, public_key_of_bytes
 from swarm.proto.circuit_pb2 import CircuitHop, CircuitPeer, CircuitStop
@@ -29,31 +31,41 @@ RESERVATION_S = 60.0
 MAX_RESERVATIONS = 4096
 # Each takes two sockets here and two connections' streams in p2pd.
 MAX_CIRCUITS, MAX_CIRCUITS_PER_PEER = 256, 96
+# Of these, for callers that showed no admission lately: in all, by key, by the address that they call from.
+MAX_STRANGERS, MAX_PER_STRANGER, MAX_STRANGERS_PER_HOST = 64, 4, 16
+# Requests that have yet to become a connection: in all, by key.
+MAX_REQUESTS, MAX_REQUESTS_PER_PEER = 256, 32
 MAX_PROOF_BYTES = 4096
 _MAX_MESSAGE_BYTES = 4096
-_PIECE_BYTES = 1 << 18
 _SHAKE_HANDS_S = 10.0
+# libp2p says something every 30 s.
+SILENCE_S = 120.0
 _CONNECT, _HOP_STATUS = 1, 2
 _STOP_CONNECT, _STOP_STATUS = 0, 1
 _DONE, _FULL, _FAILED, _NO_RESERVATION, _MALFORMED = 100, 201, 203, 204, 400
 
 M = TypeVar("M", CircuitHop, CircuitStop)
-Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Seats = dict[Hashable, int]
+"""what a connection counts towards, with how many there may be"""
 logger = logging.getLogger(__name__)
 
 
 class Relay:
-    """``open_stream`` opens a stream of a protocol to a peer; ``check`` raises for a caller whose proof is none."""
+    """``open_stream`` opens a stream of a protocol to a peer; ``check`` raises for a caller whose proof is none.
+
+    ``seen_at``: the multiaddrs from which a peer is connected to us.
+    """
 
     def __init__(
         self,
         open_stream: Callable[[bytes, str, float], Awaitable[Stream]],
         check: Callable[[bytes, bytes], None],
+        seen_at: Callable[[bytes], Awaitable[list[str]]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._open_stream, self._check, self._clock = open_stream, check, clock
+        self._open_stream, self._check, self._seen_at, self._clock = open_stream, check, seen_at, clock
         self._reserved_until: dict[bytes, float] = {}
-        self._circuits: Counter[bytes] = Counter()
+        self._taken: Counter[Hashable] = Counter()
         self.passed_bytes = 0
 
     async def on_reserve(self, caller: bytes, proof: bytes) -> bytes:
@@ -68,33 +80,55 @@ class Relay:
         self._reserved_until[caller] = now + RESERVATION_S
         return b""
 
+    def is_kept(self, peer: bytes) -> bool:
+        """Whether ``peer`` is reached through us now."""
+        return self._reserved_until.get(peer, 0.0) > self._clock()
+
     async def on_hop(self, caller: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one request for a connection, until either end closes it. Never raises: nobody would look."""
         try:
-            hop = await asyncio.wait_for(_receive(reader, CircuitHop), _SHAKE_HANDS_S)
-            target = public_key_of_bytes(hop.peer.id)
-            if (refusal := self._refusal(caller, target, hop.type)) is not None:
+            with self._taking({"request": MAX_REQUESTS, ("request", caller): MAX_REQUESTS_PER_PEER}):
+                hop = await asyncio.wait_for(_receive(reader, CircuitHop), _SHAKE_HANDS_S)
+                target = public_key_of_bytes(hop.peer.id)
+                seats = await self._seats(caller, target)
+            refusal = self._refusal(caller, target, hop.type, seats)
+            if refusal is not None:
                 return await _send(writer, CircuitHop(type=_HOP_STATUS, status=refusal))
-            self._circuits.update((caller, target))
-            try:
+            with self._taking(seats):
                 await self._connect(caller, target, (reader, writer))
-            finally:
-                self._circuits.subtract((caller, target))
-                self._circuits = +self._circuits  # without those at 0
         except (OSError, EOFError, asyncio.TimeoutError, SwarmError) as error:
             logger.debug("a relayed connection ended early: %r", error)
         finally:
             writer.close()
 
-    def _refusal(self, caller: bytes, target: bytes, kind: int) -> int | None:
+    @contextmanager
+    def _taking(self, seats: Seats) -> Iterator[None]:
+        """Raises `ResourceError` where there is no room."""
+        if self._is_full(seats):
+            raise ResourceError("this relay is full", "another seed peer may have room")
+        self._taken.update(list(seats))
+        try:
+            yield
+        finally:
+            self._taken.subtract(list(seats))
+            self._taken = +self._taken  # without those at 0
+
+    def _is_full(self, seats: Seats) -> bool:
+        return any(self._taken[seat] >= most for seat, most in seats.items())
+
+    async def _seats(self, caller: bytes, target: bytes) -> Seats:
+        seats: Seats = {"all": MAX_CIRCUITS, caller: MAX_CIRCUITS_PER_PEER, target: MAX_CIRCUITS_PER_PEER}
+        if not self.is_kept(caller):
+            host = _host(await self._seen_at(caller))
+            seats |= {"strangers": MAX_STRANGERS, caller: MAX_PER_STRANGER, ("at", host): MAX_STRANGERS_PER_HOST}
+        return seats
+
+    def _refusal(self, caller: bytes, target: bytes, kind: int, seats: Seats) -> int | None:
         if kind != _CONNECT or caller == target:
             return _MALFORMED
-        if self._reserved_until.get(target, 0.0) <= self._clock():
+        if not self.is_kept(target):
             return _NO_RESERVATION
-        most = max(self._circuits[caller], self._circuits[target])
-        if most >= MAX_CIRCUITS_PER_PEER or sum(self._circuits.values()) >= 2 * MAX_CIRCUITS:
-            return _FULL
-        return None
+        return _FULL if self._is_full(seats) else None
 
     async def _connect(self, caller: bytes, target: bytes, near: Stream) -> None:
         try:
@@ -105,13 +139,7 @@ class Relay:
         try:
             # No limit is named: libp2p keeps connections with limits for small things only.
             await _send(near[1], CircuitHop(type=_HOP_STATUS, status=_DONE))
-            ways = {asyncio.create_task(self._pass_on(*way)) for way in ((near[0], far[1]), (far[0], near[1]))}
-            try:
-                await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for way in ways:
-                    way.cancel()
-                await asyncio.gather(*ways, return_exceptions=True)
+            await pass_both_ways(near, far, SILENCE_S, self._count)
         finally:
             far[1].close()
 
@@ -128,12 +156,19 @@ class Relay:
             raise
         return reader, writer
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(_PIECE_BYTES):
-                writer.write(data)
-                self.passed_bytes += len(data)
-                await writer.drain()
+    def _count(self, size: int) -> None:
+        self.passed_bytes += size
+
+
+def _host(seen_at: list[str]) -> str:
+    """The address that a caller has for itself: of IPv6 the network, as homes get whole ones. "" where none is seen."""
+    for address in seen_at:
+        try:
+            host = ipaddress.ip_address([*address.split("/"), "", ""][2])
+        except ValueError:
+            continue
+        return str(host) if host.version == 4 else str(ipaddress.ip_network((host, 64), strict=False))
+    return ""
 
 
 async def _send(writer: asyncio.StreamWriter, message: CircuitHop | CircuitStop) -> None:

@@ -45,11 +45,15 @@ class World:
         self.far: list[Stream] = []
         self.asked: list[CircuitStop] = []
         self.tasks: list[asyncio.Task[None]] = []
-        self.relay = Relay(self.open_stream, self.check, lambda: self.now)
+        self.hosts: dict[bytes, str] = {}
+        self.relay = Relay(self.open_stream, self.check, self.seen_at, lambda: self.now)
 
     def check(self, caller: bytes, proof: bytes) -> None:
         if proof != b"admitted":
             raise NotAdmitted("who are you")
+
+    async def seen_at(self, peer: bytes) -> list[str]:
+        return [f"/{self.hosts[peer]}/tcp/7"] if peer in self.hosts else []
 
     async def open_stream(self, peer: bytes, protocol: str, timeout_s: float) -> Stream:
         assert protocol == STOP
@@ -85,7 +89,7 @@ def check(scenario: Callable[[World], Awaitable[None]]) -> None:
             await asyncio.wait_for(scenario(world), 20)
         finally:
             await world.end()
-        assert not world.relay._circuits, "every connection that ended is forgotten"
+        assert not world.relay._taken, "every connection that ended is forgotten"
 
     asyncio.run(whole())
 
@@ -161,9 +165,74 @@ def test_connections_and_reservations_are_bounded(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(ResourceError):
             await world.relay.on_reserve(CLEO, b"admitted")
         await world.relay.on_reserve(BERT, b"admitted")
-        assert [(await world.dial(caller, BERT))[0] for caller in (ANNE, CLEO, CLEO)] == [DONE, DONE, FULL]
+        assert [(await world.dial(ANNE, BERT))[0] for _ in range(3)] == [DONE, DONE, FULL]
         world.now = RESERVATION_S + 1
         await world.relay.on_reserve(CLEO, b"admitted")
+
+    check(scenario)
+
+
+@pytest.mark.parametrize(
+    ("case", "limits", "hosts", "accepted"),
+    [
+        ("in all", {"MAX_STRANGERS": 3}, ["ip4/45.77.0.1", "ip4/45.77.0.2"], 3),
+        ("one key", {"MAX_PER_STRANGER": 3}, ["ip4/45.77.0.1"], 3),
+        ("keys at one address", {"MAX_STRANGERS_PER_HOST": 3}, ["ip4/45.77.0.1"] * 4, 3),
+        ("keys in one home", {"MAX_STRANGERS_PER_HOST": 3}, [f"ip6/2606:4700::{i}" for i in range(1, 5)], 3),
+        ("keys in different homes", {"MAX_STRANGERS_PER_HOST": 1}, [f"ip6/2606:{i}::1" for i in range(1, 5)], 4),
+    ],
+)
+def test_strangers_cannot_fill_the_relay(
+    case: str, limits: dict[str, int], hosts: list[str], accepted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever showed an admission gets through all the same."""
+    for name, most in limits.items():
+        monkeypatch.setattr(relay, name, most)
+
+    async def scenario(world: World) -> None:
+        for peer in (ANNE, BERT):
+            await world.relay.on_reserve(peer, b"admitted")
+        world.hosts = {bytes([100 + number]) * 32: host for number, host in enumerate(hosts)}
+        callers = list(world.hosts) * (4 // len(hosts))
+        answers = [(await world.dial(caller, BERT))[0] for caller in callers]
+        assert answers.count(DONE) == accepted and answers.count(FULL) == 4 - accepted, case
+        assert (await world.dial(ANNE, BERT))[0] == DONE
+
+    check(scenario)
+
+
+def test_requests_that_say_nothing_are_bounded_for_each_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next is closed at once, and another caller's is answered."""
+    monkeypatch.setattr(relay, "MAX_REQUESTS_PER_PEER", 2)
+
+    async def scenario(world: World) -> None:
+        await world.relay.on_reserve(BERT, b"admitted")
+        ends = [await pair() for _ in range(3)]
+        for near, ours in ends:
+            world.near.append(near)
+            world.tasks.append(asyncio.create_task(world.relay.on_hop(ANNE, *ours)))
+        assert await asyncio.wait_for(ends[2][0][0].read(), 5) == b""
+        assert (await world.dial(CLEO, BERT))[0] == DONE
+
+    check(scenario)
+
+
+def test_a_connection_on_which_nobody_says_anything_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One on which either end goes on talking stays."""
+    monkeypatch.setattr(relay, "SILENCE_S", 0.3)
+
+    async def scenario(world: World) -> None:
+        await world.relay.on_reserve(BERT, b"admitted")
+        _, anne = await world.dial(ANNE, BERT)
+        _, cleo = await world.dial(CLEO, BERT)
+        silent = asyncio.create_task(cleo[0].read())
+        talks = 0
+        while not silent.done():
+            anne[1].write(b".")
+            await hear(world.far[0], 1)
+            await asyncio.wait({silent}, timeout=0.05)
+            talks += 1
+        assert silent.result() == b"" and talks > 2
 
     check(scenario)
 
