@@ -168,7 +168,8 @@ def daemon_arguments(config: DaemonConfig, folder: Path, key_file: Path) -> list
         "listen": f"/unix{folder}/p2pd.sock",
         "hostAddrs": ",".join(config.host_maddrs),
         "natPortMap": 0,
-        "autonat": 1,
+        # With it comes libp2p's own hole punching (docs/decisions/0019); who can be dialled seed peers find out.
+        "autonat": 0,
         "autoRelay": 0,
         "f": folder / "settings.json",
         "relay": 0,

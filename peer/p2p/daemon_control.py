@@ -59,12 +59,19 @@ class DaemonControl:
         writer.close()
         return [str(self._hivemind.Multiaddr(raw)) for raw in response.identify.addrs]
 
+    async def is_connected(self, peer: bytes) -> bool:
+        """Directly or through a relay."""
+        return bool(await self._far_ends(peer))
+
     async def seen_at(self, peer: bytes) -> list[str]:
         """The far ends of our direct connections with ``peer``."""
+        ends = await self._far_ends(peer)
+        return [str(self._hivemind.Multiaddr(raw)) for raw in ends if len(raw) < _PEER_ID_BYTES]
+
+    async def _far_ends(self, peer: bytes) -> list[bytes]:
         response, _, writer = await self._ask(self._pb.Request(type=self._pb.Request.LIST_PEERS))
         writer.close()
-        ends = [raw for found in response.peers if found.id == peer_id_bytes(peer) for raw in found.addrs]
-        return [str(self._hivemind.Multiaddr(raw)) for raw in ends if len(raw) < _PEER_ID_BYTES]
+        return [raw for found in response.peers if found.id == peer_id_bytes(peer) for raw in found.addrs]
 
     def _way(self, address: str) -> bytes | None:
         """A multiaddr without the peer id at its end, in bytes; None where it cannot be one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from peer.p2p.daemon_control import DaemonControl
 from peer.p2p.dht import Dht
 from peer.p2p.directory import Directory
 from peer.p2p.hivemind_door import load, p2pd_binary
-from peer.p2p.reachability import DIAL_BACK_METHOD, Reach, ask_within, dial_back, is_relayed, seeds_of
+from peer.p2p.punching import OPEN_METHOD, PUNCH_METHOD, PUNCH_S, Introducer, Puncher
+from peer.p2p.reachability import DIAL_BACK_METHOD, Reach, ask_within, dial_back, is_relayed, relays_of, seeds_of
 from peer.p2p.relay import HOP, RESERVE_METHOD, Relay
 from peer.p2p.transport import MAX_CALL_BYTES, Handler
 from swarm.errors import (
@@ -35,6 +37,8 @@ from swarm.errors import (
 )
 from swarm.files import Kept
 from swarm.identity import Identity, peer_id_of, public_key_of
+
+logger = logging.getLogger(__name__)
 
 # A connection that takes longer than this is none.
 _DIAL_S = 15.0
@@ -124,6 +128,13 @@ class Network:
         self._seeds = seeds_of(config.initial_peers)
         self._hints: OrderedDict[bytes, tuple[str, ...]] = OrderedDict()
         self._control = DaemonControl(hivemind, daemon.socket_path)
+        self._puncher = Puncher(
+            self._public_key,
+            lambda: self._reach.outward_end(self._listens_at),
+            lambda peer: peer in self._seeds,
+            self._ask_seed,
+            lambda peer, address: self._control.connect(peer, (address,), PUNCH_S),
+        )
         self._closed = False
         self._p2p: Any = None
         self._upkeep: set[asyncio.Task[Any]] = set()
@@ -184,6 +195,10 @@ class Network:
         addresses = addresses[:_MAX_HINTS]
         if is_relayed(addresses):
             self._remember(peer, addresses)
+            began = asyncio.get_running_loop().time()
+            if timeout_s >= 2 * PUNCH_S:
+                await self._punch(peer, addresses)
+            timeout_s -= asyncio.get_running_loop().time() - began
         await self._control.connect(peer, addresses, timeout_s)
 
     def learn_seeds(self, addresses: tuple[str, ...]) -> None:
@@ -204,6 +219,7 @@ class Network:
             return
         self._closed = True
         await cancel(self._upkeep)
+        await self._puncher.close()
         await self._calls.close()
         try:
             if self._p2p is not None:
@@ -227,7 +243,13 @@ class Network:
         if self._config.relay_for is not None:
             await self._serve_relay(self._config.relay_for)
         if self._config.proof is not None and not self._config.announce_maddrs:
+            await self.serve(OPEN_METHOD, self._puncher.on_open)
             await self._reach.look(self._listens_at, self._seeds, self._ask_seed)
+            if not self._reach.is_dialable and self._reach.outward_end(self._listens_at) is None:
+                logger.warning(
+                    "this peer listens to its own machine alone, so relays carry what it sends to others "
+                    "behind routers; with --listen 0.0.0.0:0 it connects to them directly where their routers let it"
+                )
         # Nobody is sent to a node of the directory that cannot be asked.
         serves = self._config.dht_server and self._reach.is_dialable
         await self._dht.join(hivemind, self._p2p, self._config.initial_peers, serves)
@@ -263,12 +285,24 @@ class Network:
         if self._config.proof is not None:
             await self._reach.reserve(self._seeds, self._config.proof(), self._ask_seed)
 
+    async def _ask_briefly(self, peer: bytes, method: str, request: bytes) -> bytes:
+        return await self.call(peer, method, request, timeout_s=PUNCH_S, max_response_bytes=1 << 10)
+
     async def _ask_seed(self, seed: bytes, method: str, request: bytes) -> bytes:
         async def ask() -> bytes:
             await self.connect(seed, self._seeds[seed], timeout_s=_DIAL_S)
             return await self.call(seed, method, request, timeout_s=_DIAL_S, max_response_bytes=1 << 10)
 
         return await ask_within(ask())
+
+    async def _punch(self, peer: bytes, addresses: tuple[str, ...]) -> None:
+        """A direct connection before a relayed one is made, where neither of us can be dialled and routers let us."""
+        proof = self._config.proof
+        if proof is None or self._reach.is_dialable or not self._puncher.is_worth_it(peer):
+            return
+        # p2pd dials nobody twice.
+        if not await self._control.is_connected(peer):
+            await self._puncher.punch(peer, relays_of(addresses), proof())
 
     async def _dial_back(self, caller: bytes, request: bytes) -> bytes:
         return await dial_back(request, await self._control.seen_at(caller))
@@ -281,6 +315,8 @@ class Network:
 
         await self._add_handler(HOP, on_hop)
         await self.serve(RESERVE_METHOD, relay.on_reserve)
+        introducer = Introducer(check, relay.is_kept, self._control.seen_at, self._ask_briefly)
+        await self.serve(PUNCH_METHOD, introducer.on_punch)
 
     async def _read_addresses(self) -> None:
         own = f"/p2p/{self._identity.peer_id}"

@@ -1,7 +1,7 @@
 """Bytes passed between two streams, both ways.
 
 Decides when that ends: with either stream, or when neither says anything for too long. Leaves who may have bytes passed
-to `peer.p2p.relay`.
+to `peer.p2p.relay` and `peer.p2p.punching`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from peer.p2p.relay import RESERVE_METHOD
-from swarm.errors import NetworkError, ProtocolError, SwarmError
+from swarm.errors import DataError, NetworkError, ProtocolError, SwarmError
 from swarm.identity import public_key_of
 
 DIAL_BACK_METHOD = "dial-back"
@@ -48,6 +48,11 @@ class Reach:
         # Those nearby may still reach it; nobody else's loopback is ours.
         relayed = (address for addresses in self._relays.values() for address in addresses)
         return (*relayed, *_outward(own))
+
+    def outward_end(self, own: Sequence[str]) -> tuple[str, int] | None:
+        """A host and port of this machine at which other machines reach it, or would if routers let them."""
+        ways = _outward(own)
+        return next(((way.split("/")[2], port) for way in ways if (port := _tcp_port(way))), None)
 
     async def look(self, own: Sequence[str], seeds: Seeds, ask: Ask) -> None:
         """Have seed peers dial back. Where none of them answers at all, nothing is concluded."""
@@ -86,6 +91,16 @@ def seeds_of(addresses: Iterable[str]) -> dict[bytes, tuple[str, ...]]:
 def is_relayed(addresses: Iterable[str]) -> bool:
     """Whether a peer that tells these addresses is one that nobody can dial."""
     return any(CIRCUIT + "/" in address for address in addresses)
+
+
+def relays_of(addresses: Iterable[str]) -> tuple[bytes, ...]:
+    """The public keys of the relays that are on these ways."""
+    relays = dict[bytes, None]()
+    for address in addresses:
+        before, circuit, _ = address.partition(CIRCUIT + "/")
+        with contextlib.suppress(DataError):
+            relays.update({public_key_of(before.rpartition("/p2p/")[2]): None} if circuit else {})
+    return tuple(relays)
 
 
 async def dial_back(request: bytes, seen_at: Sequence[str]) -> bytes:

@@ -96,13 +96,14 @@ def dial_patience_s(me: bytes, peer: bytes, *, relayed: tuple[bool, bool]) -> fl
     """How long we wait to be dialled before we dial; ``relayed``: of us and of the peer, whether nobody can dial it.
 
     Whoever cannot be dialled dials, as that makes a connection without a relay. Else the lower key dials first: dials
-    that cross may both fail, and libp2p then waits for seconds.
+    that cross may both fail, and libp2p then waits for seconds. Where neither can be dialled it may need a while.
     """
     if relayed == (True, False):
         return 0.0
     if relayed == (False, True):
         return RELAYED_DIAL_S
-    return SECOND_DIAL_S if peer < me else 0.0
+    second_s = RELAYED_DIAL_S if all(relayed) else SECOND_DIAL_S
+    return second_s if peer < me else 0.0
 
 
 def split_parts(

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 InviteText = Annotated[str, typer.Argument(metavar="INVITE", help="The string that the organizer shared.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Listen = Annotated[str, typer.Option(metavar="HOST:PORT", help="Where peers reach this one; port 0: any free one.")]
+Listen = Annotated[
+    str, typer.Option(metavar="HOST:PORT", help="Where peers reach this one, 0.0.0.0:0 behind a router.")
+]
 Announce = Annotated[str, typer.Option(metavar="HOST:PORT", help="What others are told to dial, if not --listen.")]
 PARENT_CHECK_S = 1.0
 MAX_ROWS = 30

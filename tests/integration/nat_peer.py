@@ -3,7 +3,8 @@
     python -m tests.integration.nat_peer '{"seeds": [...], "listen": [...], "relays": true}'
 
 Then one JSON object a line: ``{"key": hex, "addresses": [...], "bytes": n}`` asks a peer to answer so many bytes with
-their digest, twice: the answer is ``{"digest": ..., "ways": [...]}``, where ways are the far ends of the connections.
+their digest: the answer is ``{"right": whether it is that, "direct": [...], "connect_s": ..., "call_s": ...}``, where
+"direct" are the far ends of the connections without a relay.
 """
 
 from __future__ import annotations
@@ -32,13 +33,20 @@ def check(caller: bytes, proof: bytes) -> None:
 
 async def answer(network: Network, asked: dict[str, Any]) -> dict[str, Any]:
     key, payload = bytes.fromhex(asked["key"]), bytes(asked["bytes"])
+    began = time.monotonic()
     try:
         await network.connect(key, tuple(asked["addresses"]), timeout_s=20)
+        connected = time.monotonic()
         got = await network.call(key, "digest", payload, timeout_s=60)
     except SwarmError as error:
         return {"error": str(error)}
     right = got == hashlib.sha256(network.public_key + payload).digest()
-    return {"right": right, "direct": await network._control.seen_at(key)}
+    return {
+        "right": right,
+        "direct": await network._control.seen_at(key),
+        "connect_s": connected - began,
+        "call_s": time.monotonic() - connected,
+    }
 
 
 async def main(options: dict[str, Any]) -> None:

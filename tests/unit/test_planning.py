@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peer.p2p.punching import PUNCH_S
 from peer.rounds.planning import (
     Candidate,
     choose_members,
@@ -149,6 +150,7 @@ def test_who_cannot_be_dialled_averages_nothing_where_others_have_the_uplinks(
         ("both can be dialled: the lower key", 0, 1, (False, False), True),
         ("both can be dialled: the higher key waits", 1, 0, (False, False), False),
         ("neither can: the lower key", 0, 1, (True, True), True),
+        ("neither can: the higher key waits", 1, 0, (True, True), False),
         ("I cannot be dialled, so I dial", 1, 0, (True, False), True),
         ("the other cannot: I wait for it", 0, 1, (False, True), False),
     ],
@@ -159,6 +161,7 @@ def test_of_two_peers_one_dials_first(
     mine = dial_patience_s(KEYS[me], KEYS[peer], relayed=relayed)
     theirs = dial_patience_s(KEYS[peer], KEYS[me], relayed=relayed[::-1])
     assert (mine < theirs) == dials_first and min(mine, theirs) == 0.0, case
+    assert max(mine, theirs) > PUNCH_S or not any(relayed), "a way through both routers takes a while"
 
 
 @pytest.mark.parametrize(
