@@ -131,6 +131,7 @@ def progress(run: Run, heads: Sequence[LogHead], store: Store, now_unix_ms: int)
     shares = store.shares(0, first, last)
     committed = head.total_tokens if number == head.round else _total_tokens(store, number)
     peers = store.newest_peers(MAX_PEERS_SHOWN)
+    shards = shard_progress(heads, peers, now_unix_ms)
     return pb.GetProgressReply(
         name=run.spec.name,
         round=number,
@@ -139,24 +140,24 @@ def progress(run: Run, heads: Sequence[LogHead], store: Store, now_unix_ms: int)
         rounds=[_round_progress(row, losses.get(row.round), shares.get(row.round, {})) for row in rounds],
         peers=[_peer_progress(row, len(heads)) for row in peers],
         initial_validation_loss=number_or_nan(initial.validation if initial else None),
-        shards=shard_progress(run, heads, peers, now_unix_ms),
+        shards=shards,
+        tokens_per_s=shards[0].tokens_per_s,
     )
 
 
-def shard_progress(
-    run: Run, heads: Sequence[LogHead], peers: Sequence[PeerRow], now_unix_ms: int
-) -> list[pb.ShardProgress]:
+def shard_progress(heads: Sequence[LogHead], peers: Sequence[PeerRow], now_unix_ms: int) -> list[pb.ShardProgress]:
     """How far each shard is, and who trains it: peers heard lately that did not say that they leave."""
     live = [row for row in peers if not row.leaving and now_unix_ms - row.last_seen_unix_ms <= LIVE_S * 1000]
     found = []
     for shard, head in enumerate(heads):
-        replicas = [row for row in live if row.key not in run.seed_peers and shard in row.span(len(heads))]
+        replicas = [row for row in live if row.trains(shard)]
         found.append(
             pb.ShardProgress(
                 round=head.round,
                 total_tokens=head.total_tokens,
                 replicas=len(replicas),
-                tokens_per_s=sum(row.tokens_per_s for row in replicas),
+                tokens_per_s=sum(row.shard_tokens_per_s[shard - row.first_shard] for row in replicas),
+                service_tokens_per_s=sum(row.service_tokens_per_s for row in replicas),
             )
         )
     return found
@@ -240,4 +241,7 @@ def _peer_progress(row: PeerRow, num_shards: int) -> pb.PeerProgress:
         leaving=row.leaving,
         device=row.device,
         log_digest=row.log_digest,
+        first_shard=row.first_shard,
+        num_shards=row.num_shards,
+        service_tokens_per_s=row.service_tokens_per_s,
     )

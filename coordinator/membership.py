@@ -22,7 +22,6 @@ from swarm import run_spec
 from swarm.digest import DIGEST_BYTES, sha256
 from swarm.errors import NotAdmitted, ProtocolError
 from swarm.identity import peer_id_of, verify
-from swarm.manifest import MAX_SHARDS
 from swarm.proto.common_pb2 import Admission, Signed
 from swarm.proto.coordinator_pb2 import AdmitPayload, ReportPayload
 from swarm.run_record import NAME_PATTERN
@@ -85,7 +84,7 @@ def report(run: Run, store: Store, request: Signed, now_unix_ms: int, seeds: Col
         raise NotAdmitted("only admitted peers report", "ask for admission first, or again")
     check_fresh(payload.sent_unix_ms, now_unix_ms)
     check_seed_addresses(payload.seed_addresses, request.signer, (*run.seed_peers, *seeds))
-    row = checked_report(payload)
+    row = checked_report(payload, run.spec.num_shards)
     if payload.incident:
         check_name(payload.incident, "report: incident", MAX_INCIDENT_CHARACTERS)
         _logger.error("incident told by %s: %s", peer_id_of(request.signer), payload.incident)
@@ -149,18 +148,20 @@ def check_seed_addresses(addresses: Sequence[str], peer_key: bytes, seed_peers: 
             raise ProtocolError(f"a seed address has more than {MAX_ADDRESS_CHARACTERS} characters")
 
 
-def checked_report(payload: ReportPayload) -> ReportRow:
-    """``payload`` as a row, once every value is within its bounds."""
+def checked_report(payload: ReportPayload, num_shards: int) -> ReportRow:
+    """``payload`` as a row, once every value is within its bounds; ``num_shards``: of the run."""
     for name in ("round", "bytes_sent", "bytes_received"):
         if getattr(payload, name) > MAX_COUNT:
             raise ProtocolError(f"report: {name} is larger than 2^53")
     for name in ("state_digest", "log_digest"):
         if len(getattr(payload, name)) not in (0, DIGEST_BYTES):
             raise ProtocolError(f"report: {name} has a wrong length")
-    if not 0 <= payload.tokens_per_s <= MAX_COUNT:  # also false for NaN
-        raise ProtocolError("report: tokens_per_s is not a believable number")
-    if payload.first_shard >= MAX_SHARDS or payload.num_shards > MAX_SHARDS:
-        raise ProtocolError("report: its span is not believable")
+    speeds = payload.shard_tokens_per_s
+    if payload.first_shard + max(1, payload.num_shards) > num_shards or len(speeds) not in (0, payload.num_shards):
+        raise ProtocolError("report: its span is not one of the run, or has other speeds than shards")
+    for speed in (payload.tokens_per_s, payload.service_tokens_per_s, *speeds):
+        if not 0 <= speed <= MAX_COUNT:  # also false for NaN
+            raise ProtocolError("report: a speed is not a believable number")
     check_name(payload.device, "report: device")
     return ReportRow(
         reported_unix_ms=payload.sent_unix_ms,
@@ -176,6 +177,8 @@ def checked_report(payload: ReportPayload) -> ReportRow:
         validation_loss=_loss(payload.validation_loss, "validation_loss"),
         first_shard=payload.first_shard,
         num_shards=payload.num_shards,
+        service_tokens_per_s=payload.service_tokens_per_s,
+        shard_tokens_per_s=tuple(speeds),
     )
 
 

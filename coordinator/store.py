@@ -51,10 +51,16 @@ class PeerRow:
     leaving: bool = False
     first_shard: int = 0
     num_shards: int = 0
+    service_tokens_per_s: float = 0.0
+    shard_tokens_per_s: Sequence[float] = ()
 
     def span(self, num_shards: int) -> range:
         """The shards that it hosts, in a run of ``num_shards``."""
         return range(self.first_shard, self.first_shard + self.num_shards if self.num_shards else num_shards)
+
+    def trains(self, shard: int) -> bool:
+        """Whether it told how fast it trains ``shard``."""
+        return 0 <= shard - self.first_shard < len(self.shard_tokens_per_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +81,9 @@ class ReportRow:
     first_shard: int = 0
     num_shards: int = 0
     """of its span; 0: all from the first one on"""
+    service_tokens_per_s: float = 0.0
+    shard_tokens_per_s: Sequence[float] = ()
+    """by each shard of its span, in order; none where it does not train"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

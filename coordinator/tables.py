@@ -5,7 +5,7 @@ Decides names and types only; what is read and written is `coordinator.store`'s.
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Boolean, Column, Double, Integer, LargeBinary, MetaData, String, Table, Text
+from sqlalchemy import JSON, BigInteger, Boolean, Column, Double, Integer, LargeBinary, MetaData, String, Table, Text
 
 metadata = MetaData()
 
@@ -36,6 +36,8 @@ peers = Table(
     Column("leaving", Boolean, nullable=False),
     Column("first_shard", Integer, nullable=False, server_default="0"),
     Column("num_shards", Integer, nullable=False, server_default="0"),  # of its span; 0: all from the first one on
+    Column("service_tokens_per_s", Double, nullable=False, server_default="0"),
+    Column("shard_tokens_per_s", JSON, nullable=False, server_default="[]"),  # of its span; none: it does not train
 )
 
 reports = Table(

@@ -25,6 +25,7 @@ from peer.training.feeding import ShardTraining, Training
 from peer.training.layout import slices_of
 from swarm import schedule
 from swarm.digest import over_shards
+from swarm.placement import bottlenecks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,30 +135,28 @@ class HostedShards:
         """Who may hold what we lack, by the newest statuses."""
         return list(dict.fromkeys(peer for exchange in self.exchanges for peer in exchange.live_peers))
 
-    def progress(self, tokens_per_s: float) -> list[dict[str, Any]]:
-        """Of every shard: the round that is committed, who trains it, how fast, and how fast they could.
-
-        The bottleneck is the shard without a replica, or else the one whose replicas could do the least together.
-        ``tokens_per_s``: of this peer.
-        """
+    def progress(self) -> list[dict[str, Any]]:
+        """Of every shard: its committed round, who trains it, how fast, how fast they could, if it bounds the run."""
         mine = {exchange.shard.index: exchange.head.round for exchange in self.exchanges}
-        words, told = self.members[0].parts.words, list[dict[str, Any]]()
+        words, told, could = self.members[0].parts.words, list[dict[str, Any]](), list[float]()
         for shard in range(self._spec.num_shards):
             statuses = self.surroundings.statuses(shard).values()
             training = [status for status in statuses if status.trains and not status.leaving]
-            here = shard in mine and words.trains
-            could = words.service_tokens_per_s * here + sum(status.service_tokens_per_s for status in training)
+            here = shard in mine and words.trains and not words.leaving
+            speed = words.shard_tokens_per_s.get(shard, 0.0) + sum(status.tokens_per_s for status in training)
+            could.append(words.service_tokens_per_s * here + sum(status.service_tokens_per_s for status in training))
             told.append(
                 {
                     "shard": shard,
+                    "here": here,
                     "round": mine.get(shard, self.surroundings.standing(shard).round - 1),
                     "replicas": len(training) + here,
-                    "tokens/s": round(tokens_per_s * here + sum(status.tokens_per_s for status in training)),
-                    "could tokens/s": round(could),
+                    "tokens/s": round(speed),
+                    "could tokens/s": round(could[-1]),
                 }
             )
-        slowest = min(told, key=lambda shard: (shard["replicas"] > 0, shard["could tokens/s"]))
-        return [{**shard, "bottleneck": shard is slowest and len(told) > 1} for shard in told]
+        bounding = bottlenecks([shard["replicas"] for shard in told], could)
+        return [{**shard, "bottleneck": shard["shard"] in bounding} for shard in told]
 
     async def serve(self) -> None:
         await answer_peers(self.members)

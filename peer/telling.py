@@ -17,6 +17,7 @@ from peer.rounds.member import Words
 from peer.token_mirror import TokenMirror
 from peer.training.between_steps import Stats
 from peer.training.feeding import Training
+from swarm.placement import lack
 from swarm.proto.coordinator_pb2 import ReportPayload
 
 
@@ -39,7 +40,8 @@ class Telling:
     def refresh_words(self) -> None:
         """Into what the next statuses say."""
         if self.training is not None:
-            self.words.tokens_per_s = self.stats.tokens_per_s
+            stats = self.stats
+            self.words.shard_tokens_per_s = {shard: stats.tokens_per_s_of(shard) for shard in self.hosted.shards}
             self.words.service_tokens_per_s = self.training.service_tokens_per_s
 
     def values(self) -> dict[str, Any]:
@@ -62,13 +64,15 @@ class Telling:
         }
 
     def of_shards(self, stats: Stats) -> dict[str, Any]:
-        waits_for = self.training.waits_for if self.training is not None else ""
+        shards = self.hosted.progress()
+        lacking = lack([shard["replicas"] for shard in shards])
         return {
             "hosts": self.hosted.shards,
-            "shards": self.hosted.progress(stats.tokens_per_s),
+            "shards": shards,
+            "run tokens/s": shards[0]["tokens/s"],  # every token passes the first one, and once
             "first shard tokens": stats.tokens_of(self.hosted.shards[0]),  # less than "my tokens": some entered later
             **prediction(self.joined, self.training),
-            "waits for": waits_for,
+            "waits for": lacking or (self.training.waits_for if self.training is not None else ""),
         }
 
     def report(self) -> ReportPayload:
@@ -91,6 +95,8 @@ class Telling:
             device=self.device,
             first_shard=self.hosted.shards[0],
             num_shards=len(self.hosted.shards),
+            service_tokens_per_s=self.words.service_tokens_per_s,
+            shard_tokens_per_s=[stats.tokens_per_s_of(shard) for shard in self.hosted.shards] if self.training else (),
         )
 
 

@@ -180,6 +180,25 @@ def _unevenness(hosts: Sequence[Host], work: Sequence[float]) -> float:
     return sum(1 / speed for speed in speeds if speed)
 
 
+def bottlenecks(replicas: Sequence[int], could_tokens_per_s: Sequence[float]) -> frozenset[int]:
+    """The shards that bound the run: those without a replica, or else the one whose replicas could do the least.
+
+    None where all could do the same, and before the replicas of each have been measured.
+    """
+    without = frozenset(shard for shard, number in enumerate(replicas) if not number)
+    least = min(could_tokens_per_s)
+    if without or not 0 < least < max(could_tokens_per_s):
+        return without
+    return frozenset([could_tokens_per_s.index(least)])
+
+
+def lack(replicas: Sequence[int]) -> str:
+    """What a run waits for whose shards have so many ``replicas``, in words; empty where none lacks one."""
+    without = [shard for shard, number in enumerate(replicas) if not number]
+    more = f" and of {len(without) - 1} more" if len(without) > 1 else ""
+    return f"a replica of shard {without[0]}{more}" if without else ""
+
+
 def mover(round_number: int, hosts: Sequence[Host], num_shards: int) -> bytes | None:
     """The one peer that may move in a round (rendezvous hash); None where all hold the whole model."""
     able = [host.key for host in hosts if len(host.span.shards) < num_shards]

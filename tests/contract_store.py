@@ -24,6 +24,10 @@ REPORT = ReportRow(
     leaving=True,
     train_loss=2.0,
     validation_loss=None,
+    first_shard=1,
+    num_shards=2,
+    service_tokens_per_s=9.5,
+    shard_tokens_per_s=(1.0, 1.5),
 )
 
 
@@ -117,6 +121,8 @@ class StoreContract:
         assert peer is not None
         assert (peer.round, peer.bytes_sent, peer.leaving, peer.last_seen_unix_ms) == (3, 2**53, True, 7)
         assert (peer.state_digest, peer.log_digest) == (REPORT.state_digest, REPORT.log_digest)
+        assert (peer.service_tokens_per_s, list(peer.shard_tokens_per_s)) == (9.5, [1.0, 1.5])
+        assert [peer.trains(shard) for shard in range(4)] == [False, True, True, False]
 
     def test_losses_are_means_over_peers_and_medians(self, store: Store) -> None:
         for key, train, validation in [(ANNA, 2.0, 1.0), (ANNA, 4.0, 3.0), (BORIS, 7.0, None), (b"c" * 32, None, 9.0)]:

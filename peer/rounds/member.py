@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,7 +48,7 @@ class Words:
     upload_bps: int
     """until it has been measured"""
     admission: Signed | None = None
-    tokens_per_s: float = 0.0
+    shard_tokens_per_s: Mapping[int, float] = field(default_factory=dict)
     service_tokens_per_s: float = 0.0
     """what we could train if we never waited for others"""
     leaving: bool = False
@@ -104,7 +104,7 @@ class Member:
             state_digest=exchange.shard.state_digest,
             tokens=exchange.replica.tokens,
             committed_tokens=exchange.head.total_tokens,
-            tokens_per_s=words.tokens_per_s,
+            tokens_per_s=words.shard_tokens_per_s.get(exchange.shard.index, 0.0),
             service_tokens_per_s=words.service_tokens_per_s,
             upload_bps=self.parts.transport.uplink_bps() or words.upload_bps,
             trains=words.trains,

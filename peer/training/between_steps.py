@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,13 +53,30 @@ class Stats:
     tokens_per_s: float = 0.0
     loss_sum: float = 0.0  # nats per token, over good steps
     last_loss: float = math.nan
+    last_tokens: int = 0
+    """of the last good step"""
 
     entered_later: Mapping[int, int] = field(default_factory=dict)
     """of the tokens those that passed no shard before this one, by that shard: they entered there"""
+    later_per_s: Mapping[int, float] = field(default_factory=dict)
+    """the same of ``tokens_per_s``"""
 
     def tokens_of(self, shard: int) -> int:
         """Tokens that the replica's values of ``shard`` were trained on."""
         return self.tokens - sum(tokens for entrance, tokens in self.entered_later.items() if entrance > shard)
+
+    def tokens_per_s_of(self, shard: int) -> float:
+        """Lately, by the replica's values of ``shard``."""
+        return max(0.0, self.tokens_per_s - sum(rate for at, rate in self.later_per_s.items() if at > shard))
+
+    def after_idling(self, idle_s: float) -> Stats:
+        """The same so long after the last good step: had it been quick, another one would have come by now."""
+        most = self.last_tokens / idle_s if idle_s > RATE_WINDOW_S else math.inf
+        if self.tokens_per_s <= most:
+            return self
+        share = most / self.tokens_per_s
+        later = {at: share * rate for at, rate in self.later_per_s.items()}
+        return replace(self, tokens_per_s=most, later_per_s=later)
 
     def mean_loss_since(self, earlier: Stats) -> float:
         """Mean training loss of the good steps since ``earlier``; NaN where there were none."""
@@ -66,12 +84,24 @@ class Stats:
         return (self.loss_sum - earlier.loss_sum) / steps if steps else math.nan
 
 
-def after_step(stats: Stats, result: StepResult, num_tokens: int, elapsed_s: float) -> Stats:
-    """The counts after one step that ended ``elapsed_s`` after the one before. Bad steps count no tokens."""
+def after_step(
+    stats: Stats,
+    result: StepResult,
+    num_tokens: int,
+    elapsed_s: float,
+    entered_later: Mapping[int, int] | None = None,
+) -> Stats:
+    """The counts after one step that ended ``elapsed_s`` after the one before. Bad steps count no tokens.
+
+    ``entered_later``: see `Stats`.
+    """
     if not result.ok:
         return replace(stats, bad_steps=stats.bad_steps + 1, consecutive_bad_steps=stats.consecutive_bad_steps + 1)
     keep = math.exp(-elapsed_s / RATE_WINDOW_S) if stats.steps else 0.0
-    rate = num_tokens / max(elapsed_s, 1e-9)
+    elapsed_s = max(elapsed_s, 1e-9)
+    rate, entered = num_tokens / elapsed_s, entered_later or {}
+    before, speeds = stats.entered_later, stats.later_per_s
+    at_all = sorted({*before, *entered})
     return replace(
         stats,
         tokens=stats.tokens + num_tokens,
@@ -80,6 +110,9 @@ def after_step(stats: Stats, result: StepResult, num_tokens: int, elapsed_s: flo
         tokens_per_s=keep * stats.tokens_per_s + (1 - keep) * rate,
         loss_sum=stats.loss_sum + result.loss,
         last_loss=result.loss,
+        last_tokens=num_tokens,
+        entered_later={at: before.get(at, 0) + entered.get(at, 0) for at in at_all},
+        later_per_s={at: keep * speeds.get(at, 0.0) + (1 - keep) * entered.get(at, 0) / elapsed_s for at in at_all},
     )
 
 
@@ -101,10 +134,12 @@ class BetweenSteps(ABC):
         self._replica = replica
         self._stats = Stats()  # replaced as a whole, under the lock
         self._counting = threading.Lock()
+        self._counted_at_s = 0.0
+        """when the last good step was"""
 
     @property
     def stats(self) -> Stats:
-        return self._stats
+        return self._stats.after_idling(time.monotonic() - self._counted_at_s)
 
     @property
     @abstractmethod
@@ -153,13 +188,10 @@ class BetweenSteps(ABC):
         Bad steps count no tokens. ``entered_later``: see `Stats`.
         """
         with self._counting:
-            stats = after_step(self._stats, result, num_tokens, elapsed_s)
-            if entered_later and result.ok:
-                before = stats.entered_later
-                entered = {e: before.get(e, 0) + entered_later.get(e, 0) for e in {*before, *entered_later}}
-                stats = replace(stats, entered_later=entered)
-            self._stats = stats
-            return stats.consecutive_bad_steps
+            self._stats = after_step(self._stats, result, num_tokens, elapsed_s, entered_later)
+            if result.ok:
+                self._counted_at_s = time.monotonic()
+            return self._stats.consecutive_bad_steps
 
     async def snapshot(self, values: slice | None = None, timeout_s: float = COMMAND_TIMEOUT_S) -> Snapshot:
         return await self.call(lambda: Snapshot(movement=self._replica.movement(values), stats=self._stats), timeout_s)

@@ -173,15 +173,19 @@ def status(invite: InviteText, as_json: Json = False) -> None:
         output.print_json(values)
         return
     done = 100 * reply.total_tokens / max(1, reply.target_tokens)
-    print(f"{reply.name}: round {reply.round}, {reply.total_tokens} of {reply.target_tokens} tokens ({done:.0f} %)")
-    if len(values["shards"]) > 1:
-        _table("Shards", ["shard", "round", "tokens", "replicas", "tokens/s", "state"], values["shards"])
+    tokens = f"{reply.total_tokens} of {reply.target_tokens} tokens ({done:.0f} %), {values['tokens/s']} tokens/s"
+    print(f"{reply.name}: round {reply.round}, {tokens}")
+    if values["waits for"]:
+        print(f"training waits for {values['waits for']}")
+    is_split = len(values["shards"]) > 1
+    if is_split:
+        columns = ["shard", "round", "tokens", "replicas", "tokens/s", "could tokens/s", "state"]
+        _table("Shards", columns, values["shards"])
     _table(
         "Rounds", ["round", "tokens", "train loss", "validation loss", "contributors", "absent parts"], values["rounds"]
     )
-    _table(
-        "Peers", ["peer", "round", "tokens", "tokens/s", "sent MB", "received MB", "state", "device"], values["peers"]
-    )
+    span = ["hosts", "tokens/s", "could tokens/s"] if is_split else ["tokens/s"]
+    _table("Peers", ["peer", "round", "tokens", *span, "sent MB", "received MB", "state", "device"], values["peers"])
     if values["incidents"]:
         _table("Incidents", ["told (UTC)", "what"], values["incidents"])
 

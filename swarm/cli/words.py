@@ -10,60 +10,37 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from swarm.proto.coordinator_pb2 import GetProgressReply
+    from swarm.proto.coordinator_pb2 import GetProgressReply, PeerProgress
 
 
 def progress_values(reply: GetProgressReply) -> dict[str, Any]:
     """Of `swarm status`."""
     from swarm.identity import peer_id_of
+    from swarm.placement import lack
 
-    def loss(value: float) -> float | None:
-        return round(value, 4) if value == value else None
-
+    is_over = 0 < reply.target_tokens <= reply.total_tokens
     return {
         "name": reply.name,
         "round": reply.round,
         "total tokens": reply.total_tokens,
         "target tokens": reply.target_tokens,
-        "initial validation loss": loss(reply.initial_validation_loss),
-        "shards": [
-            {
-                "shard": number,
-                "round": shard.round,
-                "tokens": shard.total_tokens,
-                "replicas": shard.replicas,
-                "tokens/s": round(shard.tokens_per_s),
-                "state": "trains" if shard.replicas else "waits for a replica",
-            }
-            for number, shard in enumerate(reply.shards)
-        ],
+        "initial validation loss": _loss(reply.initial_validation_loss),
+        "tokens/s": round(reply.tokens_per_s),
+        "waits for": "" if is_over else lack([shard.replicas for shard in reply.shards]),
+        "shards": _shards(reply, is_over),
         "rounds": [
             {
                 "round": r.round,
                 "tokens": r.total_tokens,
-                "train loss": loss(r.train_loss),
-                "validation loss": loss(r.validation_loss),
+                "train loss": _loss(r.train_loss),
+                "validation loss": _loss(r.validation_loss),
                 "contributors": len(r.shares),
                 "absent parts": r.absent_parts,
                 "shares": {peer_id_of(share.peer_key): share.weight_tokens for share in r.shares},
             }
             for r in reply.rounds
         ],
-        "peers": [
-            {
-                "peer": peer_id_of(p.peer_key),
-                "round": p.round,
-                "tokens": p.tokens,
-                "tokens/s": round(p.tokens_per_s),
-                "sent MB": round(p.bytes_sent / 1e6, 2),
-                "received MB": round(p.bytes_received / 1e6, 2),
-                "state": "left" if p.leaving else p.state_digest.hex()[:16],
-                "state digest": p.state_digest.hex(),
-                "leaving": p.leaving,
-                "device": p.device,
-            }
-            for p in reply.peers
-        ],
+        "peers": [_peer(peer, len(reply.shards)) for peer in reply.peers],
         "incidents": [
             {
                 "told (UTC)": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(incident.told_unix_ms / 1000)),
@@ -75,10 +52,65 @@ def progress_values(reply: GetProgressReply) -> dict[str, Any]:
     }
 
 
+def _loss(value: float) -> float | None:
+    return round(value, 4) if value == value else None
+
+
+def _shards(reply: GetProgressReply, is_over: bool) -> list[dict[str, Any]]:
+    from swarm.placement import bottlenecks
+
+    shards = reply.shards
+    bounding = bottlenecks([shard.replicas for shard in shards], [shard.service_tokens_per_s for shard in shards])
+    return [
+        {
+            "shard": number,
+            "round": shard.round,
+            "tokens": shard.total_tokens,
+            "replicas": shard.replicas,
+            "tokens/s": round(shard.tokens_per_s),
+            "could tokens/s": round(shard.service_tokens_per_s),
+            "bottleneck": number in bounding,
+            "state": _state(shard.replicas, number in bounding, is_over),
+        }
+        for number, shard in enumerate(shards)
+    ]
+
+
+def _peer(told: PeerProgress, num_shards: int) -> dict[str, Any]:
+    from swarm.identity import peer_id_of
+
+    return {
+        "peer": peer_id_of(told.peer_key),
+        "round": told.round,
+        "tokens": told.tokens,
+        "hosts": _span(told.first_shard, told.num_shards or num_shards - told.first_shard),
+        "tokens/s": round(told.tokens_per_s),
+        "could tokens/s": round(told.service_tokens_per_s),
+        "sent MB": round(told.bytes_sent / 1e6, 2),
+        "received MB": round(told.bytes_received / 1e6, 2),
+        "state": "left" if told.leaving else told.state_digest.hex()[:16],
+        "state digest": told.state_digest.hex(),
+        "leaving": told.leaving,
+        "device": told.device,
+    }
+
+
+def _state(replicas: int, is_bottleneck: bool, is_over: bool) -> str:
+    if is_over:
+        return "ended"
+    if not replicas:
+        return "waits for a replica"
+    return "bottleneck" if is_bottleneck else "trains"
+
+
+def _span(first: int, number: int) -> str:
+    return str(first) if number == 1 else f"{first} to {first + number - 1}"
+
+
 SHOWN = frozenset(
     {
         *("round", "committed tokens", "target tokens", "my tokens", "tokens/s", "loss", "peers", "sent bytes"),
-        *("hosts", "can do", "shards", "waits for", "token shards"),
+        *("run tokens/s", "hosts", "can do", "shards", "waits for", "token shards"),
     }
 )
 
@@ -93,8 +125,10 @@ def in_words(name: str, value: Any) -> Any:
 
 
 def _shard(shard: dict[str, Any]) -> str:
-    could = shard["could tokens/s"]
-    words = f"{shard['shard']}: round {shard['round']}, {shard['replicas']} replicas, {shard['tokens/s']} tokens/s"
+    where, could = f"{shard['shard']}{' here' * shard['here']}", shard["could tokens/s"]
+    if not shard["replicas"]:
+        return f"{where}: round {shard['round']}, no replica"
+    words = f"{where}: round {shard['round']}, {shard['replicas']} replicas, {shard['tokens/s']} tokens/s"
     return words + (f" of {could}" if could else "") + (" (bottleneck)" if shard["bottleneck"] else "")
 
 

@@ -61,7 +61,7 @@ class ReportRequest(_message.Message):
     def __init__(self, report: _Optional[_Union[_common_pb2.Signed, _Mapping]] = ...) -> None: ...
 
 class ReportPayload(_message.Message):
-    __slots__ = ("round", "train_loss", "validation_loss", "tokens_per_s", "bytes_sent", "bytes_received", "sent_unix_ms", "state_digest", "log_digest", "leaving", "seed_addresses", "device", "incident", "first_shard", "num_shards")
+    __slots__ = ("round", "train_loss", "validation_loss", "tokens_per_s", "bytes_sent", "bytes_received", "sent_unix_ms", "state_digest", "log_digest", "leaving", "seed_addresses", "device", "incident", "first_shard", "num_shards", "service_tokens_per_s", "shard_tokens_per_s")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     TRAIN_LOSS_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +77,8 @@ class ReportPayload(_message.Message):
     INCIDENT_FIELD_NUMBER: _ClassVar[int]
     FIRST_SHARD_FIELD_NUMBER: _ClassVar[int]
     NUM_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    SHARD_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     round: int
     train_loss: float
     validation_loss: float
@@ -92,7 +94,9 @@ class ReportPayload(_message.Message):
     incident: str
     first_shard: int
     num_shards: int
-    def __init__(self, round: _Optional[int] = ..., train_loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., sent_unix_ms: _Optional[int] = ..., state_digest: _Optional[bytes] = ..., log_digest: _Optional[bytes] = ..., leaving: _Optional[bool] = ..., seed_addresses: _Optional[_Iterable[str]] = ..., device: _Optional[str] = ..., incident: _Optional[str] = ..., first_shard: _Optional[int] = ..., num_shards: _Optional[int] = ...) -> None: ...
+    service_tokens_per_s: float
+    shard_tokens_per_s: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, round: _Optional[int] = ..., train_loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., sent_unix_ms: _Optional[int] = ..., state_digest: _Optional[bytes] = ..., log_digest: _Optional[bytes] = ..., leaving: _Optional[bool] = ..., seed_addresses: _Optional[_Iterable[str]] = ..., device: _Optional[str] = ..., incident: _Optional[str] = ..., first_shard: _Optional[int] = ..., num_shards: _Optional[int] = ..., service_tokens_per_s: _Optional[float] = ..., shard_tokens_per_s: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class ReportReply(_message.Message):
     __slots__ = ("next_round_wanted", "of_other_shards", "seed_addresses")
@@ -141,7 +145,7 @@ class RoundProgress(_message.Message):
     def __init__(self, round: _Optional[int] = ..., total_tokens: _Optional[int] = ..., validation_loss: _Optional[float] = ..., train_loss: _Optional[float] = ..., shares: _Optional[_Iterable[_Union[_round_pb2.Share, _Mapping]]] = ..., absent_parts: _Optional[int] = ..., recorded_unix_ms: _Optional[int] = ..., state_digest: _Optional[bytes] = ...) -> None: ...
 
 class PeerProgress(_message.Message):
-    __slots__ = ("peer_key", "round", "state_digest", "tokens", "bytes_sent", "bytes_received", "tokens_per_s", "last_seen_unix_ms", "leaving", "device", "log_digest")
+    __slots__ = ("peer_key", "round", "state_digest", "tokens", "bytes_sent", "bytes_received", "tokens_per_s", "last_seen_unix_ms", "leaving", "device", "log_digest", "first_shard", "num_shards", "service_tokens_per_s")
     PEER_KEY_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     STATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +157,9 @@ class PeerProgress(_message.Message):
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     LOG_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    FIRST_SHARD_FIELD_NUMBER: _ClassVar[int]
+    NUM_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     peer_key: bytes
     round: int
     state_digest: bytes
@@ -164,10 +171,13 @@ class PeerProgress(_message.Message):
     leaving: bool
     device: str
     log_digest: bytes
-    def __init__(self, peer_key: _Optional[bytes] = ..., round: _Optional[int] = ..., state_digest: _Optional[bytes] = ..., tokens: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., last_seen_unix_ms: _Optional[int] = ..., leaving: _Optional[bool] = ..., device: _Optional[str] = ..., log_digest: _Optional[bytes] = ...) -> None: ...
+    first_shard: int
+    num_shards: int
+    service_tokens_per_s: float
+    def __init__(self, peer_key: _Optional[bytes] = ..., round: _Optional[int] = ..., state_digest: _Optional[bytes] = ..., tokens: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., last_seen_unix_ms: _Optional[int] = ..., leaving: _Optional[bool] = ..., device: _Optional[str] = ..., log_digest: _Optional[bytes] = ..., first_shard: _Optional[int] = ..., num_shards: _Optional[int] = ..., service_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class GetProgressReply(_message.Message):
-    __slots__ = ("name", "round", "total_tokens", "target_tokens", "rounds", "peers", "initial_validation_loss", "incidents", "shards")
+    __slots__ = ("name", "round", "total_tokens", "target_tokens", "rounds", "peers", "initial_validation_loss", "incidents", "shards", "tokens_per_s")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -177,6 +187,7 @@ class GetProgressReply(_message.Message):
     INITIAL_VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
     INCIDENTS_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     name: str
     round: int
     total_tokens: int
@@ -186,19 +197,22 @@ class GetProgressReply(_message.Message):
     initial_validation_loss: float
     incidents: _containers.RepeatedCompositeFieldContainer[Incident]
     shards: _containers.RepeatedCompositeFieldContainer[ShardProgress]
-    def __init__(self, name: _Optional[str] = ..., round: _Optional[int] = ..., total_tokens: _Optional[int] = ..., target_tokens: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundProgress, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[PeerProgress, _Mapping]]] = ..., initial_validation_loss: _Optional[float] = ..., incidents: _Optional[_Iterable[_Union[Incident, _Mapping]]] = ..., shards: _Optional[_Iterable[_Union[ShardProgress, _Mapping]]] = ...) -> None: ...
+    tokens_per_s: float
+    def __init__(self, name: _Optional[str] = ..., round: _Optional[int] = ..., total_tokens: _Optional[int] = ..., target_tokens: _Optional[int] = ..., rounds: _Optional[_Iterable[_Union[RoundProgress, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[PeerProgress, _Mapping]]] = ..., initial_validation_loss: _Optional[float] = ..., incidents: _Optional[_Iterable[_Union[Incident, _Mapping]]] = ..., shards: _Optional[_Iterable[_Union[ShardProgress, _Mapping]]] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class ShardProgress(_message.Message):
-    __slots__ = ("round", "total_tokens", "replicas", "tokens_per_s")
+    __slots__ = ("round", "total_tokens", "replicas", "tokens_per_s", "service_tokens_per_s")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     round: int
     total_tokens: int
     replicas: int
     tokens_per_s: float
-    def __init__(self, round: _Optional[int] = ..., total_tokens: _Optional[int] = ..., replicas: _Optional[int] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
+    service_tokens_per_s: float
+    def __init__(self, round: _Optional[int] = ..., total_tokens: _Optional[int] = ..., replicas: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., service_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class Incident(_message.Message):
     __slots__ = ("told_unix_ms", "text", "attestations")

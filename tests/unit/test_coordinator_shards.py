@@ -271,11 +271,19 @@ def test_progress_tells_who_trains_each_shard_and_counts_nobody_twice(store: Sto
     heads = [of_shard[-1] for of_shard in recorded(world, store)]
     for who in (SEED, ANNA, BORIS):
         membership.admit(world.run, store, world.admit_request(who), NOW_UNIX_MS)
-    spans: dict[Any, dict[str, Any]] = {SEED: {}, ANNA: {}, BORIS: {"first_shard": 1, "num_shards": 1}}
+    spans: dict[Any, dict[str, Any]] = {
+        SEED: {"num_shards": 2},
+        ANNA: {"num_shards": 2, "service_tokens_per_s": 40.0, "shard_tokens_per_s": [10.0, 12.0]},
+        BORIS: {"first_shard": 1, "num_shards": 1, "service_tokens_per_s": 9.0, "shard_tokens_per_s": [8.0]},
+    }
     for who, span in spans.items():
         membership.report(world.run, store, world.report_request(who, **span), NOW_UNIX_MS)
     reply = contributions.progress(world.run, heads, store, NOW_UNIX_MS)
-    assert [(shard.replicas, shard.tokens_per_s) for shard in reply.shards] == [(1, 10.5), (2, 21.0)]
+    told = [(shard.replicas, shard.tokens_per_s, shard.service_tokens_per_s) for shard in reply.shards]
+    assert told == [(1, 10.0, 40.0), (2, 20.0, 49.0)]
+    assert reply.tokens_per_s == 10.0, "what passed the first shard: each token once, wherever else it was trained"
+    (boris,) = [peer for peer in reply.peers if peer.peer_key == BORIS.public_key]
+    assert (boris.first_shard, boris.num_shards, boris.service_tokens_per_s) == (1, 1, 9.0)
     assert {peer.peer_key: peer.tokens for peer in reply.peers if peer.tokens} == {
         ANNA.public_key: 300,
         BORIS.public_key: 600,
@@ -285,13 +293,21 @@ def test_progress_tells_who_trains_each_shard_and_counts_nobody_twice(store: Sto
     (named,) = records.make(store, 3, num_shards=2).contributors
     assert (named.name, named.tokens) == ("Boris", 600), "on a card, too"
     later = contributions.progress(world.run, heads, store, NOW_UNIX_MS + 61_000)
-    assert [shard.replicas for shard in later.shards] == [0, 0]
+    assert [shard.replicas for shard in later.shards] == [0, 0] and later.tokens_per_s == 0
 
 
-@pytest.mark.parametrize("span", [{"first_shard": 1024}, {"num_shards": 1025}])
-def test_a_span_beyond_all_shards_is_refused(span: dict[str, int]) -> None:
-    world = World()
-    request = world.report_request(ANNA, **span)
-    payload = pb.ReportPayload.FromString(request.payload)
-    with pytest.raises(ProtocolError, match="span is not believable"):
-        membership.checked_report(payload)
+def test_the_total_of_a_whole_model_and_two_spans_counts_each_token_once(store: Store) -> None:
+    """Anna reads 100 tokens/s and trains 30 more from the second shard on, of the 80 that Boris reads."""
+    world = World(num_shards=2, voters=(SEED,))
+    heads = [of_shard[-1] for of_shard in recorded(world, store)]
+    stranger = Identity(b"d" * 32)
+    spans = {
+        ANNA: {"num_shards": 2, "tokens_per_s": 130.0, "shard_tokens_per_s": [100.0, 130.0]},
+        BORIS: {"num_shards": 1, "tokens_per_s": 80.0, "shard_tokens_per_s": [80.0]},
+        stranger: {"first_shard": 1, "num_shards": 1, "tokens_per_s": 50.0, "shard_tokens_per_s": [50.0]},
+    }
+    for who, span in spans.items():
+        membership.admit(world.run, store, world.admit_request(who), NOW_UNIX_MS)
+        membership.report(world.run, store, world.report_request(who, **span), NOW_UNIX_MS)
+    reply = contributions.progress(world.run, heads, store, NOW_UNIX_MS)
+    assert [shard.tokens_per_s for shard in reply.shards] == [180.0, 180.0] and reply.tokens_per_s == 180.0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 
+from swarm import placement
 from swarm.errors import ConfigError
 from swarm.placement import Host, Hosted, choose, consider_move, hosts_of, merged, mover, throughput, wait_share
 
@@ -166,3 +168,28 @@ def test_hosts_follow_from_the_statuses_of_each_shard() -> None:
 def test_an_empty_span_is_refused() -> None:
     with pytest.raises(ConfigError, match="are no span"):
         span(2, 2)
+
+
+BOUNDING = [
+    ("the slowest", (1, 2, 1), (50.0, 40.0, 60.0), {1}, ""),
+    (
+        "those without a replica, however slow the others",
+        (1, 0, 1, 0),
+        (50.0, 0.0, 1.0, 0.0),
+        {1, 3},
+        "shard 1 and of 1",
+    ),
+    ("none where all can do the same, as whole models do", (3, 3), (70.0, 70.0), set(), ""),
+    ("none before each was measured", (1, 1), (70.0, 0.0), set(), ""),
+    ("none where there is one shard", (2,), (70.0,), set(), ""),
+    ("its only shard, where that has no replica", (0,), (0.0,), {0}, "a replica of shard 0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("replicas", "could", "bounding", "lacks"), [case[1:] for case in BOUNDING], ids=[case[0] for case in BOUNDING]
+)
+def test_what_bounds_a_run_and_what_it_lacks(replicas: Any, could: Any, bounding: set[int], lacks: str) -> None:
+    assert placement.bottlenecks(replicas, could) == bounding
+    said = placement.lack(replicas)
+    assert lacks in said and bool(said) == bool(lacks)

@@ -30,7 +30,6 @@ from peer.rounds.shard import Shard
 from peer.runtime import MAX_DIVERGENCES, Before, News, Peer, run_peer
 from peer.starting import ShardStart, Start
 from peer.training import device, model
-from peer.training.between_steps import Stats
 from peer.training.cut import cut
 from swarm.digest import sha256
 from swarm.errors import DivergedError, NotFound, Unreachable
@@ -378,15 +377,5 @@ def test_checkpoints_of_two_shards_hold_each_at_the_round_and_the_run_ends_at_th
             assert [int(copy.anchor[start]) for start in starts] == [copy.round, 10 + copy.round]
             assert [state.log_digest for state in copy.states] == [bytes([shard, copy.round]) * 16 for shard in (0, 1)]
         assert ends == [False] * (len(order) - 1) + [True]
-
-    in_time(main())
-
-
-def test_progress_of_several_shards_tells_what_passed_the_first_apart_from_what_entered_later(tmp_path: Path) -> None:
-    async def main() -> None:
-        transport = Transport(MemoryNetwork(), identity := Identity(b"i" * 32))
-        peer = make_peer(tmp_path, transport, identity, make_state(2))
-        told = peer.telling.of_shards(Stats(tokens=120, entered_later={1: 40}))
-        assert (told["hosts"], told["first shard tokens"]) == ([0, 1], 80)
 
     in_time(main())

@@ -429,3 +429,25 @@ def test_the_rate_follows_a_change_within_its_window() -> None:
 def test_limits_without_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Limits(**wrong)
+
+
+def test_the_rate_of_each_shard_counts_what_passed_it() -> None:
+    """100 tokens a second come in at the first shard, 50 at the second, 25 at the third."""
+    stats = Stats()
+    for _ in range(60):
+        stats = after_step(stats, Result(), 175, 1.0, {1: 50, 2: 25})  # type: ignore[arg-type]
+    assert [stats.tokens_per_s_of(shard) for shard in range(3)] == pytest.approx([100, 150, 175])
+    assert [stats.tokens_of(shard) for shard in range(3)] == [6000, 9000, 10500]
+    for _ in range(60):
+        stats = after_step(stats, Result(), 100, 1.0)  # type: ignore[arg-type]
+    assert stats.tokens_per_s_of(0) == pytest.approx(100, rel=0.05), "once others send nothing any more"
+
+
+def test_the_rate_falls_while_no_step_is_made_and_not_before_one_is_late() -> None:
+    """Whoever waits for a replica of another shard would else tell for ever how fast it was."""
+    quick = after_step(Stats(), Result(), 100, 1.0, {1: 40})  # type: ignore[arg-type]
+    slow = after_step(Stats(), Result(), 6000, 60.0)  # type: ignore[arg-type]
+    assert quick.after_idling(10.0) is quick and slow.after_idling(60.0) is slow
+    idle = quick.after_idling(50.0)
+    assert (idle.tokens_per_s, idle.tokens_per_s_of(0)) == pytest.approx((2.0, 1.2))
+    assert slow.after_idling(120.0).tokens_per_s == pytest.approx(50)
