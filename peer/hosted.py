@@ -18,6 +18,7 @@ from peer.rounds.exchange_parts import Committed, ExchangeParts
 from peer.rounds.ledger import Ledger
 from peer.rounds.member import Member, MemberParts, Words
 from peer.rounds.mending import Incident
+from peer.rounds.momenta import Momenta
 from peer.rounds.pace import Pace
 from peer.starting import ShardStart
 from peer.surroundings import Surroundings, SurroundingsParts
@@ -48,6 +49,7 @@ class HostedShards:
         listeners: Listeners,
     ) -> None:
         self._spec = joined.run.spec
+        self._momenta = None if joined.options.trains else Momenta(joined.folder)
         pieces = slices_of([start.shard.num_values for start in starts])
         pace = Pace(self._spec.num_shards)
         members = []
@@ -159,7 +161,7 @@ class HostedShards:
         return [{**shard, "bottleneck": shard["shard"] in bounding} for shard in told]
 
     async def serve(self) -> None:
-        await answer_peers(self.members)
+        await answer_peers(self.members, self._momenta)
 
     def jobs(self) -> list[Coroutine[Any, Any, None]]:
         """What runs until it is cancelled."""

@@ -6,6 +6,7 @@ Decides which replica a call is for; leaves what it is answered to the replica (
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
@@ -16,8 +17,9 @@ from peer.rounds.catch_up import LOG_METHOD, STATE_METHOD
 from peer.rounds.exchange import ROUND_METHOD
 from peer.rounds.hearing import PING_METHOD
 from peer.rounds.member import Member
+from peer.rounds.momenta import Momenta
 from swarm.errors import NotFound, ProtocolError
-from swarm.proto.round_pb2 import LogRequest, PingRequest, RoundMessage, StateRequest
+from swarm.proto.round_pb2 import LogRequest, PingRequest, RoundMessage, StateReply, StateRequest
 
 
 class _Request(Protocol):
@@ -28,10 +30,12 @@ class _Request(Protocol):
 R = TypeVar("R", bound=_Request)
 
 
-async def answer_peers(members: Sequence[Member]) -> None:
+async def answer_peers(members: Sequence[Member], momenta: Momenta | None = None) -> None:
     """Answer peers. Call before any member runs, and before telling anybody that we are here."""
     transport, chunks = members[0].parts.transport, members[0].parts.chunks
-    answers = Answers(members)
+    answers = Answers(members, momenta)
+    if momenta is not None:
+        chunks.add_source(momenta)
     await transport.serve(ROUND_METHOD, answers.handle_round)
     await transport.serve(CHUNK_METHOD, chunks.handle_chunk)
     await transport.serve(LOG_METHOD, answers.handle_log)
@@ -42,7 +46,8 @@ async def answer_peers(members: Sequence[Member]) -> None:
 class Answers:
     """The transport's handlers; each finds the replica by the shard that a request names."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], momenta: Momenta | None = None) -> None:
+        self._momenta = momenta
         self._members = {member.parts.exchange.shard.index: member for member in members}
 
     async def handle_round(self, sender: bytes, request: bytes) -> bytes:
@@ -57,7 +62,13 @@ class Answers:
 
     async def handle_state(self, caller: bytes, request: bytes) -> bytes:
         wanted = _read(StateRequest, request, "a request for a state")
-        return self._of(wanted).parts.ledger.offer_state(wanted.after_round, wanted.first).SerializeToString()
+        ledger = self._of(wanted).parts.ledger
+        if not wanted.momentum:
+            return ledger.offer_state(wanted.after_round, wanted.first).SerializeToString()
+        if self._momenta is None:
+            return StateReply().SerializeToString()
+        # Beside the event loop: the first who asks waits until the file is read.
+        return (await asyncio.to_thread(self._momenta.offer, wanted.after_round, wanted.shard)).SerializeToString()
 
     async def handle_ping(self, caller: bytes, request: bytes) -> bytes:
         ping = _read(PingRequest, request, "a ping")

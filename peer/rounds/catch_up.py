@@ -105,7 +105,7 @@ async def fetch_anchor(newcomer: Newcomer, round_number: int, holders: Sequence[
     for holder in holders:
         try:
             reply = await _ask_for_offer(newcomer, holder, round_number)
-            return (await _fetch_chunks(newcomer, reply, holders)).anchor
+            return (await _fetch_buffers(newcomer, reply, holders)).anchor
         except SwarmError as error:
             log.info("a holder lacks the state after round %d: %s", round_number, error)
     raise NotFound(f"nobody has the state after round {round_number}")
@@ -116,13 +116,35 @@ async def fetch_first_state(newcomer: Newcomer, holders: Sequence[bytes]) -> Sha
     for holder in holders:
         try:
             reply = await _ask_for_offer(newcomer, holder, first=True)
-            buffers = await _fetch_chunks(newcomer, reply, holders)
+            buffers = await _fetch_buffers(newcomer, reply, holders)
             return load_state(newcomer.spec, newcomer.shard, buffers, newcomer.genesis_digest)
         except DiskFull:
             raise
         except SwarmError as error:
             log.info("a holder lacks the state of round 0: %s", error)
     raise NotFound("nobody has the state of round 0", "a seed peer keeps it: check that one is running")
+
+
+async def fetch_momentum(newcomer: Newcomer, round_number: int, root: bytes, holders: Sequence[bytes]) -> memoryview:
+    """The outer momentum after a checkpoint round, which has this Merkle root; `NotFound` where nobody kept it."""
+    request = StateRequest(shard=newcomer.shard, after_round=round_number, momentum=True)
+    for holder in holders:
+        try:
+            reply = await _ask(newcomer, holder, request)
+            found = memoryview(bytearray(blocks.size_bytes(newcomer.num_values)))
+            is_it = digest.merkle_root(reply.momentum_chunks) == root
+            if not is_it or len(reply.momentum_chunks) != digest.num_chunks(len(found)):
+                raise NotFound("no such momentum is offered")
+            await _fetch_chunks(newcomer, [(reply.momentum_chunks, found)], holders)
+            return found
+        except DiskFull:
+            raise
+        except SwarmError as error:
+            log.info("a holder lacks the momentum after round %d: %s", round_number, error)
+    raise NotFound(
+        f"nobody has the momentum after round {round_number}",
+        "seed peers keep it beside their newest checkpoints: name a later round, or audit from the genesis",
+    )
 
 
 async def fetch_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[LogHead, Shard]:
@@ -139,7 +161,7 @@ async def fetch_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[Log
         reply = offers[number]
         expected = digest.state_digest(reply.anchor_chunks, reply.momentum_chunks)
         try:
-            buffers = await _fetch_chunks(newcomer, reply, holders)
+            buffers = await _fetch_buffers(newcomer, reply, holders)
             shard = load_state(newcomer.spec, newcomer.shard, buffers, expected)
         except DiskFull:
             raise  # no holder can help: the person has to
@@ -156,17 +178,8 @@ async def _ask_for_offer(newcomer: Newcomer, holder: bytes, after_round: int = 0
 
     ``after_round``: the state after this very round; 0: its newest, or with ``first`` that of round 0.
     """
-    raw = await newcomer.transport.call(
-        holder,
-        STATE_METHOD,
-        StateRequest(shard=newcomer.shard, after_round=after_round, first=first).SerializeToString(),
-        timeout_s=CALL_TIMEOUT_S,
-        max_response_bytes=MAX_STATE_REPLY_BYTES,
-    )
-    try:
-        reply = StateReply.FromString(raw)
-    except DecodeError as error:
-        raise ProtocolError("an offer of a state cannot be read") from error
+    request = StateRequest(shard=newcomer.shard, after_round=after_round, first=first)
+    reply = await _ask(newcomer, holder, request)
     if (after_round or first) and reply.round != after_round:
         raise NotFound(f"the state after round {after_round} is not offered")
     sizes = (4 * newcomer.num_values, blocks.size_bytes(newcomer.num_values))
@@ -176,6 +189,20 @@ async def _ask_for_offer(newcomer: Newcomer, holder: bytes, after_round: int = 0
     if digest.state_digest(reply.anchor_chunks, reply.momentum_chunks) != proven_digest(newcomer, reply.round):
         raise VerificationError(f"the state offered for round {reply.round} is not the one that the log names")
     return reply
+
+
+async def _ask(newcomer: Newcomer, holder: bytes, request: StateRequest) -> StateReply:
+    raw = await newcomer.transport.call(
+        holder,
+        STATE_METHOD,
+        request.SerializeToString(),
+        timeout_s=CALL_TIMEOUT_S,
+        max_response_bytes=MAX_STATE_REPLY_BYTES,
+    )
+    try:
+        return StateReply.FromString(raw)
+    except DecodeError as error:
+        raise ProtocolError("an offer of a state cannot be read") from error
 
 
 def proven_digest(newcomer: Newcomer, round_number: int) -> bytes:
@@ -188,11 +215,19 @@ def proven_digest(newcomer: Newcomer, round_number: int) -> bytes:
     return bytes(parse_record(commits[0].record, newcomer.ledger.heads[round_number]).state_digest)
 
 
-async def _fetch_chunks(newcomer: Newcomer, reply: StateReply, donors: Sequence[bytes]) -> StateBuffers:
-    """Every chunk in its place. Raises `VerificationError` for one of another size than its place has."""
+async def _fetch_buffers(newcomer: Newcomer, reply: StateReply, donors: Sequence[bytes]) -> StateBuffers:
     buffers = StateBuffers(newcomer.num_values)
+    rooms = list(zip((reply.anchor_chunks, reply.momentum_chunks), buffers.views, strict=True))
+    await _fetch_chunks(newcomer, rooms, donors)
+    return buffers
+
+
+async def _fetch_chunks(
+    newcomer: Newcomer, rooms: Sequence[tuple[Sequence[bytes], memoryview]], donors: Sequence[bytes]
+) -> None:
+    """Every chunk in its place. Raises `VerificationError` for one of another size than its place has."""
     places: dict[bytes, list[memoryview]] = {}
-    for chunks, view in zip((reply.anchor_chunks, reply.momentum_chunks), buffers.views, strict=True):
+    for chunks, view in rooms:
         for index, item in enumerate(chunks):
             room = view[index * digest.STATE_CHUNK_BYTES :][: digest.STATE_CHUNK_BYTES]
             places.setdefault(item, []).append(room)
@@ -215,7 +250,6 @@ async def _fetch_chunks(newcomer: Newcomer, reply: StateReply, donors: Sequence[
         else:
             await keep(Wanted(item, len(data)), data)
     await fetch_many(newcomer.transport, wanted, donors, keep_fetched, FetchLimits(), newcomer.book)
-    return buffers
 
 
 def _state_is_cheaper(newcomer: Newcomer, shard: Shard, missed_rounds: int) -> bool:

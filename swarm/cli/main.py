@@ -83,7 +83,7 @@ _COMMANDS = (
     (researcher.checkpoints, "List the checkpoints that a run published."),
     (download.download, "Fetch a checkpoint from a run's peers and mirrors, verified."),
     (download.verify, "Check a checkpoint folder, offline."),
-    (audit.audit, "Recompute a checkpoint from the run's signed log, offline."),
+    (audit.audit, "Recompute a checkpoint from the run's signed log."),
     (generate.generate, "Continue a text with a checkpoint."),
     (export.export, "Write a checkpoint in another format: bf16, GGUF."),
     (leaderboard.leaderboard, "Compare the checkpoints of one or several runs."),

@@ -316,14 +316,16 @@ class LogReply(_message.Message):
     def __init__(self, commits: _Optional[_Iterable[_Union[Commit, _Mapping]]] = ...) -> None: ...
 
 class StateRequest(_message.Message):
-    __slots__ = ("shard", "after_round", "first")
+    __slots__ = ("shard", "after_round", "first", "momentum")
     SHARD_FIELD_NUMBER: _ClassVar[int]
     AFTER_ROUND_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
+    MOMENTUM_FIELD_NUMBER: _ClassVar[int]
     shard: int
     after_round: int
     first: bool
-    def __init__(self, shard: _Optional[int] = ..., after_round: _Optional[int] = ..., first: _Optional[bool] = ...) -> None: ...
+    momentum: bool
+    def __init__(self, shard: _Optional[int] = ..., after_round: _Optional[int] = ..., first: _Optional[bool] = ..., momentum: _Optional[bool] = ...) -> None: ...
 
 class StateReply(_message.Message):
     __slots__ = ("round", "anchor_chunks", "momentum_chunks")

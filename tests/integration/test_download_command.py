@@ -86,6 +86,7 @@ class Coordinator:
     files: CheckpointFiles
     urls: tuple[str, ...] = ()
     has_new_key: bool = False
+    has_withdrawn: bool = False
     renewed: Publication | None = None
     is_away: SwarmError | None = None
 
@@ -115,7 +116,8 @@ class Coordinator:
         repository = Repository((await self.get_run()).spec, (ORGANIZER,), PUBLISHER, now=now)
         if self.has_new_key:
             repository.change([ORGANIZER], publisher=NEW_PUBLISHER)
-        repository.publish(await self.checkpoint(0), self.made.manifest.round)
+        if not self.has_withdrawn:
+            repository.publish(await self.checkpoint(0), self.made.manifest.round)
         return repository
 
     async def checkpoint(self, round_number: int) -> Publication:
@@ -288,14 +290,30 @@ READERS: dict[str, tuple[Callable[..., None], tuple[object, ...]]] = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_every_command_refuses_a_replaced_key_once_this_machine_knows(name: str, place: Place) -> None:
-    folder = downloaded(place)
+def test_every_command_refuses_a_replaced_keys_checkpoint_that_the_new_key_does_not_list(
+    name: str, place: Place
+) -> None:
+    folder, asking = downloaded(place), cast(CoordinatorClient, place.coordinator)
     asyncio.run(place.coordinator.replace_key())
-    asyncio.run(reaching.current_publication(cast(CoordinatorClient, place.coordinator), parse(place.invite), 0))
+    place.coordinator.has_withdrawn = True
+    with pytest.raises(NotFound, match="no checkpoint"):
+        asyncio.run(reaching.current_publication(asking, parse(place.invite), 0))
     one = typer.Typer()
     one.command()(READERS[name][0])
     result = CliRunner().invoke(one, [str(folder), *map(str, READERS[name][1])])
-    assert isinstance(result.exception, SignatureError) and "newest root" in str(result.exception)
+    assert isinstance(result.exception, SignatureError) and "replaced" in str(result.exception)
+
+
+def test_a_checkpoint_from_before_a_change_of_keys_verifies_offline_and_from_an_old_mirror(place: Place) -> None:
+    """The mirror still has the old key's signatures beside the files, and the new metadata, which lists them."""
+    folder = downloaded(place)
+    asyncio.run(place.coordinator.replace_key())
+    asyncio.run(reaching.current_publication(cast(CoordinatorClient, place.coordinator), parse(place.invite), 0))
+    assert run_json("verify", folder, "--run", place.invite)["ok"]
+    place.coordinator.mirror_metadata(place.folder / "www")
+    place.coordinator.is_away = Unreachable("nobody there")
+    got = run_json("download", place.invite, "--out", place.folder / "again", "--mirror", place.mirror.url)
+    assert got["ok"]
 
 
 def test_a_download_gives_a_complete_checkpoint_the_new_keys_signatures(place: Place) -> None:

@@ -317,5 +317,7 @@ def assert_the_log_makes_the_last_checkpoint(run: Swarm, last: int) -> None:
     for start, first in (([], 0), (["--from", archive / "checkpoint-2"], 2)):
         audited = swarm_json("audit", folder, "--archive", archive, *start, env=run.env)
         assert (audited["outcome"], audited["from_round"], audited["equal_to"]) == ("equal", first, last)
-    fetched = swarm_json("audit", folder, "--run", run.invite, env=run.env | {"XDG_DATA_HOME": str(run.folder / "x")})
-    assert (fetched["outcome"], fetched["equal_to"]) == ("equal", last)
+    env = run.env | {"XDG_DATA_HOME": str(run.folder / "x")}
+    for arguments, first in (([folder, "--run", run.invite], 0), ([run.invite, "--from", "2"], 2)):
+        fetched = swarm_json("audit", *arguments, env=env)
+        assert (fetched["outcome"], fetched["from_round"], fetched["equal_to"]) == ("equal", first, last)

@@ -145,9 +145,9 @@ class Run:
             raise result.exception
         return json.loads(result.stdout) | {"error": type(result.exception), "told": str(result.exception)}
 
-    def average_of(self, number: int) -> Path:
+    def average_of(self, number: int, shard: int = 0) -> Path:
         """The file of a round's average."""
-        reader = archives.Archive(self.archive, SPEC).shard(0)
+        reader = archives.Archive(self.archive, self.parts.spec).shard(shard)
         record = next(record for record, _ in reader.commits() if record.round == number)
         name = record.parts[0].digest.hex()
         return self.archive / "chunks" / name[:2] / name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from peer.checkpoints.audit import AuditReport, audit
 from peer.checkpoints.collecting import Sources, collect
 from peer.checkpoints.verify import verify_folder
 from peer.p2p.chunk_store import CHUNK_METHOD, ChunkStore
-from peer.rounds.archive import Archive
+from peer.rounds.archive import Archive, momentum_path
 from peer.rounds.catch_up import LOG_METHOD, STATE_METHOD
 from peer.rounds.ledger import Ledger, LedgerOptions
+from peer.rounds.momenta import Momenta
+from swarm import digest
 from swarm.errors import DiskFull, NotFound, Unreachable
 from swarm.log import genesis_head
 from swarm.proto.common_pb2 import Signed
-from swarm.proto.round_pb2 import LogReply, LogRequest, StateRequest
+from swarm.proto.round_pb2 import LogReply, LogRequest, StateReply, StateRequest
 from tests.checkpoint_samples import FakeTransport
 from tests.unit.test_audit import Run
 
@@ -37,6 +40,8 @@ class Donor(FakeTransport):
         self.asked: list[str] = []
         self.archive = Archive(run.archive, run.parts.spec)
         self.chunks = ChunkStore(run.archive / "chunks", 1 << 30)
+        self.momenta = Momenta(run.archive)
+        self.chunks.add_source(self.momenta)
         self.ledgers = [
             Ledger(run.archive / f"shard-{n}", genesis_head(self.archive.genesis, n), self.chunks, OPTIONS)
             for n in range(run.num_shards)
@@ -52,6 +57,8 @@ class Donor(FakeTransport):
             return LogReply(commits=commits).SerializeToString()
         if method == STATE_METHOD:
             state = StateRequest.FromString(request)
+            if state.momentum:
+                return self.momenta.offer(state.after_round, state.shard).SerializeToString()
             return self.ledgers[state.shard].offer_state(state.after_round, state.first).SerializeToString()
         assert method == CHUNK_METHOD
         return await self.chunks.handle_chunk(b"", request)
@@ -63,7 +70,11 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
 
 
 def fetch(
-    donor: Donor, folder: Path, last_round: int = 6, on_round: Callable[[], object] = lambda: None
+    donor: Donor,
+    folder: Path,
+    last_round: int = 6,
+    on_round: Callable[[], object] = lambda: None,
+    first_round: int = 0,
 ) -> AuditReport:
     """What an audit of the checkpoint finds in the archive that ``donor`` gave."""
     parts = donor.run.parts
@@ -74,8 +85,10 @@ def fetch(
         genesis=donor.archive.genesis,
         signed_genesis=Signed.FromString((donor.run.archive / "genesis.sig").read_bytes()),
     )
-    archive = asyncio.run(collect(sources, folder, last_round, on_round))
-    return audit(archive, verify_folder(donor.run.checkpoint(last_round), None).provenance, None)
+    earlier = donor.run.checkpoint(first_round)
+    start = (earlier, verify_folder(earlier, None).provenance) if first_round else None
+    archive = asyncio.run(collect(sources, folder, last_round, start and start[1].manifest, on_round))
+    return audit(archive, verify_folder(donor.run.checkpoint(last_round), None).provenance, start)
 
 
 def test_what_seed_peers_gave_is_audited_as_their_own_folder_is(run: Run, tmp_path: Path) -> None:
@@ -115,3 +128,57 @@ def test_averages_that_do_not_fit_on_the_disk_are_not_begun(tmp_path: Path, monk
     with pytest.raises(DiskFull, match="re-applies take"):
         fetch(donor, tmp_path / "fetched")
     assert CHUNK_METHOD not in donor.asked
+
+
+# ---- from an earlier checkpoint on ----------------------------------------------------------------------------------
+
+
+def test_an_audit_from_an_earlier_checkpoint_fetches_its_momentum_and_only_the_rounds_after_it(
+    run: Run, tmp_path: Path
+) -> None:
+    rounds: list[None] = []
+    donor = Donor(run)
+    for number in (1, 2):
+        for shard in range(run.num_shards):
+            run.average_of(number, shard).unlink()
+    report = fetch(donor, tmp_path / "fetched", 6, lambda: rounds.append(None), first_round=2)
+    assert (report.outcome, report.from_round, report.equal_to) == ("equal", 2, 6)
+    assert len(rounds) == 4 * run.num_shards
+    again = Donor(run)
+    assert fetch(again, tmp_path / "fetched", 6, first_round=2).outcome == "equal"
+    assert again.asked == []
+
+
+def test_momentum_that_nobody_kept_or_that_is_not_the_checkpoints_is_told_by_name(tmp_path: Path) -> None:
+    run = Run(tmp_path).make()
+    path = momentum_path(run.archive, 2)
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(NotFound, match="momentum after round 2"):
+        fetch(Donor(run), tmp_path / "one", first_round=2)
+    path.unlink()
+    with pytest.raises(NotFound, match="momentum after round 2"):
+        fetch(Donor(run), tmp_path / "two", first_round=2)
+    assert not momentum_path(tmp_path / "one", 2).exists()
+
+
+def test_momentum_on_this_disk_that_went_bad_is_fetched_again(tmp_path: Path) -> None:
+    run = Run(tmp_path).make()
+    fetch(Donor(run), tmp_path / "fetched", first_round=2)
+    momentum_path(tmp_path / "fetched", 2).write_bytes(b"torn")
+    assert fetch(Donor(run), tmp_path / "fetched", first_round=2).outcome == "equal"
+
+
+def test_momentum_of_a_branch_that_was_given_up_is_not_offered_once_another_lies_there(tmp_path: Path) -> None:
+    path, momenta = momentum_path(tmp_path, 4), Momenta(tmp_path)
+    assert not momenta.offer(4, 0).momentum_chunks
+    size_bytes = digest.STATE_CHUNK_BYTES + 5
+    for filling in (b"a", b"b"):
+        path.write_bytes(filling * size_bytes)
+        os.utime(path, ns=(0, ord(filling)))
+        chunks = list(momenta.offer(4, 0).momentum_chunks)
+        assert chunks == digest.chunk_digests(memoryview(filling * size_bytes))
+        assert [momenta(chunk) for chunk in chunks] == [filling * digest.STATE_CHUNK_BYTES, filling * 5]
+    path.unlink()
+    assert momenta.offer(4, 0) == StateReply() and momenta(chunks[0]) is None
