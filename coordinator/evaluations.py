@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from coordinator import membership
-from coordinator.published import EvaluationRow, Room
+from coordinator.published import EvaluationRow, Room, Rooms
 from coordinator.run import Run
 from coordinator.store import Store
 from swarm import evaluation
@@ -21,11 +21,12 @@ from swarm.errors import NotAdmitted, NotFound, ProtocolError, VerificationError
 from swarm.proto import coordinator_pb2 as pb
 from swarm.proto.common_pb2 import Signed
 
-ROOM = Room(total=256, of_strangers=64, of_signer=16)
+ROOMS = Rooms(total=Room(256, 4 << 20), of_strangers=Room(64, 1 << 20), of_signer=Room(16, 512 << 10))
 MAX_TOKEN_CHARACTERS = 128
 MAX_IN_RECORD = 32
 MAX_OF_SIGNER = 8  # of these
 MAX_RECORD_BYTES = 512 << 10
+MAX_ROUNDS_READ = 64  # for it
 _MAX_ROUND = 2**63 - 1
 
 
@@ -57,12 +58,12 @@ def tell(run: Run, store: Store, request: pb.TellEvaluationRequest, now_unix_ms:
         told_unix_ms=now_unix_ms,
         signed=signed.SerializeToString(deterministic=True),
     )
-    store.published.add_evaluation(row, ROOM)
+    store.published.add_evaluation(row, ROOMS)
 
 
 def of_round(store: Store, round_number: int) -> pb.ListEvaluationsReply:
-    """Everything that was told of a checkpoint; nothing of a round that has none."""
-    rows = store.published.evaluations(round_number) if round_number <= _MAX_ROUND else []
+    """What was told of a checkpoint; nothing of a round that has none."""
+    rows = store.published.evaluations(round_number, ROOMS.total) if round_number <= _MAX_ROUND else []
     return pb.ListEvaluationsReply(evaluations=[Signed.FromString(row.signed) for row in rows])
 
 
@@ -74,8 +75,8 @@ def for_record(run: Run, store: Store, round_number: int) -> tuple[str, ...]:
     chosen: list[str] = []
     size_bytes = 0
     used: dict[bytes, tuple[int, int]] = {}
-    for earlier in store.published.evaluated_rounds():
-        rows = store.published.evaluations(earlier) if earlier < round_number else []
+    for earlier in store.published.evaluated_rounds(MAX_ROUNDS_READ):
+        rows = store.published.evaluations(earlier, ROOMS.total) if earlier < round_number else []
         for row in _in_turns(rows):
             signed = Signed.FromString(row.signed)
             is_whole = evaluation.parse(signed.payload).limit is None

@@ -93,7 +93,7 @@ def check(
 def list_checkpoints(store: Store) -> pb.ListCheckpointsReply:
     """Published checkpoints, newest first."""
     rows = store.published.newest_checkpoints(MAX_CHECKPOINTS_SHOWN)
-    evaluated = store.published.evaluated_rounds()
+    evaluated = store.published.evaluated_rounds(MAX_CHECKPOINTS_SHOWN)
     return pb.ListCheckpointsReply(checkpoints=[_info(row, store, evaluated.get(row.round, 0)) for row in rows])
 
 

@@ -60,13 +60,21 @@ class EvaluationRow:
     signed: bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Room:
-    """How many evaluations of one checkpoint are kept: in all, of people without credit, of one person."""
+    """At most so many evaluations, of so many bytes together."""
 
-    total: int
-    of_strangers: int
-    of_signer: int
+    number: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rooms:
+    """What is kept of one checkpoint's evaluations: in all, of people without credit, of one person."""
+
+    total: Room
+    of_strangers: Room
+    of_signer: Room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,34 +175,42 @@ class Published:
             rows = connection.execute(query.order_by(columns.peer_key, columns.digest).limit(limit))
             return [AttestationRow(**row._mapping) for row in rows]
 
-    def add_evaluation(self, row: EvaluationRow, room: Room) -> None:
+    def add_evaluation(self, row: EvaluationRow, rooms: Rooms) -> None:
         """Keep what was measured; what was told before changes nothing. `ResourceError` where there is no room."""
         columns = evaluations.c
-        query = sa.select(columns.signer, columns.digest, columns.credited).where(columns.round == row.round)
+        is_known = (columns.round == row.round, columns.signer == row.signer, columns.digest == row.digest)
         with self._transaction() as connection:
-            known = connection.execute(query).all()
-            mine = [other.digest for other in known if other.signer == row.signer]
-            if row.digest in mine:
+            if connection.execute(sa.select(columns.digest).where(*is_known)).first() is not None:
                 return
-            strangers = sum(not other.credited for other in known)
-            if len(mine) >= room.of_signer:
-                raise ResourceError(f"you told {len(mine)} evaluations of round {row.round}, the most that are kept")
-            if len(known) >= room.total or (not row.credited and strangers >= room.of_strangers):
+            if not _has_room(connection, row, rooms.of_signer, columns.signer == row.signer):
+                raise ResourceError(f"you told as many evaluations of round {row.round} as are kept of one person")
+            strangers = columns.credited.is_(False)
+            if not _has_room(connection, row, rooms.total) or not (
+                row.credited or _has_room(connection, row, rooms.of_strangers, strangers)
+            ):
                 raise ResourceError(f"round {row.round} has as many evaluations as are kept", "publish it elsewhere")
             connection.execute(evaluations.insert().values(asdict(row)))
 
-    def evaluations(self, round_number: int) -> list[EvaluationRow]:
-        """Of one checkpoint, in the order in which they were told."""
+    def evaluations(self, round_number: int, room: Room) -> list[EvaluationRow]:
+        """Of one checkpoint, in the order in which they were told. Where there are more than ``room``, as many as fit:
+        first those with credit."""
         columns = evaluations.c
-        query = sa.select(evaluations).where(columns.round == round_number)
+        in_turn = (columns.told_unix_ms, columns.digest, columns.signer)
+        so_far = sa.func.sum(sa.func.length(columns.signed)).over(
+            order_by=(columns.credited.desc(), *in_turn), rows=(None, 0)
+        )
+        keys = (columns.round, columns.signer, columns.digest)
+        sizes = sa.select(*keys, so_far.label("so_far")).where(columns.round == round_number).subquery()
+        fits = sa.and_(*(sizes.c[key.name] == key for key in keys), sizes.c.so_far <= room.size_bytes)
+        query = sa.select(evaluations).join(sizes, fits).order_by(columns.credited.desc(), *in_turn).limit(room.number)
         with self._transaction() as connection:
-            rows = connection.execute(query.order_by(columns.told_unix_ms, columns.digest, columns.signer))
-            return [EvaluationRow(**row._mapping) for row in rows]
+            rows = [EvaluationRow(**row._mapping) for row in connection.execute(query)]
+        return sorted(rows, key=lambda row: (row.told_unix_ms, row.digest, row.signer))
 
-    def evaluated_rounds(self) -> dict[int, int]:
-        """How many evaluations each checkpoint has, those without any left out; newest first."""
+    def evaluated_rounds(self, limit: int) -> dict[int, int]:
+        """How many evaluations each checkpoint has, those without any left out; the newest ones, newest first."""
         column = evaluations.c.round
-        query = sa.select(column, sa.func.count()).group_by(column).order_by(column.desc())
+        query = sa.select(column, sa.func.count()).group_by(column).order_by(column.desc()).limit(limit)
         with self._transaction() as connection:
             return {row[0]: row[1] for row in connection.execute(query)}
 
@@ -212,6 +228,13 @@ class Published:
         query = sa.select(incidents).order_by(incidents.c.told_unix_ms.desc(), incidents.c.name).limit(limit)
         with self._transaction() as connection:
             return [IncidentRow(**row._mapping) for row in connection.execute(query)]
+
+
+def _has_room(connection: sa.Connection, row: EvaluationRow, room: Room, *of: sa.ColumnElement[bool]) -> bool:
+    """Whether ``row`` fits beside what is kept of its round, or of that what fulfils ``of``."""
+    kept = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(sa.func.length(evaluations.c.signed)), 0))
+    number, size_bytes = connection.execute(kept.where(evaluations.c.round == row.round, *of)).one()
+    return bool(number < room.number and size_bytes + len(row.signed) <= room.size_bytes)
 
 
 def _set_metadata(connection: sa.Connection, online: Mapping[str, bytes]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from coordinator import evaluations, publication, records
 from coordinator.contributions import Ledger
-from coordinator.published import Room
+from coordinator.published import Room, Rooms
 from coordinator.store import Store
 from coordinator.witnesses import Hearing, attest
 from peer.checkpoints.card import model_card, read_card
@@ -83,7 +83,7 @@ def test_an_evaluation_that_is_not_of_a_published_checkpoint_is_refused_by_name(
     forged.signer = BORIS.public_key
     with pytest.raises(SignatureError):
         evaluations.tell(world.run, store, TellEvaluationRequest(evaluation=forged), NOW)
-    assert store.published.evaluated_rounds() == {}
+    assert store.published.evaluated_rounds(9) == {}
 
 
 def test_only_whom_the_run_admits_and_organizers_may_tell(store: Store) -> None:
@@ -94,21 +94,58 @@ def test_only_whom_the_run_admits_and_organizers_may_tell(store: Store) -> None:
     tell(world, store, STRANGER, TOKEN)
     tell(world, store, ORGANIZER)
     tell(world, store, SEED)
-    assert store.published.evaluated_rounds() == {2: 3}
+    assert store.published.evaluated_rounds(9) == {2: 3}
 
 
 def test_invented_keys_crowd_no_contributor_out(world: World, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluations, "ROOM", Room(total=4, of_strangers=2, of_signer=2))
+    rooms = Rooms(total=Room(4, 9999), of_strangers=Room(2, 9999), of_signer=Room(2, 9999))
+    monkeypatch.setattr(evaluations, "ROOMS", rooms)
     tell(world, store, identity(10))
     tell(world, store, identity(11))
     with pytest.raises(ResourceError, match="as many evaluations as are kept"):
         tell(world, store, identity(12))
     tell(world, store, ANNA, seed=1)
     tell(world, store, ANNA, seed=2)
-    with pytest.raises(ResourceError, match="you told 2"):
+    with pytest.raises(ResourceError, match="you told as many"):
         tell(world, store, ANNA, seed=3)
     with pytest.raises(ResourceError, match="as many evaluations as are kept"):
         tell(world, store, BORIS)
+
+
+def test_what_is_kept_of_a_checkpoint_has_a_bound_in_bytes(
+    world: World, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one key, of keys without credit, and in all: few large evaluations fill it as many small ones do."""
+    large = {"asked": tuple("x" * 100 for _ in range(50))}
+    size_bytes = len(world.evaluation_by(ANNA, 2, seed=9, **large).SerializeToString())
+    fits = [Room(99, size_bytes * number + size_bytes // 2) for number in (1, 2, 4)]
+    monkeypatch.setattr(evaluations, "ROOMS", Rooms(of_signer=fits[0], of_strangers=fits[1], total=fits[2]))
+    for who, refused in ((identity(10), False), (identity(11), False), (identity(12), True), (ANNA, False)):
+        if refused:
+            with pytest.raises(ResourceError, match="as many evaluations as are kept"):
+                tell(world, store, who, seed=9, **large)
+        else:
+            tell(world, store, who, seed=9, **large)
+    with pytest.raises(ResourceError, match="you told as many"):
+        tell(world, store, ANNA, seed=8, **large)
+    assert tell(world, store, ANNA, seed=9, **large)  # told again
+    tell(world, store, BORIS, seed=9, **large)
+    with pytest.raises(ResourceError, match="as many evaluations as are kept"):
+        tell(world, store, ORGANIZER, seed=9, **large)
+
+
+def test_of_more_than_may_be_kept_as_much_is_read_as_fits_and_those_with_credit_first(
+    world: World, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a database from before there was a bound."""
+    strangers = [tell(world, store, identity(number), seed=number) for number in range(10, 14)]
+    credited = tell(world, store, ANNA, seed=1)
+    size_bytes = max(len(item.SerializeToString()) for item in [*strangers, credited])
+    for room in (Room(99, 3 * size_bytes), Room(3, 99 * size_bytes)):
+        monkeypatch.setattr(evaluations, "ROOMS", Rooms(total=room, of_strangers=room, of_signer=room))
+        found = list(evaluations.of_round(store, 2).evaluations)
+        assert len(found) == 3 and credited in found
+        assert sorted(found, key=lambda item: sha256(item.payload)) == found, "told at once: by their digests"
 
 
 def test_the_next_card_carries_whole_evaluations_of_those_who_are_known(world: World, store: Store) -> None:
