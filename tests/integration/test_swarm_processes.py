@@ -311,13 +311,10 @@ def assert_last_checkpoint_opens(run: Swarm, last: int) -> None:
 
 
 def assert_the_log_makes_the_last_checkpoint(run: Swarm, last: int) -> None:
-    """From the genesis, from round 2 with the momentum that the seed peer kept, and over the network."""
+    """In the seed peer's folder; over the network, from the genesis, and from round 2 with the momentum after it."""
     (archive,) = run.folder.glob("run/**/seed/runs/*")
-    folder = run.folder / "got" / f"round-{last:06d}"
-    for start, first in (([], 0), (["--from", archive / "checkpoint-2"], 2)):
-        audited = swarm_json("audit", folder, "--archive", archive, *start, env=run.env)
+    folder, env = run.folder / "got" / f"round-{last:06d}", run.env | {"XDG_DATA_HOME": str(run.folder / "x")}
+    audits = ([folder, "--archive", archive], 0), ([folder, "--run", run.invite], 0), ([run.invite, "--from", "2"], 2)
+    for arguments, first in audits:
+        audited = swarm_json("audit", *arguments, env=env)
         assert (audited["outcome"], audited["from_round"], audited["equal_to"]) == ("equal", first, last)
-    env = run.env | {"XDG_DATA_HOME": str(run.folder / "x")}
-    for arguments, first in (([folder, "--run", run.invite], 0), ([run.invite, "--from", "2"], 2)):
-        fetched = swarm_json("audit", *arguments, env=env)
-        assert (fetched["outcome"], fetched["from_round"], fetched["equal_to"]) == ("equal", first, last)
