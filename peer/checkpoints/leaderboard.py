@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 from peer.checkpoints.facts import FolderFacts
+from peer.checkpoints.listing import Listing
 from swarm import evaluation
 from swarm.errors import ConfigError, VerificationError
 from swarm.evaluation import SignedEvaluation
@@ -64,6 +65,22 @@ def with_evaluations(row: Row, found: Sequence[SignedEvaluation]) -> Row:
     """``row`` with what was measured of it, and by whom."""
     scores = row.scores | scores_of(found)
     return replace(row, scores=scores, measured_by=frozenset(peer_id_of(item.signer) for item in found))
+
+
+def rows_of_listing(listing: Listing) -> list[Row]:
+    """What a mirror tells of a run's checkpoints: losses of their records, evaluations that later records carry."""
+    rows = []
+    for item in listing.checkpoints:
+        loss = item.record.validation_loss if item.record is not None else None
+        row = Row(
+            run=listing.spec.name,
+            run_id=listing.spec.run_id.hex(),
+            round=item.entry.round,
+            total_tokens=item.manifest.total_tokens if item.manifest is not None else 0,
+            scores={} if loss is None else {VALIDATION_LOSS: loss},
+        )
+        rows.append(with_evaluations(row, listing.evaluations(item.entry.manifest_digest)))
+    return rows
 
 
 def told_evaluations(told: Sequence[Signed], run_id: bytes, manifest_digest: bytes) -> list[SignedEvaluation]:

@@ -20,7 +20,15 @@ from google.protobuf.message import DecodeError
 from peer.checkpoints import trusted
 from peer.checkpoints.trusted import Trusted
 from swarm import manifest, metadata, run_spec, witness
-from swarm.errors import DeadlineExceeded, NetworkError, NotFound, ProtocolError, SwarmError
+from swarm.errors import (
+    DeadlineExceeded,
+    NetworkError,
+    NotFound,
+    ProtocolError,
+    RefusedCheckpoint,
+    SpecError,
+    SwarmError,
+)
 from swarm.files import write_durably
 from swarm.manifest import mirror_folder
 from swarm.metadata import mirror_name
@@ -59,9 +67,7 @@ async def offer_of(mirror: Mirror, folder: Path, run_id: bytes, round_number: in
 
     Raises `NetworkError` where it cannot be read, `NotFound` where it lacks something, `VerificationError`.
     """
-    signed_spec = await _signed(mirror, mirror_name(manifest.SPEC_FILE), MAX_SPEC_BYTES)
-    spec = run_spec.parse_signed(signed_spec, run_id)
-    known = await _refreshed(mirror, folder, run_id, spec)
+    signed_spec, known = await trusted_by(mirror, folder, run_id)
     number = round_number or known.newest_round
     entry = known.checkpoints.get(number)
     if entry is None:
@@ -73,7 +79,17 @@ async def offer_of(mirror: Mirror, folder: Path, run_id: bytes, round_number: in
         roots=await _roots(mirror, f"{base}/{manifest.ROOTS_FILE}"),
     )
     known.check(publication)
-    return Offer(spec=spec, signed_spec=signed_spec, publication=publication)
+    return Offer(spec=known.spec, signed_spec=signed_spec, publication=publication)
+
+
+async def trusted_by(mirror: Mirror, folder: Path, run_id: bytes) -> tuple[Signed, Trusted]:
+    """The signed run spec and the newest metadata of ``mirror``, which ``folder`` then holds. Raises as `offer_of`."""
+    signed_spec = await _signed(mirror, mirror_name(manifest.SPEC_FILE), MAX_SPEC_BYTES)
+    try:
+        spec = run_spec.parse_signed(signed_spec, run_id)
+    except SpecError as error:
+        raise RefusedCheckpoint(f"a mirror of another run, or its run spec was changed: {error}") from error
+    return signed_spec, await _refreshed(mirror, folder, run_id, spec)
 
 
 def remember(folder: Path, urls: Sequence[str]) -> None:
@@ -95,7 +111,7 @@ async def _refreshed(mirror: Mirror, folder: Path, run_id: bytes, spec: RunSpec)
     loop, failures = asyncio.get_running_loop(), list[SwarmError]()
 
     def source(name: str) -> Iterator[bytes]:
-        asking = _file(mirror, mirror_name(name), metadata.MAX_FILE_BYTES)
+        asking = read_file(mirror, mirror_name(name), metadata.MAX_FILE_BYTES)
         try:
             yield asyncio.run_coroutine_threadsafe(asking, loop).result()
         except NotFound:
@@ -122,12 +138,13 @@ async def _roots(mirror: Mirror, name: str) -> Signed | None:
 
 async def _signed(mirror: Mirror, name: str, max_payload_bytes: int) -> Signed:
     try:
-        return Signed.FromString(await _file(mirror, name, max_payload_bytes + _SIGNATURE_BYTES))
+        return Signed.FromString(await read_file(mirror, name, max_payload_bytes + _SIGNATURE_BYTES))
     except DecodeError as error:
         raise ProtocolError(f"{name} of a mirror cannot be read") from error
 
 
-async def _file(mirror: Mirror, name: str, max_bytes: int) -> bytes:
+async def read_file(mirror: Mirror, name: str, max_bytes: int) -> bytes:
+    """A whole file, unverified. Raises `VerificationError` for a larger one."""
     try:
         return await asyncio.wait_for(mirror.file(name, max_bytes), FILE_TIMEOUT_S)
     except asyncio.TimeoutError as error:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swarm.cli import output
-from swarm.cli.reaching import Where, coordinator, current_publication, known_of, offered, sources_of
+from swarm.cli.reaching import Where, coordinator_or_mirrors, known_of, offered, sources_of
 
 if TYPE_CHECKING:
     from peer.checkpoints.filling import Fetching
@@ -179,16 +179,18 @@ async def repair_checkpoint(folder: Path, run: str | None, where: Where, tally: 
             opening = mirrors.open_mirrors(where.named, (), provenance.manifest.round)
             found: list[Source] = list(await stack.enter_async_context(opening))
         else:
-            client = await stack.enter_async_context(coordinator(invite))
             try:
                 provenance = read_provenance(folder, invite.run_id, known_of)
             except SwarmError:
                 if round_number == 0:
                     raise
                 _refuse_other_run(folder, invite.run_id)
-                known, publication = await client.get_run(), await current_publication(client, invite, round_number)
-                provenance = check_provenance(known.signed_spec, publication, invite.run_id, known_of)
-            found = await stack.enter_async_context(sources_of(client, invite, provenance.manifest.round, where))
+                offer, found = await stack.enter_async_context(offered(invite, round_number, where))
+                provenance = check_provenance(offer.signed_spec, offer.publication, invite.run_id, known_of)
+            else:
+                client = await stack.enter_async_context(coordinator_or_mirrors(invite, where))
+                number = provenance.manifest.round
+                found = await stack.enter_async_context(sources_of(client, invite, number, where))
         return await repair(folder, provenance, _fetching(found, tally, where))
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from peer.checkpoints.mirrored import Offer
+    from peer.checkpoints.mirrored import Mirror, Offer
     from peer.checkpoints.sources import Source
     from peer.coordinator_client import CoordinatorClient, RunInfo
     from peer.p2p.transport import Transport
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from swarm.publication import Known, Publication
     from swarm.run_spec import RunSpec
 
+T = TypeVar("T")
 _STATUS_LIFETIME_S = 600.0  # the longest that the directory keeps a record
 
 
@@ -51,49 +52,67 @@ def known_of(run_id: bytes, spec: RunSpec) -> Known:
     return trusted.known_of(trusted_folder(run_id), run_id, spec)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Away:
+    """The coordinator cannot be reached; ``told``: the mirrors that it named when it last could be."""
+
+    error: SwarmError
+    told: tuple[str, ...]
+
+
 @asynccontextmanager
-async def offered(invite: Invite, round_number: int, where: Where) -> AsyncIterator[tuple[Offer, list[Source]]]:
-    """What is published of a round (0: the newest), and who may have its chunks."""
+async def coordinator_or_mirrors(invite: Invite, where: Where) -> AsyncIterator[CoordinatorClient | Away]:
+    """The coordinator; where it cannot be reached, and some mirror is known, that this is so."""
     from peer.checkpoints import mirrored
-    from peer.checkpoints.mirrors import open_mirrors
     from swarm.errors import DeadlineExceeded, Unreachable
 
     async with AsyncExitStack() as stack:
+        found: CoordinatorClient | Away
         try:
-            client = await stack.enter_async_context(coordinator(invite))
-            run = await client.get_run()
-            publication = await current_publication(client, invite, round_number)
+            found = await stack.enter_async_context(coordinator(invite))
+            await found.get_run()
         except (Unreachable, DeadlineExceeded) as error:
             told = await asyncio.to_thread(mirrored.remembered, trusted_folder(invite.run_id))
             if not where.named and not told:
                 raise
-            offer = await _offer_of_mirrors(invite, round_number, where, told, error)
-            found = await stack.enter_async_context(open_mirrors(where.named, told, offer.round))
-            yield offer, list(found)
-            return
-        offer = mirrored.Offer(spec=run.spec, signed_spec=run.signed_spec, publication=publication)
-        await asyncio.to_thread(mirrored.remember, trusted_folder(invite.run_id), await client.mirrors())
-        yield offer, await stack.enter_async_context(sources_of(client, invite, offer.round, where))
+            print(f"warning: {error}; asking mirrors what is published", file=sys.stderr)
+            found = Away(error=error, told=told)
+        yield found
 
 
-async def _offer_of_mirrors(
-    invite: Invite, round_number: int, where: Where, told: tuple[str, ...], away: SwarmError
-) -> Offer:
-    """What the first mirror that has it whole says is published; what is wrong with all of them otherwise."""
-    from peer.checkpoints.mirrored import offer_of
+async def of_mirrors(where: Where, away: Away, read: Callable[[Mirror], Awaitable[T]]) -> T:
+    """What ``read`` makes of the first mirror that has it whole; what is wrong with all of them otherwise."""
     from peer.checkpoints.mirrors import open_mirrors
     from swarm.errors import NetworkError, VerificationError
 
-    print(f"warning: {away}; asking mirrors what is published", file=sys.stderr)
     failures: list[SwarmError] = []
-    async with open_mirrors(where.named, told, None) as found:
+    async with open_mirrors(where.named, away.told, None) as found:
         for mirror in found:
             try:
-                return await offer_of(mirror, trusted_folder(invite.run_id), invite.run_id, round_number)
+                return await read(mirror)
             except (NetworkError, VerificationError) as error:
                 failures.append(error)
                 print(f"warning: {mirror.name}: {error}", file=sys.stderr)
-    raise next((error for error in failures if isinstance(error, VerificationError)), away)
+    raise next((error for error in failures if isinstance(error, VerificationError)), away.error)
+
+
+@asynccontextmanager
+async def offered(invite: Invite, round_number: int, where: Where) -> AsyncIterator[tuple[Offer, list[Source]]]:
+    """What is published of a round (0: the newest), and who may have its chunks."""
+    from peer.checkpoints import mirrored
+
+    folder = trusted_folder(invite.run_id)
+    async with coordinator_or_mirrors(invite, where) as client:
+        if isinstance(client, Away):
+            offer = await of_mirrors(
+                where, client, lambda mirror: mirrored.offer_of(mirror, folder, invite.run_id, round_number)
+            )
+        else:
+            run, publication = await client.get_run(), await current_publication(client, invite, round_number)
+            offer = mirrored.Offer(spec=run.spec, signed_spec=run.signed_spec, publication=publication)
+            await asyncio.to_thread(mirrored.remember, folder, await client.mirrors())
+        async with sources_of(client, invite, offer.round, where) as found:
+            yield offer, found
 
 
 async def current_publication(client: CoordinatorClient, invite: Invite, round_number: int) -> Publication:
@@ -110,15 +129,20 @@ async def current_publication(client: CoordinatorClient, invite: Invite, round_n
 
 @asynccontextmanager
 async def sources_of(
-    client: CoordinatorClient, invite: Invite, round_number: int, where: Where
+    client: CoordinatorClient | Away, invite: Invite, round_number: int, where: Where
 ) -> AsyncIterator[list[Source]]:
-    """Whoever may have this round: peers where they can be reached, mirrors, and the coordinator itself."""
+    """Whoever may have this round: peers where they can be reached, mirrors, and the coordinator itself. Where it is
+    away only mirrors: it knows the way to the others."""
     from peer.checkpoints import download as downloads
     from peer.checkpoints import mirrors
     from peer.checkpoints.sources import CoordinatorSource, PeerSource
     from peer.rounds.statuses import StatusRules
     from swarm.errors import NetworkError
 
+    if isinstance(client, Away):
+        async with mirrors.open_mirrors(where.named, client.told, round_number) as only:
+            yield list(only)
+        return
     run, told = await client.get_run(), await client.mirrors()
     rules = StatusRules(
         run_id=invite.run_id,
