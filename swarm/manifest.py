@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from swarm.digest import over_shards, sha256
-from swarm.errors import RefusedCheckpoint, SpecError
+from swarm.errors import RefusedCheckpoint, SignatureError, SpecError
 from swarm.identity import verify
 from swarm.proto.common_pb2 import Signed
 from swarm.run_spec import Hex32, Section, parse_section
@@ -191,7 +191,20 @@ def parse(payload: bytes) -> CheckpointManifest:
 
 def parse_signed(signed: Signed, run_id: bytes, publication_key: bytes) -> CheckpointManifest:
     """The manifest inside ``signed``, once the publication key of this run has signed it."""
-    manifest = parse(verify(signed, CONTEXT, run_id, publication_key))
+    try:
+        manifest = parse(verify(signed, CONTEXT, run_id, publication_key))
+    except SignatureError as error:
+        # A signature names its run, so under another run's manifest it is wrong as well: that is worth knowing.
+        if _is_of_another_run(signed.payload, run_id):
+            raise RefusedCheckpoint("the manifest belongs to another run") from error
+        raise
     if manifest.run_id != run_id.hex():
         raise RefusedCheckpoint("the manifest belongs to another run")
     return manifest
+
+
+def _is_of_another_run(payload: bytes, run_id: bytes) -> bool:
+    try:
+        return parse(payload).run_id != run_id.hex()
+    except RefusedCheckpoint:
+        return False

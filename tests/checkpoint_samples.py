@@ -20,6 +20,7 @@ from swarm.digest import join_subtrees, sha256
 from swarm.errors import DeadlineExceeded, ProtocolError, Unreachable
 from swarm.evaluation import Evaluation, Result
 from swarm.identity import Identity
+from swarm.invite import Invite
 from swarm.proto.checkpoint_pb2 import Witnesses
 from swarm.proto.common_pb2 import Signed
 from swarm.publication import Publication
@@ -137,6 +138,11 @@ def signed_checkpoint(folder: Path, parts: CheckpointParts) -> SignedCheckpoint:
 
 def small_checkpoint(folder: Path, round_number: int = 10, name: str = "sample") -> SignedCheckpoint:
     return signed_checkpoint(folder, make_parts(round_number, name, num_values=1000))
+
+
+def invite_to(run_id: bytes) -> str:
+    """Its coordinator does not exist."""
+    return Invite(run_id=run_id, tls_pin=b"t" * 32, addresses=("localhost:1",)).encode()
 
 
 def with_tensors(parts: CheckpointParts, tensors: dict[str, np.ndarray]) -> CheckpointParts:

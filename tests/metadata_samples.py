@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from pathlib import Path
 
 from swarm import governance, metadata
 from swarm.digest import sha256
 from swarm.governance import Change, Offline
 from swarm.identity import Identity
+from swarm.manifest import SPEC_FILE
 from swarm.metadata import Entry, Online, Period
 from swarm.publication import Publication
 from swarm.run_spec import RunSpec
+from tests.checkpoint_samples import ORGANIZER, PUBLISHER, SignedCheckpoint
 
 
 def first_offline(spec: RunSpec, organizers: Sequence[Identity], now: datetime) -> Offline:
@@ -88,3 +91,15 @@ class Repository:
         )
         self.entries.append(entry)
         self.sign()
+
+
+def mirror_metadata(folder: Path, spec: RunSpec, made: Mapping[int, SignedCheckpoint]) -> None:
+    """Beside these checkpoints on a mirror, what says that they are published, as a coordinator mirrors it."""
+    repository = Repository(spec, (ORGANIZER,), PUBLISHER)
+    for number, each in made.items():
+        repository.publish(each.publication, number)
+    (folder / "metadata").mkdir(parents=True)
+    for name, raw in repository.files.items():
+        (folder / "metadata" / name).write_bytes(raw)
+    signed_spec = next(iter(made.values())).signed_spec
+    (folder / "metadata" / SPEC_FILE).write_bytes(signed_spec.SerializeToString())

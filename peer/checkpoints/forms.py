@@ -14,6 +14,8 @@ from swarm.data_manifest import TOKENIZER_NAME
 from swarm.manifest import MAX_MANIFEST_BYTES, CheckpointFile
 
 _PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*\.safetensors")
+# Where `transformers` reads which code to fetch and run.
+_CODE = frozenset({"auto_map", "custom_pipelines"})
 _ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -93,8 +95,11 @@ def _json_problems(file: BinaryIO, listed: CheckpointFile) -> list[str]:
         values = json.loads(file.read())
     except (ValueError, RecursionError):
         return [f"{listed.name} is not JSON"]
-    if not isinstance(values, dict) or "auto_map" in values:
-        return [f"{listed.name} is no table, or asks for code of its own (auto_map)"]
+    if not isinstance(values, dict):
+        return [f"{listed.name} is no table"]
+    asked = _CODE & values.keys()
+    if asked:
+        return [f"{listed.name} asks for code of its own ({', '.join(sorted(asked))})"]
     weight_map = values.get("weight_map", {})
     if not isinstance(weight_map, dict) or any(not _PLAIN_NAME.fullmatch(str(name)) for name in weight_map.values()):
         return [f"{listed.name} names files outside the checkpoint"]

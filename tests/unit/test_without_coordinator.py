@@ -29,14 +29,14 @@ from swarm.run_record import Energy, RunRecord
 from swarm.storage import Storage
 from tests.checkpoint_samples import (
     ORGANIZER,
-    PUBLISHER,
     SignedCheckpoint,
     evaluation,
+    invite_to,
     make_parts,
     publication_of,
     small_checkpoint,
 )
-from tests.metadata_samples import Repository
+from tests.metadata_samples import mirror_metadata
 
 ANNA, BORIS = Identity(b"a" * 32), Identity(b"b" * 32)
 
@@ -59,13 +59,7 @@ class Mirror:
         ]
         self.made = {10: first, 20: self.publish(20, validation_loss=3.5, evaluations=tuple(texts))}
         self.run_id = first.run_id
-        repository = Repository(make_parts().spec, (ORGANIZER,), PUBLISHER)
-        for number, made in self.made.items():
-            repository.publish(made.publication, number)
-        files = {**repository.files, SPEC_FILE: first.signed_spec.SerializeToString()}
-        (self.www / "metadata").mkdir()
-        for name, raw in files.items():
-            (self.www / "metadata" / name).write_bytes(raw)
+        mirror_metadata(self.www, make_parts().spec, self.made)
 
     def publish(self, number: int, **about: Any) -> SignedCheckpoint:
         parts = make_parts(number, num_values=1000)
@@ -87,7 +81,7 @@ class Mirror:
 
     @property
     def invite(self) -> str:
-        return Invite(run_id=self.run_id, tls_pin=b"t" * 32, addresses=("localhost:1",)).encode()
+        return invite_to(self.run_id)
 
 
 @pytest.fixture
