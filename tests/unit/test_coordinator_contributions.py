@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
@@ -15,13 +14,6 @@ from coordinator.store import Store
 from swarm.errors import ConfigError, ProtocolError, SignatureError, SwarmError, VerificationError
 from swarm.proto.round_pb2 import Commit
 from tests.coordinator_world import ANNA, BORIS, NOW_UNIX_MS, SEED, STRANGER, World, state_digest_after
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(f"sqlite:///{tmp_path / 'db.sqlite'}")
-    yield opened
-    opened.close()
 
 
 def test_consecutive_commits_are_recorded_and_the_next_one_is_wanted(store: Store) -> None:

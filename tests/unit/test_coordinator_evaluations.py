@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +11,6 @@ from coordinator import evaluations, publication, records
 from coordinator.contributions import Ledger
 from coordinator.published import Room, Rooms
 from coordinator.store import Store
-from coordinator.witnesses import Hearing, attest
 from peer.checkpoints.card import model_card, read_card
 from swarm import evaluation, run_record
 from swarm.digest import sha256
@@ -22,17 +19,11 @@ from swarm.evaluation import Result
 from swarm.identity import Identity
 from swarm.proto.common_pb2 import Signed
 from swarm.proto.coordinator_pb2 import TellEvaluationRequest
+from tests.coordinator_publishing import attest_all, publish
 from tests.coordinator_world import ANNA, BORIS, NOW_UNIX_MS, ORGANIZER, SEED, STRANGER, TOKEN, World, identity
 from tests.unit.test_card import facts
 
 NOW = NOW_UNIX_MS
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(f"sqlite:///{tmp_path / 'db.sqlite'}")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture
@@ -44,11 +35,8 @@ def published_world(store: Store, admission: Any = None) -> World:
     """Three rounds are recorded, of which the second is published; Anna and Boris contributed."""
     made = World(admission=admission or {})
     Ledger(made.run, store).record(made.commits(3), NOW)
-    for who in (SEED, ANNA, BORIS):
-        store.admit(who.public_key, NOW + 10**9, NOW, 100)
-        attest(made.run, store, made.attest_request(who, 2), NOW)
-    request = SEED.sign("publish", made.run_id, made.manifest(2))
-    publication.publish(made.run, store, request, Hearing(now_unix_ms=NOW, silent_before_unix_ms=NOW - 1000))
+    attest_all(made, store, 2)
+    publish(made, store, made.manifest(2))
     return made
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,13 +30,6 @@ from tests.coordinator_world import (
 
 WITH_TOKEN = {"mode": "token", "token_sha256": sha256(TOKEN.encode()).hex()}
 WITH_LIST = {"mode": "allow", "allow": [STRANGER.peer_id]}
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(f"sqlite:///{tmp_path / 'db.sqlite'}")
-    yield opened
-    opened.close()
 
 
 @pytest.mark.parametrize(

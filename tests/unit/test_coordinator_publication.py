@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,23 +16,15 @@ from coordinator import incidents, publication, vouching, witnesses
 from coordinator.contributions import Ledger
 from coordinator.run import Run, open_run
 from coordinator.store import Store
-from coordinator.witnesses import ATTEST_WITHIN_MS, Hearing
+from coordinator.witnesses import ATTEST_WITHIN_MS
 from peer.checkpoints import trusted
 from swarm import governance, metadata, witness
 from swarm.digest import join_subtrees, sha256
 from swarm.errors import ConfigError, NotAdmitted, NotFound, ProtocolError, SignatureError, VerificationError
 from swarm.identity import Identity
 from swarm.proto.checkpoint_pb2 import Witnesses
-from swarm.proto.common_pb2 import Signed
-from swarm.publication import Publication
+from tests.coordinator_publishing import attest, attest_all, publish, request
 from tests.coordinator_world import ANNA, BORIS, NOW_UNIX_MS, ORGANIZER, PUBLICATION, SEED, STRANGER, World
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(f"sqlite:///{tmp_path / 'db.sqlite'}")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture
@@ -41,31 +32,14 @@ def world(store: Store) -> World:
     """Three rounds are recorded, and all three replicas attested the last two."""
     made = World()
     Ledger(made.run, store).record(made.commits(3), NOW_UNIX_MS)
-    for number in (2, 3):
-        for replica in (SEED, ANNA, BORIS):
-            _attest(made, store, replica, number)
+    attest_all(made, store, 2, 3)
     return made
-
-
-def _request(world: World, store: Store, request: Signed, now_unix_ms: int = NOW_UNIX_MS) -> Publication:
-    hearing = Hearing(now_unix_ms=now_unix_ms, silent_before_unix_ms=now_unix_ms - 1000)
-    return publication.publish(world.run, store, request, hearing)
-
-
-def _publish(world: World, store: Store, payload: bytes, now_unix_ms: int = NOW_UNIX_MS) -> Publication:
-    return _request(world, store, SEED.sign("publish", world.run_id, payload), now_unix_ms)
-
-
-def _attest(world: World, store: Store, who: Identity, number: int, **changes: Any) -> None:
-    until = NOW_UNIX_MS + 10**9
-    store.admit(who.public_key, until, NOW_UNIX_MS, 100)
-    witnesses.attest(world.run, store, world.attest_request(who, number, **changes), NOW_UNIX_MS)
 
 
 @pytest.mark.parametrize("number", [2, 3], ids=["the next round is recorded", "the last recorded round"])
 def test_an_honest_manifest_is_signed_by_the_publication_key(world: World, store: Store, number: int) -> None:
     payload = world.manifest(number)
-    published = _publish(world, store, payload)
+    published = publish(world, store, payload)
     assert published.manifest.payload == payload
     assert published.manifest.signer == PUBLICATION.public_key
     assert published.verified(world.run_id, world.spec).round == number
@@ -77,23 +51,23 @@ def test_more_witnesses_than_researchers_take_are_cut_to_as_many_as_are_needed(
     """Otherwise a large run could publish nothing: two of the three that attested are enough here."""
     attestation = world.attest_request(SEED, 2).ByteSize()
     monkeypatch.setattr(witness, "MAX_WITNESSES_BYTES", 3 * attestation)
-    published = _publish(world, store, world.manifest(2))
+    published = publish(world, store, world.manifest(2))
     quorum = witness.parse_witnesses(published.witnesses, world.run_id, PUBLICATION.public_key)
     assert (len(quorum.attestations), len(quorum.replicas)) == (2, 3)
     assert published.verified(world.run_id, world.spec).round == 2
 
 
 def test_the_same_manifest_gets_the_same_answer(world: World, store: Store) -> None:
-    first = _publish(world, store, world.manifest(2))
-    assert _publish(world, store, world.manifest(2)) == first
+    first = publish(world, store, world.manifest(2))
+    assert publish(world, store, world.manifest(2)) == first
     assert len(store.published.newest_checkpoints(10)) == 1
 
 
 def test_a_round_is_published_once(world: World, store: Store) -> None:
-    _publish(world, store, world.manifest(2))
+    publish(world, store, world.manifest(2))
     other_file = [{"name": "config.json", "size_bytes": 2, "sha256": sha256(b"[]").hex(), "chunks": ["1" * 64]}]
     with pytest.raises(VerificationError, match="another manifest"):
-        _publish(world, store, world.manifest(2, files=other_file))
+        publish(world, store, world.manifest(2, files=other_file))
 
 
 BAD_MANIFESTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -112,27 +86,27 @@ BAD_MANIFESTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_a_manifest_that_the_log_contradicts_is_refused(world: World, store: Store, case: str) -> None:
     changes, expected, message = BAD_MANIFESTS[case]
     with pytest.raises(expected, match=message):
-        _publish(world, store, world.manifest(2, **changes))
+        publish(world, store, world.manifest(2, **changes))
     assert store.published.newest_checkpoints(10) == []
 
 
 def test_bytes_that_are_no_manifest_are_refused(world: World, store: Store) -> None:
     with pytest.raises(VerificationError, match="not JSON"):
-        _publish(world, store, b"\xff")
+        publish(world, store, b"\xff")
 
 
 def test_only_a_seed_peer_publishes(world: World, store: Store) -> None:
     payload = world.manifest(2)
     with pytest.raises(SignatureError, match="only a seed peer"):
-        _request(world, store, STRANGER.sign("publish", world.run_id, payload))
+        request(world, store, STRANGER.sign("publish", world.run_id, payload))
     forged = STRANGER.sign("publish", world.run_id, payload)
     forged.signer = SEED.public_key
     with pytest.raises(SignatureError, match="does not verify"):
-        _request(world, store, forged)
+        request(world, store, forged)
 
 
 def test_checkpoints_are_listed_and_found(world: World, store: Store) -> None:
-    second, third = (_publish(world, store, world.manifest(number)) for number in (2, 3))
+    second, third = (publish(world, store, world.manifest(number)) for number in (2, 3))
     infos = publication.list_checkpoints(store).checkpoints
     assert [(info.round, info.total_tokens, info.size_bytes) for info in infos] == [(3, 900, 2), (2, 600, 2)]
     assert infos[0].manifest_digest == sha256(third.manifest.payload)
@@ -165,57 +139,57 @@ def bare(store: Store) -> World:
 def test_a_checkpoint_waits_for_more_than_half_of_the_live_replicas(bare: World, store: Store) -> None:
     for replica, wanted in ((None, "0 of 2"), (SEED, "1 of 3")):
         if replica is not None:
-            _attest(bare, store, replica, 1)
+            attest(bare, store, replica, 1)
         with pytest.raises(NotFound, match=f"{wanted} live replicas attested its state, 2 are needed"):
-            _publish(bare, store, bare.manifest(1))
-    _attest(bare, store, BORIS, 1)
-    quorum = Witnesses.FromString(_publish(bare, store, bare.manifest(1)).witnesses.payload)
+            publish(bare, store, bare.manifest(1))
+    attest(bare, store, BORIS, 1)
+    quorum = Witnesses.FromString(publish(bare, store, bare.manifest(1)).witnesses.payload)
     assert {signed.signer for signed in quorum.attestations} == {SEED.public_key, BORIS.public_key}
     assert set(quorum.replicas) == {SEED.public_key, ANNA.public_key, BORIS.public_key}
 
 
 def test_the_seed_peer_alone_is_witness_enough_where_nobody_else_lives(bare: World, store: Store) -> None:
     later = NOW_UNIX_MS + 2000
-    _attest(bare, store, SEED, 1)
-    assert len(Witnesses.FromString(_publish(bare, store, bare.manifest(1), later).witnesses.payload).replicas) == 1
+    attest(bare, store, SEED, 1)
+    assert len(Witnesses.FromString(publish(bare, store, bare.manifest(1), later).witnesses.payload).replicas) == 1
 
 
 def test_a_replica_that_is_heard_but_never_attests_is_not_waited_for_for_ever(bare: World, store: Store) -> None:
     later = NOW_UNIX_MS + ATTEST_WITHIN_MS + 1
-    _attest(bare, store, SEED, 1)
+    attest(bare, store, SEED, 1)
     store.admit(ANNA.public_key, later + 1, later, 100)
     with pytest.raises(NotFound, match="1 of 2"):
-        _publish(bare, store, bare.manifest(1), later - 1)
-    assert _publish(bare, store, bare.manifest(1), later)
+        publish(bare, store, bare.manifest(1), later - 1)
+    assert publish(bare, store, bare.manifest(1), later)
 
 
 def test_strangers_to_the_log_are_no_witnesses(bare: World, store: Store) -> None:
     for who in (SEED, STRANGER):
-        _attest(bare, store, who, 1)
+        attest(bare, store, who, 1)
     with pytest.raises(NotFound, match="1 of 3"):
-        _publish(bare, store, bare.manifest(1))
+        publish(bare, store, bare.manifest(1))
 
 
 def test_what_strangers_say_is_not_kept_and_raises_no_incident(bare: World, store: Store) -> None:
-    _attest(bare, store, SEED, 1)
+    attest(bare, store, SEED, 1)
     for who in (STRANGER, ORGANIZER):
-        _attest(bare, store, who, 1, **OTHER_ANCHOR)
+        attest(bare, store, who, 1, **OTHER_ANCHOR)
     assert [row.peer_key for row in store.published.attestations(1, 10)] == [SEED.public_key]
     assert incidents.newest(store) == []
 
 
 def test_a_replica_that_says_the_same_in_several_ways_counts_once(bare: World, store: Store) -> None:
     unknown_fields = (b"\xa2\x06\x01a", b"\xa2\x06\x01b")  # a reader passes over them
-    _attest(bare, store, BORIS, 1)
+    attest(bare, store, BORIS, 1)
     for added in unknown_fields:
         payload = bare.attestation(1).SerializeToString() + added
         witnesses.attest(bare.run, store, BORIS.sign("attestation", bare.run_id, payload), NOW_UNIX_MS)
     assert len(store.published.attestations(1, 10)) == 3
     store.admit(ANNA.public_key, NOW_UNIX_MS + 10**9, NOW_UNIX_MS, 100)
     with pytest.raises(NotFound, match="1 of 2"):
-        _publish(bare, store, bare.manifest(1))
-    _attest(bare, store, ANNA, 1)
-    published = _publish(bare, store, bare.manifest(1))
+        publish(bare, store, bare.manifest(1))
+    attest(bare, store, ANNA, 1)
+    published = publish(bare, store, bare.manifest(1))
     assert published.verified(bare.run_id, bare.spec).round == 1
 
 
@@ -225,19 +199,19 @@ def test_a_publication_that_researchers_would_refuse_is_not_stored(
     with monkeypatch.context() as broken:
         broken.setattr(witnesses, "gather", lambda *_: Witnesses(round=2, manifest_digest=b"d" * 32))
         with pytest.raises(VerificationError, match="another manifest"):
-            _publish(world, store, world.manifest(2))
-    assert _publish(world, store, world.manifest(2)).verified(world.run_id, world.spec).round == 2
+            publish(world, store, world.manifest(2))
+    assert publish(world, store, world.manifest(2)).verified(world.run_id, world.spec).round == 2
 
 
 def test_replicas_that_signed_another_state_are_no_witnesses_and_the_incident_names_them(
     bare: World, store: Store
 ) -> None:
-    _attest(bare, store, SEED, 1)
+    attest(bare, store, SEED, 1)
     assert incidents.newest(store) == []
     for replica in (ANNA, BORIS):
-        _attest(bare, store, replica, 1, **OTHER_ANCHOR)
+        attest(bare, store, replica, 1, **OTHER_ANCHOR)
     with pytest.raises(NotFound, match="1 of 3"):
-        _publish(bare, store, bare.manifest(1))
+        publish(bare, store, bare.manifest(1))
     (incident,) = incidents.newest(store)
     assert "round 1: witnesses disagree" in incident.text
     for name in (SEED.peer_id, ANNA.peer_id, BORIS.peer_id, OTHER_ANCHOR["state_digest"].hex()):
@@ -247,9 +221,9 @@ def test_replicas_that_signed_another_state_are_no_witnesses_and_the_incident_na
 
 def test_a_replica_that_says_two_things_is_named_too(bare: World, store: Store) -> None:
     for _ in range(2):
-        _attest(bare, store, ANNA, 1)
+        attest(bare, store, ANNA, 1)
     assert incidents.newest(store) == []
-    _attest(bare, store, ANNA, 1, layout_digest=b"l" * 32)
+    attest(bare, store, ANNA, 1, layout_digest=b"l" * 32)
     assert incidents.newest(store)[0].text.count(ANNA.peer_id) == 2
 
 
@@ -288,7 +262,7 @@ def test_the_metadata_names_each_published_checkpoint_and_its_witnesses(
     world: World, store: Store, tmp_path: Path
 ) -> None:
     for number in (2, 3):
-        published = _publish(world, store, world.manifest(number))
+        published = publish(world, store, world.manifest(number))
         found = _client(world, world.run, store, tmp_path / "trusted")
         assert found.newest_round == number and found.check(published).round == number
 
@@ -309,9 +283,8 @@ def test_an_earlier_round_that_is_published_after_the_last_leaves_the_metadata_o
     Ledger(bare.run, store).record([bare.commit(tokens=bare.spec.total_tokens)], NOW_UNIX_MS)
     expiries = []
     for number in (2, 1):
-        for replica in (SEED, ANNA, BORIS):
-            _attest(bare, store, replica, number)
-        _publish(bare, store, bare.manifest(number))
+        attest_all(bare, store, number)
+        publish(bare, store, bare.manifest(number))
         raw = vouching.current_files(bare.run, store, NOW_UNIX_MS)["timestamp.json"]
         expiries.append(metadata.read(raw, Timestamp).signed.expires)
     assert expiries[0] == expiries[1]
@@ -320,7 +293,7 @@ def test_an_earlier_round_that_is_published_after_the_last_leaves_the_metadata_o
 def test_after_a_change_of_keys_everything_is_signed_anew_and_clients_follow(
     world: World, store: Store, tmp_path: Path
 ) -> None:
-    old = _publish(world, store, world.manifest(2))
+    old = publish(world, store, world.manifest(2))
     _client(world, world.run, store, tmp_path / "trusted")
     before, new_key = world.source.offline, STRANGER
     said = governance.describe(before.roots[-1])

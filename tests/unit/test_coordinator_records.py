@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from coordinator import membership, publication, records
+from coordinator import membership, records
 from coordinator.contributions import Ledger
 from coordinator.store import Store
-from coordinator.witnesses import Hearing
 from swarm import energy, run_record
 from swarm.digest import sha256
 from swarm.errors import NotFound, ProtocolError, VerificationError
 from swarm.run_record import RECORD_FILE, Contributor
-from tests.coordinator_world import ANNA, BORIS, NOW_UNIX_MS, SEED, World
+from tests.coordinator_publishing import publish
+from tests.coordinator_world import ANNA, BORIS, NOW_UNIX_MS, World
 
 NOW = NOW_UNIX_MS
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(f"sqlite:///{tmp_path / 'db.sqlite'}")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture
@@ -102,9 +94,7 @@ def test_a_manifest_with_another_record_is_not_published(world: World, store: St
         files = [{"name": RECORD_FILE, "size_bytes": 2, "sha256": digest, "chunks": ["0" * 64]}]
         return world.manifest(2, files=files)
 
-    hearing = Hearing(now_unix_ms=NOW, silent_before_unix_ms=NOW - 1000)
-    forged = SEED.sign("publish", world.run_id, listing("a" * 64))
     with pytest.raises(VerificationError, match="not the coordinator's"):
-        publication.publish(world.run, store, forged, hearing)
+        publish(world, store, listing("a" * 64))
     with pytest.raises(NotFound):  # only witnesses lack
-        publication.publish(world.run, store, SEED.sign("publish", world.run_id, listing(right)), hearing)
+        publish(world, store, listing(right))

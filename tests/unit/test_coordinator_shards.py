@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from coordinator import contributions, incidents, membership, publication, records, witnesses
+from coordinator import contributions, incidents, membership, records, witnesses
 from coordinator.contributions import Ledger, ledger_of
 from coordinator.published import Introduction
 from coordinator.service import Service
 from coordinator.store import Store
-from coordinator.witnesses import Hearing
 from swarm import digest, manifest, witness
 from swarm.errors import NotFound, ProtocolError, VerificationError
 from swarm.identity import Identity
 from swarm.log import LogHead
 from swarm.proto import coordinator_pb2 as pb
 from swarm.proto.checkpoint_pb2 import Attestation, ShardReplicas, Witnesses
-from swarm.publication import Publication
+from tests.coordinator_publishing import publish
 from tests.coordinator_world import (
     ANNA,
     BORIS,
@@ -34,13 +31,6 @@ from tests.coordinator_world import (
     state_digest_after,
     subtrees_after,
 )
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(f"sqlite:///{tmp_path / 'db.sqlite'}")
-    yield opened
-    opened.close()
 
 
 def test_each_shard_has_a_log_of_its_own_and_its_next_round_is_wanted(store: Store) -> None:
@@ -110,11 +100,6 @@ def manifest_of(world: World, heads: list[list[LogHead]], number: int = 2, **cha
     return world.manifest(
         number, **{"shards": shards, **over, "anchor": {**whole, "parameters": parameters}, **changes}
     )
-
-
-def publish(world: World, store: Store, payload: bytes) -> Publication:
-    hearing = Hearing(now_unix_ms=NOW_UNIX_MS, silent_before_unix_ms=NOW_UNIX_MS - 1000)
-    return publication.publish(world.run, store, SEED.sign("publish", world.run_id, payload), hearing)
 
 
 def attest(world: World, store: Store, who: Identity, payload: bytes, shards: tuple[int, ...] = (0, 1)) -> None:
