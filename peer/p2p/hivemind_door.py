@@ -46,6 +46,7 @@ def load(clock: Callable[[], float], *, debug: bool) -> SimpleNamespace:
 
 
 def _names() -> SimpleNamespace:
+    _skip_rest()
     from hivemind.dht import node, protocol, routing, storage
     from hivemind.p2p import P2P, PeerID
     from hivemind.p2p.p2p_daemon_bindings import utils
@@ -67,6 +68,13 @@ def _names() -> SimpleNamespace:
         read_pbmsg_safe=utils.read_pbmsg_safe,
         write_pbmsg=utils.write_pbmsg,
     )
+
+
+def _skip_rest() -> None:
+    """Let hivemind's parts be imported without the package's own imports: averagers, experts and scipy, for nothing."""
+    spec = importlib.util.find_spec("hivemind")
+    if spec is not None and "hivemind" not in sys.modules:
+        sys.modules["hivemind"] = importlib.util.module_from_spec(spec)
 
 
 def _limit_decoder(serializer: Any) -> None:

@@ -158,17 +158,21 @@ def _code_maps(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 @functools.cache
 def _bitsandbytes() -> Any:
-    """bitsandbytes, without the code that it would download.
+    """bitsandbytes, without the code that it would download, and without a compiler.
 
     Where the package ``kernels`` is installed, importing bitsandbytes fetches compiled code from a hub and runs it. A
-    peer runs only installed code, so that package is hidden while the import lasts, and the warning about it too.
+    peer runs only installed code, so that package is hidden while the import lasts, and the warning about it too. So is
+    ``torch.compile``: its decorators load a compiler for a second, for functions that nobody here calls.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     hidden = {name: sys.modules.pop(name) for name in ("kernels",) if name in sys.modules}
     sys.modules["kernels"] = None  # type: ignore[assignment]  # the documented way to make an import fail
+    compiles = torch.compile
+    torch.compile = lambda function, **_: function  # type: ignore[assignment]
     try:
         import bitsandbytes
     finally:
+        torch.compile = compiles
         del sys.modules["kernels"]
         sys.modules.update(hidden)
     return bitsandbytes

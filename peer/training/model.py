@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib.util
 import inspect
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,9 +203,22 @@ def known_keys(family: str) -> tuple[str, ...]:
 def _transformers() -> Any:
     import transformers
 
+    _import_less(transformers)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
+
+
+def _import_less(transformers: Any) -> None:
+    """Spare a peer's start what language models do without.
+
+    Unless told that there is no scipy, transformers imports it for the losses of object detection; and before the first
+    model it reads the sources of all others for the names in them, where nobody asks for a model by such a name.
+    """
+    transformers.utils.is_scipy_available = lambda: False
+    models = importlib.util.find_spec("transformers.models")
+    if models is not None and models.name not in sys.modules:
+        sys.modules[models.name] = importlib.util.module_from_spec(models)
 
 
 def _config_class(family: str) -> Any:
