@@ -63,6 +63,14 @@ def test_one_that_failed_is_avoided_twice_as_long_each_time_and_tried_again() ->
         assert shares(routes, now_s, 200).keys() == {A, B}
 
 
+def test_all_that_one_fails_at_once_is_one_failure() -> None:
+    """Who dies with eight microbatches is back in a second, not in minutes."""
+    routes = routes_of(a=0.1, b=0.1)
+    for _ in range(8):
+        routes.failed(A, 0.0)
+    assert shares(routes, FIRST_AVOID_S * 1.01, 200).keys() == {A, B}
+
+
 def test_an_answer_ends_avoidance_and_its_doubling() -> None:
     routes = routes_of(a=0.1, b=0.1)
     for _ in range(5):
@@ -93,7 +101,7 @@ def test_one_that_was_late_gets_less_from_then_on() -> None:
 PATIENCE = [
     ("the only one", {"a": 1.0}, 50.0, 50.0),
     ("quick, beside another", {"a": 0.01, "b": 0.1}, 50.0, MIN_PATIENCE_S),
-    ("slow, beside another", {"a": 5.0, "b": 0.1}, 50.0, 10.0),
+    ("slow, beside another", {"a": 5.0, "b": 0.1}, 50.0, 20.0),
     ("little time left", {"a": 5.0, "b": 0.1}, 3.0, 3.0),
 ]
 
@@ -116,9 +124,9 @@ def test_eight_hops_among_strangers_leave_the_last_one_a_third_of_the_time() -> 
 
 def test_all_the_time_is_for_one_whose_replacements_are_avoided_for_longer() -> None:
     routes = routes_of(a=1.0, b=1.0)
-    for _ in range(6):
-        routes.failed(B, 0.0)
-    assert routes.patience_s(A, 50.0, 0.0) == 50.0
+    for now_s in (0.0, 2.0, 5.0, 10.0):
+        routes.failed(B, now_s)
+    assert routes.patience_s(A, 50.0, 10.0) == 50.0
 
 
 def test_those_who_left_are_forgotten() -> None:
