@@ -100,7 +100,7 @@ class Moments:
             return
         blocks = slice(first // MOMENT_BLOCK, -(-span.stop // MOMENT_BLOCK))
         largest_m, largest_v = (largest[blocks] for largest in self._largest)
-        signed, unsigned = _code_maps(weights.device)
+        signed, unsigned = code_maps(weights.device)
         functional, inner = _bitsandbytes().functional, update.inner
         if weights.device.type != "cpu":
             functional.optimizer_update_8bit_blockwise(
@@ -143,14 +143,14 @@ def _encode(values: torch.Tensor, codes: torch.Tensor, largest: torch.Tensor, co
 @functools.cache
 def _codes_of_halves(*, signed: bool) -> torch.Tensor:
     """The nearest code of x for each of the 2**16 numbers ``LARGEST_HALF * x`` in fp16, by its bits."""
-    values = _code_maps(torch.device("cpu"))[0 if signed else 1]
+    values = code_maps(torch.device("cpu"))[0 if signed else 1]
     halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
     between = (values[1:] + values[:-1]) / 2
     return torch.bucketize(halves.float() / LARGEST_HALF, between).to(torch.uint8)
 
 
 @functools.cache
-def _code_maps(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def code_maps(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The values that the codes of the first (signed) and second (unsigned) moment stand for, [256] each."""
     functional = _bitsandbytes().functional
     return tuple(functional.create_dynamic_map(signed=signed).to(device) for signed in (True, False))

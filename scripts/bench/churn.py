@@ -5,8 +5,9 @@
 Four shards of two replicas, each peer a process with its libp2p in a namespace of its own, under one CPU quota. Any of
 them is killed by SIGKILL, the times between two kills drawn from an exponential distribution whose mean is that between
 failures of the whole swarm; a peer comes back as `churn_swarm` says. Goodput: tokens of inner steps, the mean over
-shards, so what a killed replica had gathered for its next step is not in it. It is compared with the mean of the quiet
-windows, before, between and after. Needs root.
+shards, and those gathered for the next one at a window's ends; what a killed replica had gathered is not in it. It is
+compared with the mean of the quiet windows, before, between and after. ``bound``: what is left where the shard with the
+fewest living replicas sets the pace, and nothing else is lost. Medians over seeds of kills. Needs root.
 
 ``microbatches_lost``: of those that the sources which live at the end have read since they began (each is asked for
 again until it is answered), how many were neither answered nor have a loss. Last line: one JSON object.
@@ -31,8 +32,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from churn_swarm import START_S, Life, Swarm
-from pipeline_ours import ANSWERED, READ
+from churn_swarm import Life, Swarm, import_s
+from pipeline_ours import ANSWERED, READ, preload
 from pipeline_task import Task, remove_quotas
 from quality_setting import read_text
 from report import print_result
@@ -40,22 +41,22 @@ from report import print_result
 from scripts.netlab.lab import Lab, Link, why_not
 
 SHARDS, REPLICAS = 4, 2
-SEED = 0
 FULL = Task(hidden=128, replicas=REPLICAS, cpu_share=0.22)
 SHORT = Task(hidden=64, heads=2, layers=4, length=64, replicas=REPLICAS, cpu_share=0.22, step_microbatches=4)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Seconds of the windows; ``arms``: (mean time between failures, seconds)."""
+    """Seconds of the windows; ``arms``: (mean time between failures, seconds), each with every one of ``seeds``."""
 
     warm_up_s: float
     quiet_s: float
+    seeds: int
     arms: tuple[tuple[float, float], ...]
 
 
-PLAN = Plan(warm_up_s=15.0, quiet_s=40.0, arms=((60.0, 270.0), (20.0, 180.0)))
-QUICK_PLAN = Plan(warm_up_s=4.0, quiet_s=5.0, arms=((3.0, 12.0),))
+PLAN = Plan(warm_up_s=10.0, quiet_s=35.0, seeds=3, arms=((60.0, 160.0), (20.0, 150.0)))
+QUICK_PLAN = Plan(warm_up_s=4.0, quiet_s=5.0, seeds=1, arms=((3.0, 12.0),))
 
 
 def kill_times(mtbf_s: float, seconds: float, peers: int, seed: int) -> list[tuple[float, int]]:
@@ -69,15 +70,15 @@ def kill_times(mtbf_s: float, seconds: float, peers: int, seed: int) -> list[tup
     return kills
 
 
-def window(swarm: Swarm, seconds: float, kills: list[tuple[float, int]]) -> float:
-    """Tokens of inner steps a second, the mean over shards."""
-    began_s, before = time.monotonic(), swarm.learned()
+def window(swarm: Swarm, seconds: float, kills: list[tuple[float, int]]) -> tuple[float, float]:
+    """Tokens of inner steps a second, the mean over shards; and the bound of what is left of a quiet window's."""
+    began_s, before, bounded_s = time.monotonic(), swarm.learned(), swarm.bound_s
     for at_s, peer in kills:
         swarm.run(began_s + at_s - time.monotonic())
         swarm.kill(peer)
     swarm.run(began_s + seconds - time.monotonic())
-    learned = sum(swarm.learned()) - sum(before)
-    return learned / SHARDS / (time.monotonic() - began_s)
+    learned, took_s = sum(swarm.learned()) - sum(before), time.monotonic() - began_s
+    return learned / SHARDS / took_s, (swarm.bound_s - bounded_s) / took_s
 
 
 def lost(lives: list[Life]) -> int:
@@ -88,30 +89,42 @@ def measure(swarm: Swarm, plan: Plan) -> dict[str, Any]:
     peers = SHARDS * REPLICAS
     swarm.start_all()
     swarm.run(plan.warm_up_s)
-    quiet, arms = [window(swarm, plan.quiet_s, [])], []
-    print(f"{'':24} {'tokens/s':>9} {'kills':>6}\n{'quiet':24} {quiet[0]:9,.0f}", flush=True)
-    for mtbf_s, seconds in plan.arms:
-        kills = kill_times(mtbf_s, seconds, peers, SEED)
-        tokens_per_s = window(swarm, seconds, kills)
-        print(f"{f'a failure in {mtbf_s:.0f} s':24} {tokens_per_s:9,.0f} {len(kills):6}", flush=True)
-        arms.append({"mtbf_s": mtbf_s, "tokens_per_s": round(tokens_per_s, 1), "kills": len(kills)})
-        swarm.wait(lambda: swarm.num_up == peers, 60.0)
-        swarm.run(plan.warm_up_s)
-        quiet.append(window(swarm, plan.quiet_s, []))
+    quiet, rows = [window(swarm, plan.quiet_s, [])[0]], []
+    print(f"{'':24} {'tokens/s':>9} {'kills':>6} {'bound':>6}\n{'quiet':24} {quiet[0]:9,.0f}", flush=True)
+    for seed in range(plan.seeds):
+        for mtbf_s, seconds in plan.arms:
+            kills = kill_times(mtbf_s, seconds, peers, seed)
+            tokens_per_s, bound = window(swarm, seconds, kills)
+            print(f"{f'a failure in {mtbf_s:.0f} s':24} {tokens_per_s:9,.0f} {len(kills):6} {bound:6.2f}", flush=True)
+            row = {"tokens_per_s": round(tokens_per_s, 1), "kills": len(kills), "bound": round(bound, 3)}
+            rows.append({"mtbf_s": mtbf_s, "seed": seed} | row)
+            swarm.wait(lambda: swarm.num_up == peers, 60.0)
+            swarm.run(plan.warm_up_s)
+        quiet.append(window(swarm, plan.quiet_s, [])[0])
         print(f"{'quiet':24} {quiet[-1]:9,.0f}", flush=True)
-    for arm in arms:
-        arm["goodput"] = round(arm["tokens_per_s"] / statistics.mean(quiet), 3)
+    for row in rows:
+        row["goodput"] = round(row["tokens_per_s"] / statistics.mean(quiet), 3)
     lives = swarm.drain()
     back_s = sorted(swarm.return_seconds)
-    return {f"goodput_mtbf_{arm['mtbf_s']:.0f}s": arm["goodput"] for arm in arms} | {
+    return keys_of(rows) | {
         "microbatches_lost": lost(lives),
         "microbatches_read": sum(life.tally[READ] for life in lives),
         "quiet_tokens_per_s": [round(rate, 1) for rate in quiet],
-        "arms": arms,
+        "windows": rows,
         "seconds_to_return": {"median": round(statistics.median(back_s), 2), "worst": round(back_s[-1], 2)}
         if back_s
         else None,
     }
+
+
+def keys_of(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Medians over seeds."""
+    keys = {}
+    for mtbf_s in sorted({row["mtbf_s"] for row in rows}, reverse=True):
+        of = [row for row in rows if row["mtbf_s"] == mtbf_s]
+        for figure in ("goodput", "bound"):
+            keys[f"{figure}_mtbf_{mtbf_s:.0f}s"] = statistics.median(row[figure] for row in of)
+    return keys
 
 
 def main() -> None:
@@ -121,16 +134,19 @@ def main() -> None:
     reason = why_not()
     if reason is not None:
         raise SystemExit(f"no laboratory: {reason}")
-    read_text()  # once: peers are forked, and a volunteer who comes back does not read all data again
     task, plan = (SHORT, QUICK_PLAN) if options.quick else (FULL, PLAN)
+    start_s = import_s(1 if options.quick else 3)
+    # Once, as peers are forked; and a volunteer who comes back does not read all data again.
+    read_text()
+    preload(task)
     with tempfile.TemporaryDirectory() as folder, Lab([Link()] * (SHARDS * REPLICAS)) as lab:
-        swarm = Swarm(SHARDS * REPLICAS, task, lab, Path(folder))
+        swarm = Swarm(SHARDS * REPLICAS, task, lab, Path(folder), start_s)
         try:
             figures = measure(swarm, plan)
         finally:
             swarm.close()
             remove_quotas()
-    settings = dataclasses.asdict(task) | dataclasses.asdict(plan) | {"start_s": START_S, "seed": SEED}
+    settings = dataclasses.asdict(task) | dataclasses.asdict(plan) | {"start_s": round(start_s, 2)}
     print_result("churn", figures, quick=options.quick, settings=settings)
 
 

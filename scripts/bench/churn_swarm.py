@@ -1,6 +1,6 @@
 """The peers of the churn benchmark: started, killed by SIGKILL, started again, and what all their lives counted.
 
-Decides how a life begins again: after `START_S`, in which a volunteer's own processor would import libraries (here it
+Decides how a life begins again: after ``start_s``, in which a volunteer's own processor would import libraries (here it
 sleeps, as its siblings must not pay for that), a new process takes the place's folder, opens libp2p at the same address
 and loads its anchor from disk, under its quota. Leaves when to kill to `churn`.
 """
@@ -10,7 +10,11 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import resource
 import signal
+import statistics
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
@@ -19,16 +23,30 @@ from typing import Any
 
 from averaging_ours import identity_of
 from averaging_place import Place as Seat
-from pipeline_ours import LEARNED, NUM_COUNTS, ours
+from pipeline_ours import GATHERED, LEARNED, NUM_COUNTS, ours
 from pipeline_task import Task
 
 from scripts.netlab.lab import Lab
 
-# What imports take a killed peer before it can do anything (docs/benchmarks.md, "What the transport costs").
-START_S = 3.0
 TICK_S = 0.05
 ANSWER_S = 180.0
 PORT = 21_500
+
+
+IMPORTS = "import pipeline_ours, pipeline_task; pipeline_ours.preload(pipeline_task.Task())"
+
+
+def import_s(times: int = 3) -> float:
+    """Processor seconds in which a new process imports what a peer does: what that takes on a core of one's own."""
+    took_s = []
+    for _ in range(times):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            [sys.executable, "-c", IMPORTS], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=True
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return statistics.median(took_s)
 
 
 @dataclass(slots=True)
@@ -42,10 +60,10 @@ class Life:
 
 
 class Swarm:
-    """``peers`` of ``task``, each in its namespace of ``lab``."""
+    """``peers`` of ``task``, each in its namespace of ``lab``; who was killed begins again ``start_s`` later."""
 
-    def __init__(self, peers: int, task: Task, lab: Lab, folder: Path) -> None:
-        self._task, self._context = task, multiprocessing.get_context("fork")
+    def __init__(self, peers: int, task: Task, lab: Lab, folder: Path, start_s: float) -> None:
+        self._task, self._context, self._start_s = task, multiprocessing.get_context("fork"), start_s
         self._seats = [
             Seat(
                 index=index,
@@ -67,14 +85,18 @@ class Swarm:
         self._past_learned = [0] * peers
         self.return_seconds: list[float] = []
         """from each SIGKILL until the peer trained again"""
+        self.bound_s = 0.0
+        """seconds so far, each times the share of its replicas that the shard with the fewest had"""
+        self._bounded_at_s = time.monotonic()
 
     @property
     def num_up(self) -> int:
         return sum(life.is_up for life in self.lives.values())
 
     def learned(self) -> list[int]:
-        """Tokens of inner steps, of each place and all its lives."""
-        now = [self.lives[i].tally[LEARNED] if i in self.lives else 0 for i in range(len(self._seats))]
+        """Tokens of inner steps, and those gathered for the next, of each place and all its lives."""
+        tallies = [self.lives[i].tally if i in self.lives else None for i in range(len(self._seats))]
+        now = [tally[LEARNED] + tally[GATHERED] if tally is not None else 0 for tally in tallies]
         return [past + tokens for past, tokens in zip(self._past_learned, now, strict=True)]
 
     def start_all(self) -> None:
@@ -92,7 +114,7 @@ class Swarm:
         life.process.join()
         life.pipe.close()
         self._past_learned[peer] += life.tally[LEARNED]
-        self._returns[peer] = time.monotonic() + START_S
+        self._returns[peer] = time.monotonic() + self._start_s
 
     def run(self, seconds: float) -> None:
         """Let time pass; who is due comes back."""
@@ -133,7 +155,15 @@ class Swarm:
         mine.send(("prepare", self._meets))
         self.lives[peer] = Life(peer, tally, process, mine, time.monotonic())
 
+    def _bound(self) -> None:
+        shards = len(self._seats) // self._task.replicas
+        fewest = min(sum(life.is_up for i, life in self.lives.items() if i % shards == s) for s in range(shards))
+        now_s = time.monotonic()
+        self.bound_s += (now_s - self._bounded_at_s) * fewest / self._task.replicas
+        self._bounded_at_s = now_s
+
     def _tick(self, seconds: float) -> None:
+        self._bound()
         starting = [life for life in self.lives.values() if not life.is_up]
         ready = multiprocessing.connection.wait([life.pipe for life in starting], seconds) if starting else []
         if not starting:
@@ -142,7 +172,7 @@ class Swarm:
             if life.pipe in ready and self._hear(life, 0) == {}:  # what `prepare` answers
                 life.is_up = True
                 if life.peer in self._returns:
-                    self.return_seconds.append(time.monotonic() - self._returns.pop(life.peer) + START_S)
+                    self.return_seconds.append(time.monotonic() - self._returns.pop(life.peer) + self._start_s)
         for peer, when in self._returns.items():
             if peer not in self.lives and time.monotonic() >= when:
                 self._start(peer)

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import MutableSequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -21,17 +22,28 @@ from averaging_place import Place as Seat
 from pipeline_task import Task, hold_to
 from quality_setting import VOCAB
 
+from peer.p2p.hivemind_door import load
 from peer.pipeline.messages import Answer, HopRules
 from peer.pipeline.place import Place, PlaceParts
 from peer.pipeline.steps import Stepped
 from peer.training import model
+from peer.training.inner_optimizer import code_maps
 from peer.training.int8_replica import Int8Replica
 from peer.training.trainer import Limits
 
-# What a peer counts, by place in its tally: microbatches but for `LEARNED`, which are tokens of inner steps.
-READ, ANSWERED, NOT_FINITE, LEARNED = range(4)
-NUM_COUNTS = 4
+# What a peer counts, by place in its tally: microbatches but for `LEARNED`, which are tokens of inner steps, and
+# `GATHERED`, those that wait for the next one.
+READ, ANSWERED, NOT_FINITE, LEARNED, GATHERED = range(5)
+NUM_COUNTS = 5
 DRAIN_S = 60.0
+TALLY_S = 0.1
+
+
+def preload(task: Task) -> None:
+    """Import whatever a peer does, once for all that are forked from here."""
+    load(time.time, debug=False)
+    code_maps(torch.device("cpu"))
+    model.build_span(task.config(), task.shards(1)[0])
 
 
 def ours(pipe: Connection, seat: Seat, task: Task, tally: MutableSequence[int] | None = None) -> None:
@@ -93,6 +105,7 @@ class _Side:
             )
         )
         await self._place.begin()
+        self._place.jobs.append(asyncio.ensure_future(self._tell()))
         return {}
 
     async def measure(self, seconds: float) -> dict[str, Any]:
@@ -142,7 +155,13 @@ class _Side:
         return self._task.batch(number)
 
     def _stepped(self, stepped: Stepped) -> None:
+        self._tally[GATHERED] = 0
         self._tally[LEARNED] += stepped.num_tokens
+
+    async def _tell(self) -> None:
+        while True:
+            self._tally[GATHERED] = self._place.hop.parts.steps.num_gathered * self._task.tokens_per_microbatch
+            await asyncio.sleep(TALLY_S)
 
     def _answered(self, tokens: Any, answer: Answer) -> None:
         self._tally[NOT_FINITE if math.isnan(answer.loss) else ANSWERED] += 1

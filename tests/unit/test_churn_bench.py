@@ -14,16 +14,23 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 
 import churn
 import churn_swarm
-from pipeline_ours import ANSWERED, LEARNED, NOT_FINITE, NUM_COUNTS, READ
+from pipeline_ours import ANSWERED, GATHERED, LEARNED, NOT_FINITE, NUM_COUNTS, READ
 from pipeline_task import Task
 
 LAB = SimpleNamespace(namespace=lambda peer: f"lab-{peer}", address=lambda peer: f"10.0.{peer}.1")
 
 
+COUNTS = {"read": READ, "answered": ANSWERED, "not_finite": NOT_FINITE, "learned": LEARNED, "gathered": GATHERED}
+
+
+def a_swarm(peers: int, replicas: int, folder: Path) -> churn_swarm.Swarm:
+    return churn_swarm.Swarm(peers, Task(replicas=replicas), LAB, folder, start_s=4.0)  # type: ignore[arg-type]
+
+
 def a_life(peer: int = 0, **counts: int) -> churn_swarm.Life:
     tally = [0] * NUM_COUNTS
     for name, number in counts.items():
-        tally[{"read": READ, "answered": ANSWERED, "not_finite": NOT_FINITE, "learned": LEARNED}[name]] = number
+        tally[COUNTS[name]] = number
     process = SimpleNamespace(pid=0, join=lambda: None)
     pipe = SimpleNamespace(close=lambda: None)
     return churn_swarm.Life(peer, tally, process, pipe, 0.0, is_up=True)
@@ -45,14 +52,36 @@ def test_a_microbatch_that_was_read_and_came_to_nothing_is_lost() -> None:
 
 
 def test_what_a_killed_peer_had_learned_still_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """And it comes back after the time that imports take."""
+    """But not what it had gathered for its next inner step."""
     killed: list[int] = []
     monkeypatch.setattr(churn_swarm.os, "kill", lambda pid, signal: killed.append(pid))
-    swarm = churn_swarm.Swarm(2, Task(replicas=2), LAB, tmp_path)  # type: ignore[arg-type]
-    swarm.lives = {0: a_life(0, learned=512), 1: a_life(1, learned=256)}
+    swarm = a_swarm(2, 2, tmp_path)
+    swarm.lives = {0: a_life(0, learned=512, gathered=64), 1: a_life(1, learned=192, gathered=64)}
+    assert swarm.learned() == [576, 256]
     swarm.kill(0)
     swarm.kill(0)  # down already
     assert swarm.learned() == [512, 256] and killed == [0]
     assert swarm.num_up == 1
     swarm.lives[0] = a_life(0, learned=128)
     assert swarm.learned() == [640, 256]
+
+
+@pytest.mark.parametrize(("up", "bound"), [((0, 1, 2, 3), 1.0), ((0, 1, 2), 0.5), ((0, 1), 0.5), ((0, 2), 0.0)])
+def test_the_shard_with_the_fewest_living_replicas_bounds_the_rate(
+    up: tuple[int, ...], bound: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two shards of two replicas; peers 0 and 2 host the first."""
+    now_s = 100.0
+    monkeypatch.setattr(churn_swarm.time, "monotonic", lambda: now_s)
+    swarm = a_swarm(4, 2, tmp_path)
+    swarm.lives = {peer: a_life(peer) for peer in up}
+    now_s = 110.0
+    swarm._bound()
+    assert swarm.bound_s == pytest.approx(10 * bound)
+
+
+def test_figures_are_medians_over_the_seeds_of_kills() -> None:
+    rows = [{"mtbf_s": 20.0, "goodput": goodput, "bound": 0.9} for goodput in (0.7, 0.1, 0.6)]
+    rows.append({"mtbf_s": 60.0, "goodput": 0.9, "bound": 0.95})
+    keys = churn.keys_of(rows)
+    assert keys["goodput_mtbf_20s"] == 0.6 and keys["goodput_mtbf_60s"] == 0.9 and keys["bound_mtbf_20s"] == 0.9

@@ -33,7 +33,7 @@ def encoded(values: np.ndarray, *, signed: bool) -> tuple[torch.Tensor, torch.Te
 def test_a_moment_gets_the_code_that_stands_for_the_nearest_number(values: np.ndarray, signed: bool) -> None:
     values = values if signed else np.abs(values)
     codes, largest = encoded(values, signed=signed)
-    numbers = inner_optimizer._code_maps(CPU)[0 if signed else 1].numpy().astype(np.float64)
+    numbers = inner_optimizer.code_maps(CPU)[0 if signed else 1].numpy().astype(np.float64)
     for first in range(0, len(values), MOMENT_BLOCK):
         block, top = values[first : first + MOMENT_BLOCK], float(largest[first // MOMENT_BLOCK])
         assert top == np.abs(block).max()
@@ -54,7 +54,7 @@ def test_an_update_from_equal_moments_is_that_of_bitsandbytes(num_values: int) -
     moments = Moments(num_values, inner, CPU)
     weights = torch.randn(num_values, generator=generator)
     functional = inner_optimizer._bitsandbytes().functional
-    signed, unsigned = inner_optimizer._code_maps(CPU)
+    signed, unsigned = inner_optimizer.code_maps(CPU)
     for step in range(1, 6):
         theirs, m, v, largest_m, largest_v = (t.clone() for t in (weights, *moments.tensors()))
         gradient = torch.randn(num_values, generator=generator)

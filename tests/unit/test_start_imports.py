@@ -11,13 +11,13 @@ CODE = f"""
 import sys, time
 from peer.p2p import hivemind_door
 from peer.training import model
-from peer.training.inner_optimizer import _code_maps
+from peer.training.inner_optimizer import code_maps
 from tests.unit.small_models import small_spec
 import torch
 hivemind_door.load(time.time, debug=False)
 config = model.build_config(small_spec("llama"), {VOCAB})
 model.build_model(config, 0)
-_code_maps(torch.device("cpu"))
+code_maps(torch.device("cpu"))
 print(*sys.modules)
 """
 LARGE = ("scipy", "hivemind.averaging", "hivemind.moe", "torch._inductor.compile_fx")
