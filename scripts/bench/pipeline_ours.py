@@ -90,6 +90,7 @@ class _Side:
                     max_sequences=task.sequences,
                     width=task.hidden,
                     vocab_size=VOCAB,
+                    codec=task.hop_codec,
                 ),
                 first_shard=self._shard,
                 next_shard=None if is_last else self._shard + 1,

@@ -1,9 +1,9 @@
 """The rival in the pipeline benchmark: hivemind's remote experts, with a client in the middle of every hop.
 
-Each server holds a span as one expert in fp32 with AdamW; hidden states and gradients travel in blocks of 8 bits, as
-exact as ours. The client reads the data, sends every span's input and takes its output, there and again on the way back
-(servers keep nothing between the two, and compute forward twice), several microbatches at once. That is hivemind's way;
-nothing of it is changed.
+Each server holds a span as one expert in fp32 with AdamW; hidden states and gradients travel in blocks of 8 bits, the
+fewest that hivemind has, as exact as ours. The client reads the data, sends every span's input (the first one's are
+tokens alone) and takes its output, there and again on the way back (servers keep nothing between the two, and compute
+forward twice), several microbatches at once. That is hivemind's way; nothing of it is changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import hivemind
 import psutil
 import torch
 from averaging_place import Place as Seat
-from averaging_place import serve, settle_in
+from averaging_place import serve, settle_in, usage
 from hivemind.moe import ModuleBackend, Server, get_experts
 from hivemind.proto.runtime_pb2 import CompressionType
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
@@ -54,8 +54,8 @@ class _SpanLoss(torch.nn.Module):
         self.model = model.build_span(task.config(), self.span)
         materialise(self.model, initial_values(self.model, 0))
 
-    def forward(self, value: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        result = forward(self.model, self.span, tokens[:, :-1] if self.span.has_embedding else value)
+    def forward(self, tokens: torch.Tensor, value: torch.Tensor | None = None) -> torch.Tensor:
+        result = forward(self.model, self.span, tokens[:, :-1] if value is None else value)
         if not self.span.has_head:
             return result
         losses = torch.nn.functional.cross_entropy(result.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
@@ -90,10 +90,11 @@ class _Side:
         return {}
 
     def measure(self, seconds: float) -> dict[str, Any]:
-        began_s, before = time.monotonic(), self._microbatches
+        began_s, before, sent = time.monotonic(), self._microbatches, usage(self._seat)["sent_bytes"]
         time.sleep(seconds)
         tokens = (self._microbatches - before) * self._task.tokens_per_microbatch
-        return {"seconds": time.monotonic() - began_s, "tokens": tokens, "computed_s": 0.0, "sent_bytes": 0}
+        sent_bytes = usage(self._seat)["sent_bytes"] - sent
+        return {"seconds": time.monotonic() - began_s, "tokens": tokens, "computed_s": 0.0, "sent_bytes": sent_bytes}
 
     def end(self) -> dict[str, Any]:
         self._ended.set()
@@ -113,7 +114,7 @@ class _Side:
             name=f"span.{self._seat.index}",
             module=module,
             optimizer=optimizer_of(module, task),
-            args_schema=(hidden, tokens),
+            args_schema=(tokens,) if module.span.has_embedding else (tokens, hidden),
             outputs_schema=outputs,
             max_batch_size=task.sequences,
         )
@@ -141,8 +142,8 @@ class _Side:
         task = self._task
         while not self._ended.is_set():
             tokens = torch.from_numpy(task.batch(self._microbatches))
-            value = torch.zeros((task.sequences, task.length, task.hidden), requires_grad=True)
-            for expert in experts:
-                value = expert(value, tokens)
+            value = experts[0](tokens)
+            for expert in experts[1:]:
+                value = expert(tokens, value)
             value.mean().backward()
             self._microbatches += 1

@@ -34,6 +34,7 @@ class Task:
     # Spans drain for each inner step: simulated, 16 and 6 leave four spans idle for a fifth of the time, these a tenth.
     step_microbatches: int = 32
     max_in_flight: int = 8
+    hop_codec: str = "int8"
     cpu_share: float = 0.45
     warm_up_s: float = 15.0
     measured_s: float = 40.0

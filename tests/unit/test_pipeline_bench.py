@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -56,11 +57,28 @@ def test_efficiency_is_per_peer_and_nothing_is_made_up() -> None:
         pipeline.Cell(side="ours", peers=2, link=pipeline.FAST).name: {"tokens_per_s": 180.0},
         pipeline.Cell(side="ours", peers=2, link=pipeline.HOME).name: {"tokens_per_s": 120.0},
         pipeline.Cell(side="hivemind", peers=3, link=pipeline.HOME).name: {"tokens_per_s": 40.0},
+        pipeline.Cell(side="ours", peers=2, link=pipeline.NARROW).name: {"tokens_per_s": 50.0},
+        pipeline.Cell(side="ours", peers=2, link=pipeline.NARROW, codec="int4").name: {"tokens_per_s": 80.0},
+        pipeline.Cell(side="hivemind", peers=3, link=pipeline.NARROW).name: {"tokens_per_s": 20.0},
     }
     keys = pipeline.keys_of(rows)
     assert keys["efficiency_2_shards"] == 0.9 and keys["efficiency_2_shards_home"] == 0.6
-    assert keys["speedup_over_hivemind_moe"] == 3.0
+    assert keys["speedup_over_hivemind_moe_home"] == 3.0
+    assert keys["speedup_over_hivemind_moe"] == 2.5 and keys["speedup_over_hivemind_moe_int4"] == 4.0
     assert keys["efficiency_4_shards"] is None
+
+
+def test_cells_of_an_earlier_result_keep_their_commit(tmp_path: Path) -> None:
+    """One that was itself measured again says so; the others are of the result's commit."""
+    earlier = {
+        "commit": "old",
+        "loss_gap_percent": 0.5,
+        "cells": {"a": {"tokens_per_s": 1.0}, "b": {"tokens_per_s": 2.0, "commit": "newer"}},
+    }
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    cells, losses = pipeline.kept_from(tmp_path / "earlier.json")
+    assert (cells["a"]["commit"], cells["b"]["commit"]) == ("old", "newer")
+    assert losses == {"loss_commit": "old", "loss_gap_percent": 0.5}
 
 
 def loss_arm(num_shards: int, monkeypatch: pytest.MonkeyPatch, tokens: int = 2048) -> pipeline_loss.Arm:
