@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from swarm.run_spec import RunSpec
 ORGANIZER = Identity(b"o" * 32)
 PUBLISHER = Identity(b"p" * 32)
 WITNESSES = tuple(Identity(sha256(b"witness %d" % number)) for number in range(3))
+PART_BYTES = 100_000
 MOMENTUM_DIGEST = sha256(b"momentum")
 TOKENIZER = json.dumps({"added_tokens": [{"id": 0, "content": "<|endoftext|>"}]}).encode()
 CONFIG = json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
@@ -172,6 +173,13 @@ class FakeTransport:
         if len(response) > max_response_bytes:
             raise ProtocolError("the response is too large")
         return response
+
+    async def stream(
+        self, peer: bytes, method: str, request: bytes, *, timeout_s: float, max_response_bytes: int
+    ) -> AsyncGenerator[bytes, None]:
+        response = await self.call(peer, method, request, timeout_s=timeout_s, max_response_bytes=max_response_bytes)
+        for start in range(0, len(response), PART_BYTES):
+            yield response[start : start + PART_BYTES]
 
     async def serve(self, method: str, handler: Handler) -> None:
         self.peers[self.public_key] = handler

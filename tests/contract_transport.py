@@ -10,6 +10,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -74,6 +75,30 @@ class TransportContract(ABC):
             await peers[1].serve("echo", echo)
             request = os.urandom((8 << 20) + 13)
             assert await peers[0].call(peers[1].public_key, "echo", request, timeout_s=30) == request
+
+        self.check(2, scenario)
+
+    def test_a_response_that_comes_in_parts_is_the_same_bytes_or_error(self) -> None:
+        async def scenario(peers: Sequence[Transport]) -> None:
+            async def long(caller: bytes, request: bytes) -> bytes:
+                if not request:
+                    raise NotFound("nothing to repeat")
+                return request * 1_500_000
+
+            async def parts_of(request: bytes, most: int) -> bytes:
+                parts = peers[0].stream(peers[1].public_key, "long", request, timeout_s=30, max_response_bytes=most)
+                async with aclosing(parts):
+                    return b"".join([part async for part in parts])
+
+            await peers[1].serve("long", long)
+            assert await parts_of(b"ab", 3_000_000) == b"ab" * 1_500_000
+            with pytest.raises(ProtocolError):
+                await parts_of(b"ab", 2_999_999)
+            with pytest.raises(NotFound, match="nothing to repeat"):
+                await parts_of(b"", 3_000_000)
+            nobody = Identity(b"n" * 32).public_key
+            with pytest.raises(Unreachable):
+                await anext(peers[0].stream(nobody, "long", b"ab", timeout_s=5, max_response_bytes=9))
 
         self.check(2, scenario)
 

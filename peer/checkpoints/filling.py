@@ -133,12 +133,15 @@ async def _fetch(manifest: CheckpointManifest, missing: Missing, pieces: Pieces,
     done = total - sum(place.length for places in missing.values() for place in places)
     tally.on_progress(done, total)
 
+    def put(digest: bytes, data: bytes) -> None:
+        for place in missing[digest]:
+            _write_range(place, data)
+        pieces.forget(digest)
+
     async def store(item: Wanted, data: bytes) -> None:
         nonlocal done
-        for place in missing[item.digest]:
-            await asyncio.to_thread(_write_range, place, data)
-            done += place.length
-        await asyncio.to_thread(pieces.forget, item.digest)
+        await asyncio.to_thread(put, item.digest, data)
+        done += sum(place.length for place in missing[item.digest])
         tally.chunks_fetched += 1
         tally.on_progress(done, total)
 

@@ -14,6 +14,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from swarm.digest import sha256
+
 _EARLIER = "an earlier attempt"
 
 
@@ -26,11 +28,19 @@ class Part:
     senders: set[str] = field(default_factory=set)
 
     def append(self, piece: bytes, sender: str) -> None:
-        """Add what ``sender`` sent next; it is on disk when this returns (in the kernel's hands, not synced)."""
+        """Add what ``sender`` sent next; it is on disk when this returns (in the kernel's hands, not synced).
+
+        That takes less than a thread would to be asked for it.
+        """
         with open(self.path, "ab", buffering=0) as file:
             file.write(piece)
         self.data += piece
         self.senders.add(sender)
+
+    def whole(self, digest: bytes) -> bytes | None:
+        """All bytes, where they have this digest."""
+        data = bytes(self.data)
+        return data if sha256(data) == digest else None
 
     def discard(self) -> None:
         """Begin anew."""

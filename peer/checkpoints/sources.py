@@ -16,21 +16,21 @@ from typing import Protocol
 from peer.checkpoints.pieces import Part, Pieces
 from peer.coordinator_client import CoordinatorClient
 from peer.p2p.chunk_store import CHUNK_METHOD, REPLY_OVERHEAD_BYTES
-from peer.p2p.fetch import Brought, FetchLimits, HolderBook, Wanted, parse_reply
+from peer.p2p.fetch import Brought, FetchLimits, HolderBook, Wanted, reply_data
 from peer.p2p.transport import Transport
-from swarm.digest import sha256
-from swarm.errors import DeadlineExceeded, NetworkError, NotFound, ProtocolError
+from swarm.errors import DeadlineExceeded, DigestError, NetworkError, ProtocolError
 from swarm.identity import peer_id_of
 from swarm.proto.round_pb2 import ChunkRequest
 
-# What one question brings. A killed download loses half of it per chunk under way; smaller ones cost round trips.
+# What one question brings, of sources that do not hand it over as it comes. A killed download loses half of it per
+# chunk under way; smaller ones cost round trips.
 PIECE_BYTES = 512 << 10
 PIECE_TIMEOUT_S = 60.0
 CHUNK_TIMEOUT_S = 600.0
 # A source is too slow for a chunk when it had this time, and others bring so many times as much.
 PATIENCE_S = 5.0
 SLOWER_TIMES = 8
-LIMITS = FetchLimits(per_holder=3, total=8)
+LIMITS = FetchLimits(per_holder=6, total=8)
 
 PEER, MIRROR, COORDINATOR = "peers", "mirrors", "coordinator"
 
@@ -75,19 +75,18 @@ class PeerSource:
         return peer_id_of(self.public_key)
 
     async def read(self, chunk: Chunk, start: int) -> AsyncIterator[bytes]:
-        for offset, length in _spans(start, chunk.length):
-            request = ChunkRequest(digest=chunk.digest, offset=offset, length=length)
-            raw = await self.transport.call(
-                self.public_key,
-                CHUNK_METHOD,
-                request.SerializeToString(),
-                timeout_s=PIECE_TIMEOUT_S,
-                max_response_bytes=length + REPLY_OVERHEAD_BYTES,
-            )
-            piece = parse_reply(raw, Wanted(chunk.digest, length))
-            if piece is None:
-                raise NotFound("the peer lacks the chunk")
-            yield _whole(piece, length)
+        length = chunk.length - start
+        request = ChunkRequest(digest=chunk.digest, offset=start, length=length)
+        reply = self.transport.stream(
+            self.public_key,
+            CHUNK_METHOD,
+            request.SerializeToString(),
+            timeout_s=CHUNK_TIMEOUT_S,
+            max_response_bytes=length + REPLY_OVERHEAD_BYTES,
+        )
+        async with aclosing(reply), aclosing(reply_data(reply, length)) as pieces:
+            async for piece in pieces:
+                yield piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,13 +180,15 @@ class Intake:
         source, chunk = self.sources[holder], self.chunks[item.digest]
         part = await asyncio.to_thread(self.pieces.open, chunk.digest, chunk.length)
         received, spent_s = await self._complete(part, chunk, holder, source)
-        if part.senders - {source.name} and sha256(memoryview(part.data)) != chunk.digest:
+        data = await asyncio.to_thread(part.whole, chunk.digest)
+        if data is None and part.senders - {source.name}:
             # Somebody's bytes are wrong, and nobody can say whose: all of it again, from this source alone.
             part.discard()
             received, spent_s = await self._complete(part, chunk, holder, source)
-        data = bytes(part.data)
-        if sha256(data) != chunk.digest:
-            part.discard()  # the caller finds the same, and never asks this source again
+            data = await asyncio.to_thread(part.whole, chunk.digest)
+        if data is None:
+            part.discard()
+            raise DigestError(f"{source.name} sent bytes that do not match {chunk.digest.hex()[:16]}")
         return Brought(data, received, spent_s)
 
     async def _complete(self, part: Part, chunk: Chunk, holder: bytes, source: Source) -> tuple[int, float]:
@@ -203,7 +204,7 @@ class Intake:
                 self.tally.received(source, len(piece))
                 if not piece or len(part.data) + len(piece) > chunk.length:
                     raise ProtocolError(f"{source.name} sent {len(piece)} bytes where others were due")
-                await asyncio.to_thread(part.append, piece, source.name)
+                part.append(piece, source.name)
                 await self.pace.spend(len(piece))
                 if len(part.data) < chunk.length and self._is_slow(holder, here, spent_s):
                     raise DeadlineExceeded(f"{source.name} is too slow")

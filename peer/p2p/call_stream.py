@@ -9,7 +9,7 @@ is used for them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
@@ -25,9 +25,12 @@ from swarm.proto.round_pb2 import Frame
 _FRAME_OVERHEAD_BYTES = 16
 # A piece of a request that is no larger stays in memory.
 _SMALL_BYTES = 1 << 16
+# Of a response that is handed over as it comes.
+MAX_PART_BYTES = 1 << 18
 _OK = 0
 _ERROR = 1
 _MAX_ERROR_CHARS = 512
+_MAX_ERROR_BYTES = 8 * _MAX_ERROR_CHARS
 _MAX_TIMEOUT_MS = (1 << 32) - 1
 
 
@@ -101,9 +104,38 @@ async def receive_response(reader: asyncio.StreamReader, max_bytes: int, traffic
     traffic.received_bytes -= 1
     if status == _OK:
         return bytes(message)
-    if status == _ERROR:
-        raise _decode_error(message)
-    raise ProtocolError(f"a response of unknown status {status}")
+    raise _failure(status, message[:_MAX_ERROR_BYTES])
+
+
+async def response_parts(reader: asyncio.StreamReader, max_bytes: int, traffic: Traffic) -> AsyncGenerator[bytes, None]:
+    """The response as it comes, a frame in several parts. Raises the peer's error, or `ProtocolError`."""
+    total, status = -1, None  # the status is not of the response
+    while size := int.from_bytes(await reader.readexactly(4), "big"):
+        rest = await _frame_bytes(reader, size)
+        total += rest
+        if total > max_bytes:
+            raise ProtocolError(f"a message larger than the {max_bytes} bytes that were allowed")
+        if status is None:
+            status, rest = (await reader.readexactly(1))[0], rest - 1
+            if status != _OK:
+                raise _failure(status, await reader.readexactly(min(rest, _MAX_ERROR_BYTES)))
+        while rest:
+            part = await reader.read(min(rest, MAX_PART_BYTES))
+            if not part:
+                raise asyncio.IncompleteReadError(part, rest)
+            rest -= len(part)
+            traffic.received_bytes += len(part)
+            yield part
+    if status is None:
+        raise ProtocolError("a response without a status")
+
+
+async def _frame_bytes(reader: asyncio.StreamReader, size: int) -> int:
+    """How many bytes of data follow in a frame of ``size`` bytes, once what stands before them was read."""
+    length = next((size - n for n in (2, 3, 4) if 0 < size - n <= FRAME_BYTES and len(head(1, size - n)) == n), None)
+    if length is None or await reader.readexactly(size - length) != head(1, length):
+        raise ProtocolError("a frame cannot be read")
+    return length
 
 
 async def receive_message(reader: asyncio.StreamReader, max_bytes: int, traffic: Traffic) -> bytearray:
@@ -159,6 +191,15 @@ async def _send(writer: asyncio.StreamWriter, payload: Kept, traffic: Traffic, p
     await writer.drain()
 
 
+def head(field_number: int, length: int) -> bytes:
+    """What protobuf writes before a field of ``length`` bytes: its tag and, in groups of seven bits, its length."""
+    written = bytearray([field_number << 3 | 2])
+    while length >= 0x80:
+        written.append(length & 0x7F | 0x80)
+        length >>= 7
+    return bytes([*written, length])
+
+
 def _parse_frame(raw: bytes) -> bytes:
     try:
         data = Frame.FromString(raw).data
@@ -169,8 +210,11 @@ def _parse_frame(raw: bytes) -> bytes:
     return data
 
 
-def _decode_error(message: bytearray) -> SwarmError:
-    name, _, text = message[: 8 * _MAX_ERROR_CHARS].decode(errors="replace").partition("\0")
+def _failure(status: int, message: bytes | bytearray) -> SwarmError:
+    """What a response that is none says."""
+    if status != _ERROR:
+        return ProtocolError(f"a response of unknown status {status}")
+    name, _, text = message.decode(errors="replace").partition("\0")
     # What a peer says may end on a terminal: nothing in it may move the cursor.
     text = "".join(c if c.isprintable() else " " for c in text[:_MAX_ERROR_CHARS])
     return _ERRORS.get(name, NetworkError)(text)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 from peer.p2p import call_stream
@@ -75,6 +76,27 @@ class Calls:
             writer.close()
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
+
+    async def stream(
+        self,
+        peer: bytes,
+        method: str,
+        request: bytes,
+        timeout_s: float,
+        max_response_bytes: int,
+        stream: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+    ) -> AsyncGenerator[bytes, None]:
+        """`exchange` of a small ``request``, whose response is handed over as it comes."""
+        reader, writer = stream
+        try:
+            await call_stream.send_request(writer, request, timeout_s, self.traffic)
+            async with aclosing(call_stream.response_parts(reader, max_response_bytes, self.traffic)) as parts:
+                async for part in parts:
+                    yield part
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise Unreachable(f"{method}: {peer_id_of(peer)} closed the connection") from error
+        finally:
+            writer.close()
 
     async def call_self(self, method: str, own_key: bytes, request: Kept, max_response_bytes: int) -> bytes:
         """The same call without a network: libp2p does not dial itself."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import enum
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
 
+from peer.p2p.call_stream import head
 from peer.p2p.chunk_store import CHUNK_METHOD, REPLY_OVERHEAD_BYTES
 from peer.p2p.transport import Transport
 from swarm import digest as digests
@@ -26,7 +27,7 @@ _SPEED_MEMORY = 0.7  # weight of the past in the moving average of a holder's sp
 
 @dataclass(frozen=True, slots=True)
 class Brought:
-    """A blob, and how much of it this question brought in how many seconds: the rest was here before."""
+    """A blob that has its digest, and how much of it this question brought in how many seconds: the rest was here."""
 
     data: bytes
     received_bytes: int
@@ -117,9 +118,9 @@ class Wanted:
 
 
 Ask = Callable[[bytes, Wanted], Awaitable[Brought | bytes | None]]
-"""(holder, item) -> the bytes, not checked yet; None where the holder lacks them. Ends within a time of its own.
+"""(holder, item) -> the bytes; None where the holder lacks them. Ends within a time of its own.
 
-Plain bytes: all of them came now, over the whole time of the question.
+Plain bytes: not compared with the digest yet; all of them came now, over the whole time of the question.
 
 A `VerificationError` is a lie of the holder's, any other `SwarmError` a failure.
 """
@@ -318,9 +319,8 @@ async def _ask(ask: Ask, holder: bytes, item: Wanted, book: HolderBook) -> bytes
     try:
         answer = await ask(holder, item)
         if isinstance(answer, bytes):
+            digests.check(answer, item.digest, "chunk")
             answer = Brought(answer, len(answer), clock() - start)
-        if answer is not None:
-            digests.check(answer.data, item.digest, "chunk")
     except NotFound as error:
         outcome, what = Outcome.MISSING, str(error)
     except VerificationError as error:
@@ -347,6 +347,27 @@ def parse_reply(raw: bytes, item: Wanted) -> bytes | None:
     if len(reply.data) > item.size_bytes:
         raise ProtocolError(f"a chunk of {len(reply.data)} bytes instead of at most {item.size_bytes}")
     return reply.data
+
+
+async def reply_data(reply: AsyncIterator[bytes], length: int) -> AsyncGenerator[bytes, None]:
+    """The data of a `ChunkReply` that comes in parts: ``length`` bytes, not compared with the digest.
+
+    Raises `NotFound` where the holder lacks them, `ProtocolError` where anything else comes before or after them.
+    """
+    expected = ChunkReply(found=True).SerializeToString() + head(ChunkReply.DATA_FIELD_NUMBER, length)
+    read, left = bytearray(), length
+    async for part in reply:
+        taken = len(expected) - len(read)
+        read += part[:taken]
+        if not expected.startswith(read):
+            raise ProtocolError("a chunk reply cannot be read")
+        if data := part[taken:]:
+            left -= len(data)
+            yield data
+    if not read:
+        raise NotFound("the peer lacks the chunk")
+    if left:
+        raise ProtocolError(f"{length - left} bytes of a chunk instead of {length}")
 
 
 def _nobody(digest: bytes, reasons: Sequence[Outcome]) -> NotFound:

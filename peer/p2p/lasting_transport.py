@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Protocol
 
 from peer.p2p.transport import MAX_CALL_BYTES, Handler, Transport
@@ -87,6 +87,11 @@ class LastingTransport:
         return await self._alive().call(
             peer, method, request, timeout_s=timeout_s, max_response_bytes=max_response_bytes
         )
+
+    def stream(
+        self, peer: bytes, method: str, request: bytes, *, timeout_s: float, max_response_bytes: int
+    ) -> AsyncGenerator[bytes, None]:
+        return self._alive().stream(peer, method, request, timeout_s=timeout_s, max_response_bytes=max_response_bytes)
 
     async def serve(self, method: str, handler: Handler) -> None:
         self._handlers[method] = handler

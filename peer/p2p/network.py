@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,6 +176,16 @@ class Network:
             return await asyncio.wait_for(self._call(peer, method, request, timeout_s, limit), timeout_s)
         except asyncio.TimeoutError as error:
             raise DeadlineExceeded(f"{method}: no answer within {timeout_s:.1f} s") from error
+
+    async def stream(
+        self, peer: bytes, method: str, request: bytes, *, timeout_s: float, max_response_bytes: int
+    ) -> AsyncGenerator[bytes, None]:
+        """See `peer.p2p.transport.Transport.stream`; not of this peer itself."""
+        opened = await self._open_stream(peer, method, timeout_s)
+        parts = self._calls.stream(peer, method, request, timeout_s, max_response_bytes, opened)
+        async with contextlib.aclosing(parts):
+            async for part in parts:
+                yield part
 
     async def serve(self, method: str, handler: Handler) -> None:
         """See `peer.p2p.transport.Transport.serve`. A handler is cancelled once its caller's patience has ended."""

@@ -7,7 +7,7 @@ handler is told the public key of who calls, proven by the transport's handshake
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Protocol
 
 from swarm.files import Kept
@@ -37,6 +37,15 @@ class Transport(Protocol):
         """Call ``method`` on ``peer``; a ``request`` that lies on disk is read as it leaves.
 
         Raises `Unreachable`, `DeadlineExceeded`, `ProtocolError`, or the `SwarmError` that the handler raised.
+        """
+        ...
+
+    def stream(
+        self, peer: bytes, method: str, request: bytes, *, timeout_s: float, max_response_bytes: int
+    ) -> AsyncGenerator[bytes, None]:
+        """`call` with a response that is handed over as it comes; its sender waits for who is slow to take it.
+
+        ``timeout_s``: for how long the peer sends. Whoever takes the parts decides how long to wait for each.
         """
         ...
 

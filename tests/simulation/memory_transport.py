@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 
 from peer.p2p.transport import MAX_CALL_BYTES, Handler
@@ -62,6 +62,11 @@ class MemoryTransport:
             raise ProtocolError("the response is too large")
         self._received += len(response)
         return response
+
+    async def stream(
+        self, peer: bytes, method: str, request: bytes, *, timeout_s: float, max_response_bytes: int
+    ) -> AsyncGenerator[bytes, None]:
+        yield await self.call(peer, method, request, timeout_s=timeout_s, max_response_bytes=max_response_bytes)
 
     async def _deliver(self, peer: bytes, method: str, request: bytes) -> bytes:
         network = self._network

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import pytest
 
 from peer.p2p import call_stream
-from peer.p2p.call_stream import Traffic
+from peer.p2p.call_stream import MAX_PART_BYTES, Traffic
 from peer.p2p.transport import FRAME_BYTES
 from peer.p2p.uplink import SMALL_FRAME_BYTES, Pacer
 from swarm.errors import AlreadyRunning, NetworkError, ProtocolError, SwarmError
@@ -77,6 +78,59 @@ def test_a_response_arrives_up_to_the_byte_that_is_allowed(size: int) -> None:
     if size:
         with pytest.raises(ProtocolError):
             received(raw, lambda reader: call_stream.receive_response(reader, size - 1, traffic()))
+
+
+async def parts_of(reader: asyncio.StreamReader, max_bytes: int) -> bytes:
+    counted = traffic()
+    parts = [part async for part in call_stream.response_parts(reader, max_bytes, counted)]
+    assert counted.received_bytes == sum(map(len, parts)) and all(0 < len(part) <= MAX_PART_BYTES for part in parts)
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    "size", [0, 1, 125, 126, 127, 128, 16_381, 16_382, 16_383, FRAME_BYTES - 1, FRAME_BYTES, 2 * FRAME_BYTES + 7]
+)
+def test_a_response_in_parts_is_the_same_bytes_up_to_the_byte_that_is_allowed(size: int) -> None:
+    payload = (bytes(range(256)) * (size // 256 + 1))[:size]
+    raw = sent(lambda writer: call_stream.send_response(writer, payload, traffic()))
+    assert received(raw, lambda reader: parts_of(reader, size)) == payload
+    if size:
+        with pytest.raises(ProtocolError):
+            received(raw, lambda reader: parts_of(reader, size - 1))
+
+
+def test_a_part_is_handed_over_before_its_frame_is_whole() -> None:
+    raw = sent(lambda writer: call_stream.send_response(writer, bytes(FRAME_BYTES // 2), traffic()))
+
+    async def first(reader: asyncio.StreamReader) -> bytes:
+        async with aclosing(call_stream.response_parts(reader, FRAME_BYTES, traffic())) as parts:
+            return await anext(parts)
+
+    assert len(received(raw[:1000], first)) == 1000 - 4 - 4 - 1
+
+
+@pytest.mark.parametrize(
+    "field", [b"\x12\x02\x00a", b"\x0a\x03\x00a", b"\x0a\x82\x00\x00a", b"\x0a\x00", b"\x0a"], ids=repr
+)
+def test_parts_of_a_frame_that_is_not_plain_are_refused(field: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        received(len(field).to_bytes(4, "big") + field + bytes(4), lambda reader: parts_of(reader, 1000))
+
+
+def test_a_response_in_parts_that_is_cut_is_no_response() -> None:
+    raw = sent(lambda writer: call_stream.send_response(writer, bytes(1000), traffic()))
+    for end in (0, 3, 5, 9, 500, len(raw) - 1):
+        with pytest.raises(asyncio.IncompleteReadError):
+            received(raw[:end], lambda reader: parts_of(reader, 1000))
+
+
+def test_a_response_in_parts_has_a_status() -> None:
+    with pytest.raises(ProtocolError, match="without a status"):
+        received(bytes(4), lambda reader: parts_of(reader, 1000))
+    with pytest.raises(ProtocolError, match="unknown status 7"):
+        received(framed(b"\x07abc") + bytes(4), lambda reader: parts_of(reader, 1000))
+    with pytest.raises(AlreadyRunning, match="twice"):
+        received(error_response(AlreadyRunning("twice")), lambda reader: parts_of(reader, 0x1000))
 
 
 def error_response(error: SwarmError) -> bytes:

@@ -18,7 +18,7 @@ import pytest
 from peer.checkpoints import download as downloads
 from peer.checkpoints.download import Order, download, find_holders, held_checkpoints, round_folder
 from peer.checkpoints.filling import Fetching
-from peer.checkpoints.sources import PIECE_BYTES, PeerSource, Tally
+from peer.checkpoints.sources import PeerSource, Tally
 from peer.checkpoints.verify import Report, verify_folder
 from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.fetch import FetchLimits, HolderBook
@@ -37,6 +37,7 @@ from swarm.proto.common_pb2 import Admission
 from swarm.proto.round_pb2 import ChunkReply, Status
 from tests.checkpoint_samples import (
     ORGANIZER,
+    PART_BYTES,
     PUBLISHER,
     FakeTransport,
     SignedCheckpoint,
@@ -113,11 +114,11 @@ def test_a_complete_download_is_not_fetched_again(made: SignedCheckpoint, tmp_pa
 def test_an_interrupted_download_keeps_what_it_has(made: SignedCheckpoint, tmp_path: Path) -> None:
     transport = serving(tmp_path, made)
     honest = transport.peers[A]
-    before = list(itertools.takewhile(lambda file: file.size_bytes < PIECE_BYTES, made.manifest.files))
-    answers = iter([True] * (len(before) + 2))  # the small files before the weights, and two pieces of these
+    before = list(itertools.takewhile(lambda file: file.size_bytes < PART_BYTES, made.manifest.files))
+    answers = iter([None] * len(before) + [2 * PART_BYTES])  # the small files before the weights, and some of these
 
     async def dies(caller: bytes, request: bytes) -> bytes:
-        return await honest(caller, request) if next(answers, False) else ChunkReply().SerializeToString()
+        return (await honest(caller, request))[: next(answers, 0)]
 
     transport.peers[A] = dies
     one_by_one = FetchLimits(total=1, timeout_s=5)
@@ -128,7 +129,8 @@ def test_an_interrupted_download_keeps_what_it_has(made: SignedCheckpoint, tmp_p
     tally = Tally()
     assert same(made, get(again, order(made, tmp_path / "out"), tally))
     small = sum(file.size_bytes for file in before)
-    assert tally.by_kind() == {"peers": made.manifest.size_bytes - small - 2 * PIECE_BYTES}
+    heads = 7  # what stands before the data of a reply
+    assert tally.by_kind() == {"peers": made.manifest.size_bytes - small - 2 * PART_BYTES + heads}
 
 
 KILLED = """

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
 
 from peer.p2p.chunk_store import ChunkStore
-from peer.p2p.fetch import FetchLimits, HolderBook, Outcome, Wanted, fetch_chunk, fetch_many
+from peer.p2p.fetch import FetchLimits, HolderBook, Outcome, Wanted, fetch_chunk, fetch_many, reply_data
 from swarm.digest import sha256
-from swarm.errors import ConfigError, DiskFull, NetworkError, NotFound
+from swarm.errors import ConfigError, DiskFull, NetworkError, NotFound, ProtocolError
 from swarm.proto.round_pb2 import ChunkReply, ChunkRequest
 from tests.checkpoint_samples import Answer, FakeTransport
 
@@ -263,3 +264,46 @@ def test_a_real_store_answers_a_real_fetch(tmp_path: Path) -> None:
     store.put(DATA)
     transport = FakeTransport({A: store.handle_chunk})
     assert asyncio.run(fetch_chunk(transport, DIGEST, len(DATA), [A], 5)) == DATA
+
+
+REPLY = ChunkReply(found=True, data=b"x" * 300).SerializeToString()
+BAD_REPLIES = {
+    "empty": (b"", NotFound),
+    "not found": (ChunkReply(found=False, data=b"").SerializeToString(), NotFound),
+    "data that was not found": (ChunkReply(data=b"x" * 300).SerializeToString(), ProtocolError),
+    "too little": (ChunkReply(found=True, data=b"x" * 299).SerializeToString(), ProtocolError),
+    "cut": (REPLY[:-1], ProtocolError),
+    "cut before the data": (REPLY[:3], ProtocolError),
+    "more behind it": (REPLY + b"y", ProtocolError),
+    "no reply": (b"\xff" * 305, ProtocolError),
+}
+
+
+def data_of(raw: bytes, part_bytes: int, length: int = 300) -> bytes:
+    async def parts() -> AsyncGenerator[bytes, None]:
+        for start in range(0, len(raw), part_bytes):
+            yield raw[start : start + part_bytes]
+
+    async def joined() -> bytes:
+        return b"".join([piece async for piece in reply_data(parts(), length)])
+
+    return asyncio.run(joined())
+
+
+@pytest.mark.parametrize("part_bytes", [1, 2, 4, 5, 6, 1000])
+def test_a_reply_in_parts_is_its_data_wherever_it_was_cut(part_bytes: int) -> None:
+    assert data_of(REPLY, part_bytes) == b"x" * 300
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 4 << 20])
+def test_a_reply_in_parts_is_read_at_any_length(length: int) -> None:
+    raw = ChunkReply(found=True, data=b"x" * length).SerializeToString()
+    assert data_of(raw, 1 << 16, length) == b"x" * length
+
+
+@pytest.mark.parametrize("case", BAD_REPLIES)
+@pytest.mark.parametrize("part_bytes", [1, 1000])
+def test_a_reply_in_parts_that_is_anything_else_is_refused(case: str, part_bytes: int) -> None:
+    raw, error = BAD_REPLIES[case]
+    with pytest.raises(error):
+        data_of(raw, part_bytes)

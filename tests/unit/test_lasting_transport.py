@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 
 import pytest
 
@@ -30,6 +30,11 @@ class Daemon:
         self, peer: bytes, method: str, request: bytes, *, timeout_s: float, max_response_bytes: int = 0
     ) -> bytes:
         return await self.handlers[method](peer, request)
+
+    async def stream(
+        self, peer: bytes, method: str, request: bytes, *, timeout_s: float, max_response_bytes: int
+    ) -> AsyncGenerator[bytes, None]:
+        yield await self.handlers[method](peer, request)
 
     async def serve(self, method: str, handler: Handler) -> None:
         self.handlers[method] = handler
