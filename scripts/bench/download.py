@@ -11,6 +11,9 @@ Needs root (`scripts/netlab`). Every source sends at 100 Mbit/s and whoever down
   ten random points and ended, over the checkpoint's size; from four sources.
 - ``chunks_refetched``: how many chunks came again after one byte of a complete download was flipped.
 
+``unlimited`` is the same from one peer and one mirror over links without a rate: what the processor bounds, and so the
+line rate from which on a line is not filled on this machine, where both sides share its cores.
+
 Beside it huggingface_hub's `hf_hub_download` from the same web server: its rate, its bytes when killed (at fewer
 points: it begins anew each time), and whether it notices the flipped byte.
 """
@@ -40,7 +43,7 @@ from report import print_result
 
 from scripts.netlab import tcp
 from scripts.netlab.lab import Lab, Link, why_not
-from tests.checkpoint_samples import make_parts, signed_checkpoint
+from tests.checkpoint_samples import SignedCheckpoint, make_parts, signed_checkpoint
 
 SIDE = Path(__file__).with_name("download_side.py")
 SOURCE, TAKER = Link(up_bps=100e6, down_bps=1e9), Link(up_bps=100e6, down_bps=1e9)
@@ -109,10 +112,7 @@ def ours(world: World, num_peers: int, num_mirrors: int, line_bps: float) -> dic
     """One download, undisturbed."""
     target = world.folder / f"got-{num_peers}-{num_mirrors}"
     before = world.lab.wire_bytes(world.taker)[1]
-    side = Side(world.lab, world.taker, "get", world.made, target, plan_of(world, num_peers, num_mirrors))
-    side.hear()
-    result = side.hear()
-    side.process.wait()
+    result = fetched(world, target, num_peers, num_mirrors)
     row = {"side": "ours", "peers": num_peers, "mirrors": num_mirrors, "kills": 0}
     row |= rates(world, result["in_place_seconds"], num_peers + num_mirrors, line_bps)
     row |= {"verified_after_s": round(result["seconds"], 2)}
@@ -120,6 +120,43 @@ def ours(world: World, num_peers: int, num_mirrors: int, line_bps: float) -> dic
     row["by_source"] = [source["received_bytes"] for source in result["sources"]]
     print(text_of(row), flush=True)
     return row
+
+
+def unlimited(root: Path, made: SignedCheckpoint) -> list[dict[str, Any]]:
+    """One peer, then one mirror, over links that are as fast as the machine."""
+    rows = []
+    with ExitStack() as stack:
+        lab = stack.enter_context(Lab([Link()] * 3))
+        peers, mirrors = start_sources(stack, lab, made.folder, 2)
+        world = world_of(lab, root, made, peers, mirrors)
+        for plan in ((1, 0), (0, 1)):
+            result = fetched(world, root / f"fast-{plan[0]}", *plan)
+            bits_per_s = 8 * world.size_bytes / result["in_place_seconds"]
+            row = {"peers": plan[0], "mirrors": plan[1], "bits_per_s": round(bits_per_s)}
+            rows.append(row | {"processor_s": round(result["processor_s"], 2)})
+            shutil.rmtree(root / f"fast-{plan[0]}")
+            print(f"ours     no limit, {plan[0]} peers {plan[1]} mirrors: {bits_per_s / 1e6:.0f} Mbit/s", flush=True)
+    return rows
+
+
+def world_of(lab: Lab, root: Path, made: SignedCheckpoint, peers: list[str], mirrors: list[str]) -> World:
+    return World(
+        lab=lab,
+        folder=root,
+        made=made.folder,
+        size_bytes=made.manifest.size_bytes,
+        peers=tuple(peers),
+        mirrors=tuple(mirrors),
+    )
+
+
+def fetched(world: World, target: Path, num_peers: int, num_mirrors: int) -> dict[str, Any]:
+    """What one undisturbed download says of itself."""
+    side = Side(world.lab, world.taker, "get", world.made, target, plan_of(world, num_peers, num_mirrors))
+    side.hear()
+    result = side.hear()
+    side.process.wait()
+    return result
 
 
 def rates(world: World, seconds: float, sources: int, line_bps: float) -> dict[str, float]:
@@ -159,10 +196,7 @@ def flipped(world: World, target: Path) -> dict[str, Any]:
     path = target / "round-000010" / WEIGHTS
     flip(path, path.stat().st_size // 2)
     before = world.lab.wire_bytes(world.taker)[1]
-    side = Side(world.lab, world.taker, "get", world.made, target, plan_of(world, 1, 1))
-    side.hear()
-    result = side.hear()
-    side.process.wait()
+    result = fetched(world, target, 1, 1)
     received = world.lab.wire_bytes(world.taker)[1] - before
     print(
         f"ours     one byte flipped: {result['chunks_fetched']} chunks came again, {received / 1e6:.1f} MB", flush=True
@@ -252,19 +286,12 @@ def main() -> None:
         stack.callback(shutil.rmtree, root, ignore_errors=True)
         made = signed_checkpoint(root / "made", make_parts(num_values=num_values))
         print(f"# the checkpoint is written: {time.monotonic() - started:.0f} s", flush=True)
+        fast = unlimited(root, made)
         lab = stack.enter_context(Lab([SOURCE] * 4 + [TAKER]))
         line_bps = tcp.measure(lab.inside(0), lab.inside(4), lab.address(4), 4.0)["bits_per_s"]
         peers, mirrors = start_sources(stack, lab, made.folder, 4)
-        world = World(
-            lab=lab,
-            folder=root,
-            made=made.folder,
-            size_bytes=made.manifest.size_bytes,
-            peers=tuple(peers),
-            mirrors=tuple(mirrors),
-        )
-        figures = measure(world, line_bps, arguments.quick)
-    figures |= {"line_bits_per_s": round(line_bps), "load_before": round(load, 2)}
+        figures = measure(world_of(lab, root, made, peers, mirrors), line_bps, arguments.quick)
+    figures |= {"unlimited": fast, "line_bits_per_s": round(line_bps), "load_before": round(load, 2)}
     figures |= {"load_after": round(os.getloadavg()[0], 2)}
     figures["seconds_of_the_benchmark"] = round(time.monotonic() - started, 1)
     settings = {

@@ -110,9 +110,11 @@ async def get(folder: Path, target: Path, plan: dict[str, Any]) -> None:
                 sources.append(PeerSource(network, key))
         sources += await stack.enter_async_context(open_mirrors(plan["mirrors"], (), found.manifest.round))
         say(begun=True)
-        began = time.monotonic()
+        began, processor_s = time.monotonic(), time.process_time()
         await download(order, Fetching(sources=sources, tally=tally))
-        say(seconds=time.monotonic() - began, in_place_seconds=in_place[-1] - began, **tally.as_json())
+        ended, processor_s = time.monotonic(), time.process_time() - processor_s
+        in_place_s = in_place[-1] - began
+        say(seconds=ended - began, in_place_seconds=in_place_s, processor_s=processor_s, **tally.as_json())
 
 
 def hub(endpoint: str, folder: Path, file: str) -> None:
