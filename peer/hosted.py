@@ -7,12 +7,14 @@ among the others of its shard is `peer.rounds.member`'s; when a shard's turn com
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from peer.joining import Joined
 from peer.rounds.answering import answer_peers
+from peer.rounds.codec import Float32
 from peer.rounds.exchange import Exchange
 from peer.rounds.exchange_parts import Committed, ExchangeParts
 from peer.rounds.ledger import Ledger
@@ -26,6 +28,7 @@ from peer.training.feeding import ShardTraining, Training
 from peer.training.layout import slices_of
 from swarm import schedule
 from swarm.digest import over_shards
+from swarm.errors import Busy, NotFound
 from swarm.placement import bottlenecks
 
 
@@ -84,6 +87,24 @@ class HostedShards:
     def exchange_of(self, shard: int) -> Exchange:
         """Of a shard that is hosted here."""
         return self.members[shard - self.shards[0]].parts.exchange
+
+    @asynccontextmanager
+    async def anchors_after(self, shard: int, number: int) -> AsyncIterator[Sequence[Float32]]:
+        """Those of ``shard`` and of the hosted ones after it, if all stand at a round; they do not change meanwhile.
+
+        Raises `Busy` where one is not there yet or about to change, and `NotFound` where one is further on.
+        """
+        exchanges = [exchange for exchange in self.exchanges if exchange.shard.index >= shard]
+        async with AsyncExitStack() as stack:
+            for exchange in exchanges:
+                if exchange.at_rest().locked():
+                    raise Busy(f"busy: shard {exchange.shard.index} is about to change")
+                await stack.enter_async_context(exchange.at_rest())
+                if exchange.head.round > number:
+                    raise NotFound(f"shard {exchange.shard.index} is in round {exchange.round}")
+                if exchange.head.round < number:
+                    raise Busy(f"busy: shard {exchange.shard.index} is in round {exchange.round}")
+            yield [exchange.shard.anchor for exchange in exchanges]
 
     @property
     def shards(self) -> list[int]:

@@ -216,7 +216,8 @@ class Peer:
         await self.removals.look()
         replica = await asyncio.to_thread(build_replica, hosting, self.spec, self.joined.identity.public_key)
         anchors = [exchange.shard.anchor for exchange in self.hosted.exchanges]
-        build: Build[HostedReplica] = Trainer if self.spec.num_shards == 1 else span_trainer(self.joined, self.hosted)
+        alone = self.spec.num_shards == 1
+        build: Build[HostedReplica] = Trainer if alone else span_trainer(self.joined, self.hosted, training)
         await training.start(replica, anchors, self.hosted.first.head, self._on_bad_steps, build)
         await self.states.begin(training)
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from peer.hosted import HostedShards
 from peer.joining import Joined
+from peer.span_evaluation import is_wanted
 from peer.training.between_steps import BetweenSteps
-from peer.training.feeding import Build
+from peer.training.feeding import Build, Training
 from peer.training.layout import slices_of
 from peer.training.trainer import Hooks, Limits
 from swarm.errors import SwarmError
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 MAX_DRAIN_S = 30.0
 
 
-def span_trainer(joined: Joined, hosted: HostedShards) -> Build[HostedReplica]:
-    """Makes the trainer of a replica that holds the shards of ``hosted``."""
+def span_trainer(joined: Joined, hosted: HostedShards, training: Training) -> Build[HostedReplica]:
+    """Makes the trainer of a replica that holds the shards of ``hosted``, for ``training``."""
+    from peer.pipeline.evaluation import EvaluationRules
     from peer.pipeline.messages import HopRules, time_for
     from peer.pipeline.trainer import SpanParts, SpanTrainer
 
@@ -52,6 +54,11 @@ def span_trainer(joined: Joined, hosted: HostedShards) -> Build[HostedReplica]:
         is_admitted=hosted.surroundings.is_admitted,
         later=later,
         shares={shard: work[shard] / work[shards[0]] for shard in later},
+        evaluation=EvaluationRules(
+            anchors=hosted.anchors_after,
+            allowance=training.evaluating,
+            is_wanted=lambda number: is_wanted(spec, number),
+        ),
         timeout_s=time_for(spec.num_shards - hosting.span.first),
         # A snapshot that comes later is of no use to its round.
         drain_s=min(MAX_DRAIN_S, spec.rounds.reduce_timeout_s / 2),

@@ -2,7 +2,8 @@
 
 Decides which rounds are copied and by whom they are measured. A peer that hosts the whole model copies every shard's
 state when it stands at the round, makes the checkpoint of them and signs it; one that hosts a part of it signs the
-states that it has. Leaves checkpoints to `peer.checkpoints`, and measuring to `peer.training.feeding`.
+states that it has. Leaves checkpoints to `peer.checkpoints`, measuring to `peer.training.feeding`, and measuring over
+the spans of several peers to `peer.span_evaluation`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from peer.joining import Joined, checkpoint_template
 from peer.reporting import Reporter
 from peer.rounds.exchange import Exchange
 from peer.rounds.planning import evaluator
+from peer.span_evaluation import SpanEvaluation
 from peer.starting import Start
 from peer.training.feeding import Training
 from swarm import schedule
@@ -38,6 +40,8 @@ class States:
         self.checkpoints = CheckpointMaker(template, joined.chunks, on_ready)
         self.attester = Attester(joined.client, template.layout)
         self._due, self._gathering = start.due, start.gathering
+        is_first_span = hosted.shards[0] == 0 and not hosted.is_whole
+        self._over_spans = SpanEvaluation(joined, hosted, reporter, self.do_beside) if is_first_span else None
         self._to_evaluate: set[int] = set()
         self.beside: set[asyncio.Task[None]] = set()
 
@@ -55,6 +59,8 @@ class States:
 
     async def begin(self, training: Training) -> None:
         """A run that begins here: its first states are measured."""
+        if self._over_spans is not None:
+            await self._over_spans.begin(training)
         if self._gathering is not None and all(exchange.head.round == 0 for exchange in self._hosted.exchanges):
             self._to_evaluate.add(0)
             for exchange in self._hosted.exchanges:
@@ -67,8 +73,10 @@ class States:
         if self._gathering is None:
             if self._is_checkpoint_round(number):
                 self.attester.sign(exchange.head, exchange.shard)
+            if self._over_spans is not None and training is not None:
+                await self._over_spans.committed(shard, contributors, training)
             return
-        may = training is not None and (training.may_evaluate or self._is_checkpoint_round(number))
+        may = training is not None and (training.evaluating.is_free or self._is_checkpoint_round(number))
         if shard == 0 and may and self._is_evaluator(number, contributors):
             self._to_evaluate = {number, *(n for n in self._to_evaluate if n >= number - 2)}
         if self._is_checkpoint_round(number) or {number} & {*self._to_evaluate, *self._gathering.rounds}:
@@ -118,7 +126,8 @@ class States:
         except SwarmError as error:
             log.warning("round %d was not evaluated: %s", copy.round, error)
 
-    def do_beside(self, job: Coroutine[Any, Any, None]) -> None:
+    def do_beside(self, job: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(job)
         self.beside.add(task)
         task.add_done_callback(self.beside.discard)
+        return task

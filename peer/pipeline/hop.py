@@ -173,7 +173,7 @@ class Hop:
         left_s = ends_s - clock() - reserve_s
         if left_s <= 0:
             raise DeadlineExceeded("no time is left for the spans after this one")
-        came = await parts.onward.train(entering, passed.result_BLH, left_s)
+        came = await parts.onward.ask(entering, passed.result_BLH, left_s)
         return await parts.slot.run(lambda: steps.backward(entering, passed, came, generation), is_way_back=True)
 
     def _at_once(self, entering: Entering) -> Answer:

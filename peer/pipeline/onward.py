@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 from peer.p2p.transport import Transport
 from peer.pipeline.hop_codec import HOP_CODECS
 from peer.pipeline.messages import (
-    TRAIN_METHOD,
     Answer,
     Entering,
     HopRules,
+    read_loss,
     read_reply,
     with_time,
     write_request,
@@ -67,8 +67,8 @@ class Onward:
         self.waited_s = 0.0
         """for answers, over all microbatches"""
 
-    async def train(self, entering: Entering, hidden_BLH: torch.Tensor, left_s: float) -> Answer:
-        """The gradient of ``hidden_BLH``, by whichever replica answers first within ``left_s``.
+    async def ask(self, entering: Entering, hidden_BLH: torch.Tensor, left_s: float) -> Answer:
+        """The gradient of ``hidden_BLH`` (or only the loss), by whichever replica answers first within ``left_s``.
 
         A loss of NaN where the hidden states cannot travel, or where two replicas say so, or one and no other answered
         in time. Raises `Unreachable` where nobody hosts the next span, and `DeadlineExceeded` where nobody answered in
@@ -88,14 +88,14 @@ class Onward:
                 continue
             began_s = clock()
             try:
-                answer = await self._ask(peer, request, len(entering.tokens), ends_s)
+                answer = await self._ask(peer, request, entering, ends_s)
                 if not math.isnan(answer.loss) or self._is_believed(peer, doubted):
                     return answer
                 doubted[peer] = answer
             except Busy:
                 self._routes.busy(peer, clock())
             except SwarmError as error:
-                log.info("%s did not train a microbatch: %s", peer_id_of(peer), error)
+                log.info("%s did not answer %s: %s", peer_id_of(peer), entering.method, error)
                 self._connected.discard(peer)
                 late_s = clock() - began_s if isinstance(error, DeadlineExceeded) else 0.0
                 self._routes.failed(peer, clock(), late_s)
@@ -124,8 +124,8 @@ class Onward:
             await asyncio.sleep(min(wait_s, LOOK_AGAIN_S, left_s))
         return peer
 
-    async def _ask(self, peer: bytes, request: bytes, num_sequences: int, ends_s: float) -> Answer:
-        parts, clock = self._parts, asyncio.get_running_loop().time
+    async def _ask(self, peer: bytes, request: bytes, entering: Entering, ends_s: float) -> Answer:
+        parts, num_sequences, clock = self._parts, len(entering.tokens), asyncio.get_running_loop().time
         began_s = clock()
         patience_s = self._routes.patience_s(peer, ends_s - began_s, began_s)
         if peer not in self._connected:
@@ -136,14 +136,15 @@ class Onward:
         try:
             data = await parts.transport.call(
                 peer,
-                TRAIN_METHOD,
+                entering.method,
                 with_time(request, left_s),
                 timeout_s=left_s,
                 max_response_bytes=parts.rules.max_answer_bytes(num_sequences),
             )
         finally:
             self.waited_s += clock() - began_s
-        answer: Answer = await parts.run(lambda: read_reply(data, num_sequences, parts.rules))
+        read = read_loss if entering.round is not None else lambda data: read_reply(data, num_sequences, parts.rules)
+        answer: Answer = await parts.run(lambda: read(data))
         if not math.isnan(answer.loss):
             self._routes.answered(peer, clock() - began_s)
         return answer

@@ -1,4 +1,4 @@
-"""A peer's place in a pipeline, built once: slot, gate, steps, the way onward, the call it answers, the data it reads.
+"""A peer's place in a pipeline, built once: slot, gate, steps, the way onward, the calls it answers, the data it reads.
 
 Only wiring. Computations run in one thread of their own, which owns the replica.
 """
@@ -15,6 +15,7 @@ from random import SystemRandom
 from typing import Any
 
 from peer.p2p.transport import Transport
+from peer.pipeline.evaluation import Evaluation, EvaluationParts, EvaluationRules
 from peer.pipeline.gate import Gate
 from peer.pipeline.hop import Hop, HopParts
 from peer.pipeline.messages import ID_BYTES, SHARD_TIME_S, Answer, HopRules
@@ -51,6 +52,8 @@ class PlaceParts:
     on_step: Callable[[Stepped], None] = lambda stepped: None
     """called in the computing thread: be quick, and never block"""
     on_answer: Callable[[Tokens, Answer], None] = lambda tokens, answer: None
+    evaluation: EvaluationRules | None = None
+    """None: it has no anchors"""
     timeout_s: float = SHARD_TIME_S
     drain_s: float = 30.0
 
@@ -74,6 +77,7 @@ class Place:
             )
         )
         self.source = self._build_source()
+        self.evaluation = self._build_evaluation()
         self.jobs: list[asyncio.Task[None]] = []
 
     async def begin(self) -> None:
@@ -86,6 +90,7 @@ class Place:
                 entrances=entrances,
                 is_admitted=parts.is_admitted,
                 run=asyncio.to_thread,
+                evaluation=self.evaluation,
             )
             await Serving(serving).begin(parts.transport)
         self.jobs.append(asyncio.ensure_future(self.hop.run()))
@@ -129,6 +134,21 @@ class Place:
                 hosts=lambda: parts.hosts(next_shard),
                 draw=SystemRandom().random,
                 run=asyncio.to_thread,
+            )
+        )
+
+    def _build_evaluation(self) -> Evaluation | None:
+        parts = self._parts
+        if parts.evaluation is None:
+            return None
+        return Evaluation(
+            EvaluationParts(
+                rules=parts.evaluation,
+                replica=parts.replica,
+                slot=self.slot,
+                later=parts.later,
+                onward=self._build_onward(),  # of its own: who has no anchors of a round trains all the same
+                timeout_s=parts.timeout_s,
             )
         )
 

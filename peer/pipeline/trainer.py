@@ -11,15 +11,17 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from peer.p2p.transport import Transport
+from peer.pipeline.evaluation import EvaluationRules
 from peer.pipeline.messages import SHARD_TIME_S, Answer, HopRules
 from peer.pipeline.onward import Hosts
 from peer.pipeline.place import Place, PlaceParts
 from peer.pipeline.steps import Stepped
+from peer.rounds.codec import Float32
 from peer.training.between_steps import COMMAND_TIMEOUT_S, BetweenSteps, Replica
 from peer.training.microbatches import StepResult, Tokens
 from peer.training.passes import SpanReplica
@@ -52,6 +54,8 @@ class SpanParts:
     """shards of the span after its first, each with the replica's values from there on: entrances, too"""
     shares: Mapping[int, float] = field(default_factory=dict)
     """of the work of the span, what a microbatch asks for that enters at one of these shards"""
+    evaluation: EvaluationRules | None = None
+    """None: no anchors are here to be evaluated"""
     timeout_s: float = SHARD_TIME_S
     """for a microbatch that begins here, there and back"""
     drain_s: float = 30.0
@@ -83,6 +87,7 @@ class SpanTrainer(BetweenSteps):
                 on_step=self._stepped,
                 on_answer=self._answered,
                 limits=limits,
+                evaluation=span.evaluation,
                 timeout_s=span.timeout_s,
                 drain_s=span.drain_s,
             )
@@ -132,6 +137,12 @@ class SpanTrainer(BetweenSteps):
             if self._failure is not None:  # training ended meanwhile
                 raise self._failure from None
             raise
+
+    async def evaluate_round(self, anchor: Float32, batches: Sequence[Tokens], number: int) -> float:
+        """See `peer.pipeline.evaluation.Evaluation.mean_loss`; training goes on meanwhile."""
+        if self._place.evaluation is None:
+            raise SwarmError("no anchors are here to be evaluated")
+        return await self._place.evaluation.mean_loss(anchor, batches, number)
 
     async def stop(self, timeout_s: float) -> None:
         """End; a computation in progress is finished. Raises `DeadlineExceeded` if that takes longer."""

@@ -216,3 +216,10 @@ class BetweenSteps(ABC):
         ``anchor`` must not change before this returns.
         """
         return await self.call(lambda: self._replica.evaluate(anchor, batches))
+
+    async def evaluate_round(self, anchor: Float32, batches: Sequence[Tokens], number: int) -> float:
+        """As `evaluate`, where ``anchor`` is that of a span after round ``number``: the spans after it go on.
+
+        Raises `NetworkError` where they have not that round's anchors, or not in time.
+        """
+        raise SwarmError("a model that is trained alone is evaluated alone")

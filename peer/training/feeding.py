@@ -73,7 +73,8 @@ class Training:
         self._committed_tokens = 0
         self._readable: set[int] = set()
         self._prefetching: asyncio.Task[None] | None = None
-        self._evaluating = Allowance(EVALUATION_SHARE)
+        self.evaluating = Allowance(EVALUATION_SHARE)
+        """for evaluations: ours, and what others ask of our span"""
         self._trainer: BetweenSteps | None = None
         self.failed = asyncio.Event()
         self.failure: SwarmError | None = None
@@ -156,20 +157,22 @@ class Training:
         else:
             await self.trainer.land(anchor, snapshot, values)
 
-    @property
-    def may_evaluate(self) -> bool:
-        """Whether evaluations have taken no more than their share of the time."""
-        return self._evaluating.is_free
-
     async def evaluate(self, anchor: Float32) -> float:
         """Mean loss of ``anchor`` (nats per token) on the run's held-out sequences; always the same ones."""
-        await self._reader.ensure_validation(VALIDATION_SEQUENCES)
-        batches = list(self._reader.validation_batches(VALIDATION_SEQUENCES, self._spec.inner.microbatch_sequences))
+        batches = await self._held_out()
         began_s = time.monotonic()
         try:
             return await self.trainer.evaluate(anchor, batches)
         finally:  # one that fails took its time, too
-            self._evaluating.spend(time.monotonic() - began_s)
+            self.evaluating.spend(time.monotonic() - began_s)
+
+    async def evaluate_round(self, anchor: Float32, number: int) -> float:
+        """As `evaluate`, where ``anchor`` is our span's after round ``number``: the spans after it go on."""
+        return await self.trainer.evaluate_round(anchor, await self._held_out(), number)
+
+    async def _held_out(self) -> list[npt.NDArray[np.int64]]:
+        await self._reader.ensure_validation(VALIDATION_SEQUENCES)
+        return list(self._reader.validation_batches(VALIDATION_SEQUENCES, self._spec.inner.microbatch_sequences))
 
     async def stop(self, timeout_s: float) -> None:
         if self._prefetching is not None:

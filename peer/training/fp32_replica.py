@@ -11,8 +11,7 @@ Shapes: B sequences of L tokens (each row holds one token more, the last target)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,14 @@ import torch.nn.functional as F
 
 from peer.rounds.codec import Float32
 from peer.training.device import computes_in_bf16
+from peer.training.exact_anchor import holding, mean_loss
 from peer.training.inner_optimizer import build_optimizer
-from peer.training.layout import Layout
+from peer.training.layout import Layout, Piece, slices_of
 from peer.training.microbatches import Microbatch, Microbatches, StepResult, Tokens, Trained, check_batch
 from peer.training.movement import Movement
-from peer.training.passes import Later, Passed, Passes, StepOutcome
+from peer.training.passes import Later, Measured, Passed, Passes, StepOutcome
 from peer.training.span import materialise
-from swarm.errors import DataError, ResourceError, SwarmError
+from swarm.errors import ResourceError, SwarmError
 from swarm.run_spec import Inner
 
 
@@ -37,6 +37,16 @@ def views_of(layout: Layout, flat: Float32) -> list[torch.Tensor]:
         raise SwarmError(f"weights are float32, not {flat.dtype}")
     writable = flat if flat.flags.writeable else flat.copy()
     return [torch.from_numpy(view) for view in layout.views(writable).values()]
+
+
+def views_of_shards(piece: Piece, anchors: Sequence[Float32]) -> list[torch.Tensor]:
+    """Every parameter of ``piece`` within the ``anchors`` of the shards that it is made of; see `views_of`."""
+    parts = slices_of([len(anchor) for anchor in anchors])
+    return [
+        view
+        for values, anchor in zip(parts, anchors, strict=True)
+        for view in views_of(piece.layout.piece(values).layout, anchor)
+    ]
 
 
 class Replica:
@@ -184,34 +194,15 @@ class Replica:
         Nobody may change ``anchor`` meanwhile: on the CPU it is used in place. Raises `DataError` where there are no
         batches, and `ResourceError` where the memory has no room for a second set of weights.
         """
-        total, num_tokens = 0.0, 0
-        try:
-            with self._holding(anchor), torch.no_grad():
-                for tokens in batches:
-                    for piece in self._microbatches.of(tokens):
-                        batch = self.passes.batch(piece)
-                        total += self._loss(batch).item() * batch[:, 1:].numel()
-                        num_tokens += batch[:, 1:].numel()
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(f"an evaluation does not fit into the memory of {self._device}") from error
-        if num_tokens == 0:
-            raise DataError("there are no validation batches")
-        return total / num_tokens
+        pieces = (piece for tokens in batches for piece in self._microbatches.of(tokens))
+        with holding(self._model, self._parameters, views_of(self._layout, anchor)):
+            return mean_loss(self.passes, pieces)
 
-    @contextmanager
-    def _holding(self, anchor: Float32) -> Iterator[None]:
-        """The model computes with ``anchor``; its own weights are set aside, not copied, and put back afterwards."""
-        own = [parameter.data for parameter in self._parameters]
-        held = [view.to(self._device) for view in self._views(anchor)]
-        try:
-            for parameter, value in zip(self._parameters, held, strict=True):
-                parameter.data = value
-            self._model.eval()
-            yield
-        finally:
-            for parameter, value in zip(self._parameters, own, strict=True):
-                parameter.data = value
-            self._model.train()
+    def measure(self, given: Microbatch, anchors: Sequence[Float32], values: slice | None = None) -> Measured:
+        """See `peer.training.passes.SpanReplica`."""
+        piece = self._layout.piece(values)
+        with holding(self._model, piece.of(self._parameters), views_of_shards(piece, anchors)):
+            return self.passes.measure(given)
 
     def _gradients(self, tokens: Tokens) -> float:
         """Accumulate the gradient of the mean loss; whenever memory runs out, again in halves, and so from then."""
@@ -239,17 +230,14 @@ class Replica:
         return F.cross_entropy(logits_BLV.float().flatten(0, 1), batch_BL[:, 1:].flatten())
 
     def _head_loss(
-        self, hidden_NI: torch.Tensor, targets_N: torch.Tensor, weight: float
+        self, hidden_NI: torch.Tensor, targets_N: torch.Tensor, weight: float | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `peer.training.passes.Loss`."""
-        entered_NI = hidden_NI.requires_grad_()
+        entered_NI = hidden_NI.requires_grad_(weight is not None)
         with self.passes.precision():
             logits_NV = self._head(entered_NI)
         total = F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
-        if not math.isfinite(total.item() * weight):
+        if weight is None or not math.isfinite(total.item() * weight):
             return total.detach(), None
         (total * weight).backward()  # type: ignore[no-untyped-call]
         return total.detach(), entered_NI.grad
-
-    def _views(self, flat: Float32) -> list[torch.Tensor]:
-        return views_of(self._layout, flat)

@@ -19,7 +19,7 @@ machine. (Where attention's own backward pass is not deterministic, as on some G
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,16 +30,16 @@ from peer.rounds.codec import Float32
 from peer.training.clipping import first_shares, next_shares
 from peer.training.device import computes_in_bf16
 from peer.training.dither import Dither, random_noise
-from peer.training.fp32_replica import views_of
+from peer.training.exact_anchor import holding, mean_loss
+from peer.training.fp32_replica import views_of, views_of_shards
 from peer.training.inner_optimizer import build_optimizer
-from peer.training.int8_evaluation import holding, mean_loss
 from peer.training.int8_matrix import InnerStep, Int8Matrix
 from peer.training.int8_model import materialise_vectors, replace_matrices
 from peer.training.int8_modules import Int8Linear, cross_entropy
 from peer.training.layout import Layout, Piece
 from peer.training.microbatches import Microbatch, Microbatches, StepResult, Tokens, Trained, check_batch
 from peer.training.movement import BLOCK_VALUES, Movement, PackedEntry, PackedWeights, ReplicaMovement
-from peer.training.passes import Later, Passed, Passes, StepOutcome
+from peer.training.passes import Later, Measured, Passed, Passes, StepOutcome
 from peer.training.quantized import num_blocks, quantise_
 from swarm.errors import ResourceError, SwarmError
 from swarm.run_spec import Inner
@@ -302,7 +302,7 @@ class Int8Replica:
                 vector.grad = gradient
 
     def _loss(
-        self, hidden_NI: torch.Tensor, targets_N: torch.Tensor, weight: float
+        self, hidden_NI: torch.Tensor, targets_N: torch.Tensor, weight: float | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self._head is None:
             raise SwarmError("a span without the head has no loss")
@@ -366,11 +366,14 @@ class Int8Replica:
         if self._head is None or not self.passes.has_embedding:
             raise SwarmError("a span that is not the whole model has no loss of its own")
         pieces = (piece for tokens in batches for piece in self._microbatches.of(tokens))
-        try:
-            with holding(self._model, self._members, views_of(self._layout, anchor)):
-                return mean_loss(self.passes, self._head, pieces)
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(f"an evaluation does not fit into the memory of {self._device}") from error
+        with holding(self._model, self._members, views_of(self._layout, anchor)):
+            return mean_loss(self.passes, pieces)
+
+    def measure(self, given: Microbatch, anchors: Sequence[Float32], values: slice | None = None) -> Measured:
+        """See `peer.training.passes.SpanReplica`."""
+        piece = self._layout.piece(values)
+        with holding(self._model, piece.of(self._members), views_of_shards(piece, anchors)):
+            return self.passes.measure(given)
 
     # ---- small things -------------------------------------------------------------------------------------------
 

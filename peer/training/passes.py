@@ -16,12 +16,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from peer.rounds.codec import Float32
 from peer.training.microbatches import Microbatch, Tokens, Trained, check_batch
 from swarm.errors import DataError, SwarmError
 
-Loss = Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor | None]]
+Loss = Callable[[torch.Tensor, torch.Tensor, float | None], tuple[torch.Tensor, torch.Tensor | None]]
 """(hidden [N, I], targets [N], weight) -> (sum of cross entropies, gradient of weight * sum for hidden); the head's own
-gradients are taken in. Where the sum is not finite and none of them was, there is no gradient for hidden either."""
+gradients are taken in. Where the sum is not finite and none of them was, there is no gradient for hidden either.
+Without a weight there are no gradients at all."""
 
 
 Later = Sequence[tuple[slice, int]]
@@ -44,6 +46,16 @@ class Passed:
     def result_BLH(self) -> torch.Tensor:
         """For the span after."""
         return self.hidden_BLH.detach()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A microbatch that went through a span without a trace."""
+
+    hidden_BLH: torch.Tensor
+    """for the span after"""
+    loss: float
+    """sum over the tokens in nats, in the span that has the head; elsewhere 0"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +93,14 @@ class SpanReplica(Protocol):
 
     def drop_step(self) -> None:
         """Forget what was gathered."""
+        ...
+
+    def measure(self, given: Microbatch, anchors: Sequence[Float32], values: slice | None = None) -> Measured:
+        """Through the exact ``anchors`` of the span's shards instead of its own weights; nothing changes.
+
+        ``values``: of which shards, where ``given`` enters within the span; None: all. Raises as `forward`, and
+        `ResourceError` where memory runs out.
+        """
         ...
 
 
@@ -121,6 +141,16 @@ class Passes:
         gradient_BLH = gradient_BLH.to(hidden_BLH.device, hidden_BLH.dtype).view(hidden_BLH.shape)
         hidden_BLH.backward(gradient_BLH)  # type: ignore[no-untyped-call]
         return Trained(loss=loss, gradient_BLH=passed.entered.grad if passed.entered.requires_grad else None)
+
+    def measure(self, given: Microbatch) -> Measured:
+        """There, without a way back."""
+        with torch.no_grad():
+            passed = self.forward(given)
+            loss = 0.0
+            if self.loss is not None:
+                targets_N = passed.batch_BL[:, 1:].flatten()
+                loss = self.loss(passed.result_BLH.flatten(0, 1), targets_N, None)[0].item()
+        return Measured(hidden_BLH=passed.result_BLH, loss=loss)
 
     def train(self, given: Microbatch, backward: Callable[[Passed, torch.Tensor | None], Trained]) -> Trained:
         """There, on through the spans after, and back, all at once."""

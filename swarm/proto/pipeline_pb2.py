@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aswarm/proto/pipeline.proto\x12\x08swarm.v1\"\x83\x01\n\x0cTrainRequest\x12\x15\n\rmicrobatch_id\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66irst_shard\x18\x02 \x01(\r\x12\x14\n\x0ctime_left_ms\x18\x03 \x01(\r\x12\x11\n\tsequences\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\x0c\x12\x0e\n\x06hidden\x18\x06 \x01(\x0c\",\n\nTrainReply\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x10\n\x08gradient\x18\x02 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aswarm/proto/pipeline.proto\x12\x08swarm.v1\"\x83\x01\n\x0cTrainRequest\x12\x15\n\rmicrobatch_id\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66irst_shard\x18\x02 \x01(\r\x12\x14\n\x0ctime_left_ms\x18\x03 \x01(\r\x12\x11\n\tsequences\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\x0c\x12\x0e\n\x06hidden\x18\x06 \x01(\x0c\",\n\nTrainReply\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x12\x10\n\x08gradient\x18\x02 \x01(\x0c\"~\n\x0f\x45valuateRequest\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_shard\x18\x02 \x01(\r\x12\x14\n\x0ctime_left_ms\x18\x03 \x01(\r\x12\x11\n\tsequences\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\x0c\x12\x0e\n\x06hidden\x18\x06 \x01(\x0c\"\x1d\n\rEvaluateReply\x12\x0c\n\x04loss\x18\x01 \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,4 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRAINREQUEST']._serialized_end=172
   _globals['_TRAINREPLY']._serialized_start=174
   _globals['_TRAINREPLY']._serialized_end=218
+  _globals['_EVALUATEREQUEST']._serialized_start=220
+  _globals['_EVALUATEREQUEST']._serialized_end=346
+  _globals['_EVALUATEREPLY']._serialized_start=348
+  _globals['_EVALUATEREPLY']._serialized_end=377
 # @@protoc_insertion_point(module_scope)

@@ -69,7 +69,10 @@ def assert_equal_states(run: Swarm) -> dict[tuple[int, int], str]:
 
 
 def test_spans_and_a_whole_model_train_together_while_one_is_killed_and_comes_back(data: Path, tmp_path: Path) -> None:
-    """Both shards go on, replicas stay equal, the loss falls; `transformers` computes the one that was reported."""
+    """Both shards go on, replicas stay equal, the loss falls; `transformers` computes the one that was reported.
+
+    So it does where the whole model has left, and the loss is measured over the spans.
+    """
     run = Swarm(tmp_path, write_run_file(tmp_path / "run", data, "split", CHANGES), data)
     try:
         run.start_coordinator()
@@ -89,15 +92,19 @@ def test_spans_and_a_whole_model_train_together_while_one_is_killed_and_comes_ba
         told = assert_equal_states(run)
         status = swarm_json("status", run.invite, env=run.env)
         assert abs(status["shards"][0]["round"] - status["shards"][1]["round"]) <= 2
-        ended = [program.leave(signal.SIGTERM, ROUNDS_S) for program in (whole, survivor, again)]
-        assert ended == [0, 0, 0], "what follows needs the seed peer only"
+        assert whole.leave(signal.SIGTERM, ROUNDS_S) == 0
+        number = max(counted(program, number + 1) for program in (survivor, again))
+        over_spans = wait_for(lambda: published(run, number + 1), "a checkpoint and its loss over spans", ROUNDS_S)
+        ended = [program.leave(signal.SIGTERM, ROUNDS_S) for program in (survivor, again)]
+        assert ended == [0, 0], "what follows needs the seed peer only"
         assert checkpoint["validation_loss"] < 0.95 * status["initial validation loss"]
-        wanted = f"{run.invite}@{checkpoint['round']}"
-        folder = Path(swarm_json("download", wanted, "--out", tmp_path / "got", env=run.env)["folder"])
+        folder = downloaded(run, checkpoint)
         verified = swarm_json("verify", folder, "--run", run.invite, env=run.env)
         states = [told[shard, checkpoint["round"]] for shard in (0, 1)]
         assert [shard["state_digest"] for shard in verified["shards"]] == states
-        assert abs(loss_of(folder, data, tmp_path / "read") - checkpoint["validation_loss"]) < 1e-3
+        assert loss_of(folder, data, tmp_path / "read") == pytest.approx(checkpoint["validation_loss"], abs=1e-3)
+        exact = loss_of(downloaded(run, over_spans), data, tmp_path / "read")
+        assert exact == pytest.approx(over_spans["validation_loss"], abs=0.02), "hidden states travel in 8 bits"
     finally:
         run.end()
 
@@ -107,6 +114,12 @@ def published(run: Swarm, number: int) -> dict[str, Any] | None:
     listed = swarm_json("checkpoints", run.invite, env=run.env)["checkpoints"]
     found = [entry for entry in listed if entry["round"] > number and entry["validation_loss"] is not None]
     return found[-1] if found else None
+
+
+def downloaded(run: Swarm, checkpoint: dict[str, Any]) -> Path:
+    number = checkpoint["round"]
+    out = run.folder / f"got-{number}"
+    return Path(swarm_json("download", f"{run.invite}@{number}", "--out", out, env=run.env)["folder"])
 
 
 def loss_of(checkpoint: Path, data: Path, cache: Path) -> float:

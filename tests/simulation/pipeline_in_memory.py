@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from peer.pipeline.evaluation import Evaluation, EvaluationParts, EvaluationRules
 from peer.pipeline.gate import Gate
 from peer.pipeline.hop import Hop, HopParts
 from peer.pipeline.messages import Answer, HopRules
@@ -72,6 +73,7 @@ class SimulatedPeer:
     replica: Any
     steps: list[Stepped]
     source: Source | None
+    evaluation: Evaluation | None
     jobs: list[asyncio.Task[Any]] = field(default_factory=list)
 
     @property
@@ -97,6 +99,7 @@ class PeerOptions:
     max_in_flight: int = 4
     drain_s: float = 10.0
     timeout_s: float = 60.0
+    evaluation: EvaluationRules | None = None
 
 
 class SimulatedPipeline:
@@ -139,6 +142,18 @@ class SimulatedPipeline:
             on_step=stepped.append,
         )
         hop = Hop(parts)
+        evaluation = None
+        if options.evaluation is not None:
+            evaluation = Evaluation(
+                EvaluationParts(
+                    rules=options.evaluation,
+                    replica=replica,
+                    slot=slot,
+                    later={},
+                    onward=None if is_last else self._onward(transport, shard + 1, at_once),
+                    timeout_s=options.timeout_s,
+                )
+            )
         source = None
         if is_first:
             source = Source(
@@ -153,11 +168,23 @@ class SimulatedPipeline:
             )
         else:
             serving = ServingParts(
-                hop=hop, rules=self.rules, entrances=(shard,), is_admitted=self._is_admitted, run=at_once
+                hop=hop,
+                rules=self.rules,
+                entrances=(shard,),
+                is_admitted=self._is_admitted,
+                run=at_once,
+                evaluation=evaluation,
             )
             await Serving(serving).begin(transport)
         peer = SimulatedPeer(
-            shard=shard, transport=transport, hop=hop, slot=slot, replica=replica, steps=stepped, source=source
+            shard=shard,
+            transport=transport,
+            hop=hop,
+            slot=slot,
+            replica=replica,
+            steps=stepped,
+            source=source,
+            evaluation=evaluation,
         )
         self.peers.append(peer)
         peer.jobs.append(asyncio.ensure_future(hop.run()))

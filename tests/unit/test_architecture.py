@@ -96,7 +96,7 @@ DOORS = {
         "peer/checkpoints/harness_model.py",
         "peer/training/hosting.py",
         "peer/training/inner_optimizer.py",
-        "peer/training/int8_evaluation.py",
+        "peer/training/exact_anchor.py",
         "peer/training/int8_matrix.py",
         "peer/training/int8_model.py",
         "peer/training/int8_modules.py",

@@ -122,9 +122,9 @@ FAILURES: dict[str, list[Exception | bytes]] = {
 
 def test_an_evaluation_makes_up_for_its_time_before_the_next_may_be_made(tmp_path: Path) -> None:
     async def test(training: Training, replica: Recording) -> None:
-        assert training.may_evaluate
+        assert training.evaluating.is_free
         assert await training.evaluate(ANCHOR) > 0
-        assert not training.may_evaluate
+        assert not training.evaluating.is_free
 
     with_training(Source(tmp_path, []), test)
 
@@ -137,7 +137,7 @@ def test_an_evaluation_that_fails_makes_up_for_its_time_too(tmp_path: Path, monk
         monkeypatch.setattr(training.trainer, "evaluate", fail)
         with pytest.raises(DeadlineExceeded):
             await training.evaluate(ANCHOR)
-        assert not training.may_evaluate
+        assert not training.evaluating.is_free
 
     with_training(Source(tmp_path, []), test)
 

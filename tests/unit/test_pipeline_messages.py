@@ -1,8 +1,9 @@
-"""`train_microbatch` as bytes: what is written is read back, and whatever is not a microbatch of the run is refused."""
+"""`train_microbatch` and `evaluate_microbatch` as bytes: read back as written, refused where it is none of the run."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,18 @@ from peer.pipeline.messages import (
     Answer,
     Entering,
     HopRules,
+    read_evaluation,
+    read_loss,
     read_reply,
     read_request,
     time_for,
     with_time,
+    write_loss,
     write_reply,
     write_request,
 )
 from swarm.errors import DataError, ProtocolError
-from swarm.proto.pipeline_pb2 import TrainReply, TrainRequest
+from swarm.proto.pipeline_pb2 import EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
 
 RULES = HopRules(sequence_length=5, max_sequences=3, width=8, vocab_size=70_000, codec="int8")
 TOKENS = np.arange(69_988, 70_000).reshape(2, 6)
@@ -122,9 +126,49 @@ def test_an_answer_that_is_none_is_refused(name: str, data: bytes, reason: str) 
         read_reply(data, 2, RULES)
 
 
-def test_bytes_that_are_no_message_are_refused() -> None:
+@pytest.mark.parametrize("read", [read_request, read_evaluation])
+def test_bytes_that_are_no_message_are_refused(read: Any) -> None:
     with pytest.raises(ProtocolError, match="cannot be read"):
-        read_request(b"\xff" * 40, (SHARD,), RULES)
+        read(b"\xff" * 40, (SHARD,), RULES)
+
+
+def evaluation(number: int = 7) -> bytes:
+    entering = replace(ENTERING, microbatch_id=b"", round=number)
+    return with_time(write_request(entering, SHARD, HOP_CODECS["int8"].encode(HIDDEN)), 1.5)
+
+
+@pytest.mark.parametrize("number", [0, 7, 2**64 - 1])
+def test_an_evaluation_is_read_back_with_its_round(number: int) -> None:
+    data = evaluation(number)
+    assert len(data) <= RULES.max_request_bytes
+    entering = read_evaluation(data, (SHARD,), RULES)
+    assert (entering.round, entering.microbatch_id, entering.time_left_s) == (number, b"", 1.5)
+    assert np.array_equal(entering.tokens, TOKENS) and entering.hidden_BLH is not None
+
+
+def test_what_is_to_be_evaluated_is_never_trained_on() -> None:
+    """Whoever reads it as a microbatch to learn from, as a peer that knows nothing else would, refuses it."""
+    with pytest.raises(ProtocolError):
+        read_request(evaluation(), (SHARD,), RULES)
+
+
+@pytest.mark.parametrize(("name", "changes", "reason"), REQUESTS[2:], ids=[case[0] for case in REQUESTS[2:]])
+def test_an_evaluation_that_is_no_microbatch_of_the_run_is_refused(
+    name: str, changes: dict[str, Any], reason: str
+) -> None:
+    request = EvaluateRequest.FromString(evaluation())
+    for field, value in changes.items():
+        setattr(request, field, value)
+    with pytest.raises(ProtocolError, match=reason):
+        read_evaluation(request.SerializeToString(), (SHARD,), RULES)
+
+
+def test_a_loss_is_read_back_and_one_that_cannot_be_is_refused() -> None:
+    assert read_loss(write_loss(Answer(loss=1.25, gradient_BLH=None))) == Answer(loss=1.25, gradient_BLH=None)
+    assert math.isnan(read_loss(write_loss(Answer(loss=math.nan, gradient_BLH=None))).loss)
+    for data in (b"\xff", *(EvaluateReply(loss=loss).SerializeToString() for loss in (-1.0, math.inf, -math.inf))):
+        with pytest.raises(ProtocolError):
+            read_loss(data)
 
 
 def test_deeper_pipelines_have_more_time_up_to_what_a_call_can_have() -> None:
