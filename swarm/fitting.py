@@ -55,8 +55,10 @@ class Choice:
     plan: MemoryPlan
     working: Working
     batch: int
-    """sequences in one microbatch"""
+    """sequences that go through at once"""
     reason: str
+    pieces: int = 1
+    """in which a microbatch goes through, one after the other"""
 
 
 def fits(planned: MemoryPlan, room: Room, device: str) -> bool:
@@ -97,6 +99,7 @@ def choices(
                     plan=planned,
                     working=split,
                     batch=size,
+                    pieces=-(-batch // size),
                     reason=f"{planned.span}: {_amounts(planned, room, working.device)}{halved}",
                 )
                 for planned in fitting
@@ -107,17 +110,18 @@ def choices(
 
 
 def in_flight(choice: Choice, numbers: ModelNumbers, room: Room) -> int:
-    """How many microbatches may be under way in a span at once, each with its activations; at least one.
+    """How many microbatches may be under way in a span at once; at least one.
 
-    ``numbers`` are those of microbatches as large as ``choice.batch``. Several gather gradients in one inner step.
+    Each has its activations, but where it goes through in pieces: these keep none. ``numbers`` are those of
+    ``choice.batch`` sequences. Several gather gradients in one inner step.
     """
     span, device = choice.plan.span, choice.working.device
     several = plan(numbers, span, replace(choice.working, microbatches=max(2, choice.working.microbatches)))
     needed = several.device_bytes + RUNTIME_BYTES[device]
     needed += several.host_bytes if device in SHARED_MEMORY else 0
-    kept = activation_bytes(numbers, span, checkpointing=choice.working.checkpointing)
+    kept = activation_bytes(numbers, span, checkpointing=choice.working.checkpointing) if choice.pieces == 1 else 0
     # What came in and what went on, with its gradient.
-    each = kept + 3 * FP32_BYTES * numbers.activations.tokens * numbers.hidden
+    each = kept + 3 * FP32_BYTES * numbers.activations.tokens * choice.pieces * numbers.hidden
     spare = int(room.device_bytes * (1 - SPARE_SHARE)) - needed
     return max(1, min(MAX_IN_FLIGHT, 1 + spare // each))
 

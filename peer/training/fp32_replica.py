@@ -26,6 +26,7 @@ from peer.training.layout import Layout, Piece, slices_of
 from peer.training.microbatches import Microbatch, Microbatches, StepResult, Tokens, Trained, check_batch
 from peer.training.movement import Movement
 from peer.training.passes import Later, Measured, Passed, Passes, StepOutcome
+from peer.training.pieces import Pieces
 from peer.training.span import materialise
 from swarm.errors import ResourceError, SwarmError
 from swarm.run_spec import Inner
@@ -83,6 +84,7 @@ class Replica:
         self._learning_rate = 0.0
         self._optimizer = build_optimizer(self._parameters, inner, device)
         self._microbatches = Microbatches(microbatch_sequences, device)
+        self._pieces = Pieces(self.passes, self._microbatches)
         self._anchor = self.read()
 
     def load(self, anchor: Float32, values: slice | None = None) -> None:
@@ -149,16 +151,16 @@ class Replica:
 
     def forward(self, given: Microbatch) -> Passed:
         """See `peer.training.passes.SpanReplica`."""
-        return self.passes.forward(given)
+        return self._pieces.forward(given)
 
     def backward(self, passed: Passed, gradient_BLH: torch.Tensor | None, *, counts: bool = True) -> Trained:
         """See `peer.training.passes.SpanReplica`."""
         if counts:
-            return self.passes.backward(passed, gradient_BLH)
+            return self._pieces.backward(passed, gradient_BLH)
         gathered = [parameter.grad for parameter in self._parameters]
         try:
             self.drop_step()
-            return self.passes.backward(passed, gradient_BLH)
+            return self._pieces.backward(passed, gradient_BLH)
         finally:
             for parameter, gradient in zip(self._parameters, gathered, strict=True):
                 parameter.grad = gradient
@@ -202,7 +204,7 @@ class Replica:
         """See `peer.training.passes.SpanReplica`."""
         piece = self._layout.piece(values)
         with holding(self._model, piece.of(self._parameters), views_of_shards(piece, anchors)):
-            return self.passes.measure(given)
+            return self._pieces.measure(given)
 
     def _gradients(self, tokens: Tokens) -> float:
         """Accumulate the gradient of the mean loss; whenever memory runs out, again in halves, and so from then."""

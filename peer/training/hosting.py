@@ -16,7 +16,6 @@ from peer.training import model
 from peer.training.room import measure_room
 from swarm import fitting, sharding
 from swarm.digest import sha256
-from swarm.errors import ResourceError
 from swarm.families import family_of
 from swarm.fitting import RUNTIME_BYTES, Choice
 from swarm.memory_plan import ModelNumbers, piece_values
@@ -82,11 +81,6 @@ def choose_hosting(spec: RunSpec, vocab_size: int, device_name: str, memory_byte
     if spec.num_shards > 1:  # gradients of several microbatches are gathered
         working = replace(working, microbatches=spec.pipeline.step_microbatches)
     found = fitting.choices(numbers_of, shards, working, batch, room)
-    if spec.num_shards > 1 and found[0].batch < batch:
-        raise ResourceError(
-            f"of this run's model not even {found[-1].plan.span} fits here with a microbatch of {batch} sequences",
-            "close other programs, raise --memory, or choose another --device",
-        )
     if memory_bytes is not None:
         devices.limit_memory(device, memory_bytes - RUNTIME_BYTES[device.type])
     return Hosting(

@@ -40,7 +40,8 @@ from peer.training.layout import Layout, Piece
 from peer.training.microbatches import Microbatch, Microbatches, StepResult, Tokens, Trained, check_batch
 from peer.training.movement import BLOCK_VALUES, Movement, PackedEntry, PackedWeights, ReplicaMovement
 from peer.training.passes import Later, Measured, Passed, Passes, StepOutcome
-from peer.training.quantized import num_blocks, quantise_
+from peer.training.pieces import Pieces
+from peer.training.quantized import num_blocks, packed
 from swarm.errors import ResourceError, SwarmError
 from swarm.run_spec import Inner
 
@@ -94,6 +95,7 @@ class Int8Replica:
         self.passes = Passes(self._model, device, self._compute, self._loss if self._head is not None else None)
         self._inner_step: InnerStep | None = None
         self._microbatches = Microbatches(microbatch_sequences, device)
+        self._pieces = Pieces(self.passes, self._microbatches)
         optimised = self._vectors or [nn.Parameter(torch.zeros(1, device=device))]
         self._optimizer = build_optimizer(optimised, inner.model_copy(update={"optimizer": "adamw"}), device)
         self._carried: PackedWeights | None = None
@@ -154,10 +156,10 @@ class Int8Replica:
                 flat = slice(entry.offset + span.start, entry.offset + span.stop)
                 learned = self._moved(index, span)
                 learned -= snapshot[flat]
-                packed = _packed(learned, host if isinstance(member, Int8Matrix) else None)
-                moved = torch.from_numpy(packed.values(0, len(packed.codes)))
+                kept = packed(learned, host if isinstance(member, Int8Matrix) else None)
+                moved = torch.from_numpy(kept.values(0, len(kept.codes)))
                 self._write(member, first, moved.add_(anchor.view(-1)[span]))
-                carried.entries[index].write(span.start, packed)
+                carried.entries[index].write(span.start, kept)
                 self._start.entries[index].write(span.start, self._piece(member, span))
         self._carried = carried
 
@@ -277,24 +279,29 @@ class Int8Replica:
 
         Raises `DataError` for tokens or hidden states of a wrong shape, or tokens outside the vocabulary.
         """
-        trained = self.passes.train(given, self.backward)
+        trained = self.passes.train(given, self.passes.backward)
         self._loss_is_finite &= not math.isnan(trained.loss)
         return trained
 
     def forward(self, given: Microbatch) -> Passed:
         """See `peer.training.passes.SpanReplica`."""
-        return self.passes.forward(given)
+        passed, step = self._pieces.forward(given), self._inner_step
+        if passed.again is not None and step is not None and step.num_microbatches != MORE_MICROBATCHES:
+            step.num_microbatches = MORE_MICROBATCHES  # as many gradients as pieces: they wait for the step's end
+            for matrix in self._matrices:
+                matrix.begin(step)
+        return passed
 
     def backward(self, passed: Passed, gradient_BLH: torch.Tensor | None, *, counts: bool = True) -> Trained:
         """See `peer.training.passes.SpanReplica`."""
         if counts:
-            return self.passes.backward(passed, gradient_BLH)
+            return self._pieces.backward(passed, gradient_BLH)
         gathered = [vector.grad for vector in self._vectors]
         for matrix in self._matrices:
             matrix.is_muted = True
         try:
             self._optimizer.zero_grad(set_to_none=True)
-            return self.passes.backward(passed, gradient_BLH)
+            return self._pieces.backward(passed, gradient_BLH)
         finally:
             for matrix in self._matrices:
                 matrix.is_muted = False
@@ -373,7 +380,7 @@ class Int8Replica:
         """See `peer.training.passes.SpanReplica`."""
         piece = self._layout.piece(values)
         with holding(self._model, piece.of(self._members), views_of_shards(piece, anchors)):
-            return self.passes.measure(given)
+            return self._pieces.measure(given)
 
     # ---- small things -------------------------------------------------------------------------------------------
 
@@ -383,15 +390,6 @@ class Int8Replica:
         moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
         matrices = [tensor for matrix in self._matrices for tensor in matrix.tensors()]
         return [self._dither.table, *matrices, *self._vectors, *moments]
-
-
-def _packed(values: Float32, generator: torch.Generator | None) -> PackedEntry:
-    """``values`` (destroyed) in 8 bits, rounded stochastically; as they are without ``generator``."""
-    if generator is None:
-        return PackedEntry(values, None)
-    codes, scales = torch.empty(len(values), dtype=torch.int8), torch.empty(num_blocks(len(values)))
-    quantise_(torch.from_numpy(values), codes, scales, random_noise(len(values), generator))
-    return PackedEntry(codes.numpy(), scales.numpy())
 
 
 def _row_tiles(member: Int8Matrix | nn.Parameter) -> list[tuple[int, int]]:

@@ -30,7 +30,7 @@ Later = Sequence[tuple[slice, int]]
 """(values of the span from some shard on, microbatches that entered at that shard)"""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Passed:
     """A microbatch that went forward through a span: what its way back needs."""
 
@@ -41,6 +41,8 @@ class Passed:
     hidden_BLH: torch.Tensor
     """what the span made of them, with its graph"""
     weight: float
+    again: Microbatch | None = None
+    """nothing of it was kept: it goes forward once more on its way back"""
 
     @property
     def result_BLH(self) -> torch.Tensor:

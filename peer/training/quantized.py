@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import torch
 
-from peer.training.movement import BLOCK_VALUES
+from peer.rounds.codec import Float32
+from peer.training.dither import random_noise
+from peer.training.movement import BLOCK_VALUES, PackedEntry
 from swarm.errors import SwarmError
 
 MAX_CODE = 127
@@ -88,3 +90,12 @@ def scale_blocks_(values: torch.Tensor, factors: torch.Tensor) -> None:
     values[:end].view(whole, BLOCK_VALUES).mul_(factors[:whole, None])
     if end < len(values):
         values[end:].mul_(factors[whole])
+
+
+def packed(values: Float32, generator: torch.Generator | None) -> PackedEntry:
+    """``values`` (destroyed) in 8 bits, rounded stochastically; as they are without ``generator``."""
+    if generator is None:
+        return PackedEntry(values, None)
+    codes, scales = torch.empty(len(values), dtype=torch.int8), torch.empty(num_blocks(len(values)))
+    quantise_(torch.from_numpy(values), codes, scales, random_noise(len(values), generator))
+    return PackedEntry(codes.numpy(), scales.numpy())

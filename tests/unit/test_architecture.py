@@ -105,6 +105,7 @@ DOORS = {
         "peer/training/microbatches.py",
         "peer/training/model.py",
         "peer/training/passes.py",
+        "peer/training/pieces.py",
         "peer/training/pretrained.py",
         "peer/training/quantized.py",
         "peer/training/speed.py",

@@ -14,6 +14,7 @@ from peer.training import device, hosting, model, room
 from peer.training.fp32_replica import Replica
 from peer.training.hosting import build_replica, choose_hosting
 from peer.training.int8_replica import Int8Replica
+from peer.training.microbatches import Microbatch
 from peer.training.room import host_bytes, measure_room
 from swarm.errors import DeviceError, ResourceError
 from swarm.families import FAMILIES
@@ -195,6 +196,28 @@ def test_of_several_shards_as_many_as_fit_are_taken(monkeypatch: pytest.MonkeyPa
     replica = build_replica(chosen, spec, KEY)
     replica.load(model.initial_anchor(chosen.config, 1, span))
     assert len(replica.movement()) == chosen.choice.plan.num_values
+
+
+def test_a_span_too_takes_fewer_sequences_at_once_where_a_microbatch_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It answers microbatches of the run's size all the same, in pieces."""
+    spec = of_inner(small_spec("llama"), microbatch_sequences=64).model_copy(update={"num_shards": 2})
+    fits = choose_hosting(of_inner(spec, microbatch_sequences=16), VOCAB, "cpu").fits[-1].plan
+    with_room(monkeypatch, int((fits.device_bytes + fits.host_bytes) * 1.2))
+    chosen = choose_hosting(spec, VOCAB, "cpu")
+    assert chosen.choice.batch < 64 and chosen.choice.pieces * chosen.choice.batch >= 64
+    assert not chosen.choice.plan.span.is_whole and chosen.max_in_flight >= 1
+    replica = build_replica(chosen, spec, KEY)
+    span = chosen.choice.plan.span
+    replica.load(model.initial_anchor(chosen.config, 1, span))
+    replica.begin_step(1e-3)
+    hidden = None if span.has_embedding else torch.zeros(64, LENGTH, chosen.config.hidden_size)
+    given = Microbatch(tokens=tokens(64), weight=1 / tokens(64)[:, 1:].size, hidden_BLH=hidden)
+    passed = replica.forward(given)
+    gradient = None if span.has_head else torch.ones_like(passed.result_BLH)
+    trained = replica.backward(passed, gradient)
+    assert np.isfinite(trained.loss) and replica.finish_step(1).ok
 
 
 # ---- the replica ----------------------------------------------------------------------------------------------------

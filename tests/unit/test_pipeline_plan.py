@@ -130,6 +130,15 @@ def test_what_is_in_flight_fits_the_memory_and_one_more_would_not(device: str) -
         assert fitting.in_flight(choice, WIDE, room) == 1 + extra
 
 
+def test_in_pieces_microbatches_keep_what_comes_in_and_goes_on_of_all_their_sequences_and_nothing_else() -> None:
+    choice = replace(choice_of("cuda"), pieces=3)
+    several = memory_plan.plan(WIDE, MIDDLE, replace(choice.working, microbatches=2))
+    base, each = several.device_bytes + fitting.RUNTIME_BYTES["cuda"], 3 * 3 * 4 * 2048 * 4096
+    for extra in (0, 1, 5):
+        size = int((base + extra * each) / (1 - fitting.SPARE_SHARE)) + 1000
+        assert fitting.in_flight(choice, WIDE, fitting.Room(device_bytes=size, host_bytes=1 << 50)) == 1 + extra
+
+
 def test_at_least_one_microbatch_is_in_flight_and_never_more_than_help() -> None:
     choice = choice_of("cuda")
     sizes = [fitting.in_flight(choice, WIDE, fitting.Room(device_bytes=size, host_bytes=1)) for size in (1, 1 << 50)]
