@@ -8,6 +8,7 @@ one way to apply a round.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -28,13 +29,13 @@ from peer.rounds.exchange_parts import (
     choose_codec,
     obtain,
     round_settings,
+    uplink_of,
 )
 from peer.rounds.hearing import Hearing
 from peer.rounds.mending import debt_of, describe, heir, record_incident, state_of_branch
 from peer.rounds.replica import Replica
 from peer.rounds.round import RoundMachine
 from peer.rounds.round_actions import Action, Apply, Fetch, Offered, Persist, Reduce, Send, TakeSnapshot, View
-from peer.rounds.shard import ReplicaSnapshot
 from peer.waiting import wait_for_news
 from swarm.errors import (
     DiskFull,
@@ -267,24 +268,23 @@ class Exchange:
     async def _take_snapshot(self, machine: RoundMachine, action: TakeSnapshot) -> None:
         offered: Offered | None = Offered()
         try:
-            snapshot = await self._offer(machine, len(action.open.members))
+            round_s = None if self._round_began_at is None else self._now() - self._round_began_at
+            uplink = uplink_of(self.shard, machine, len(action.open.members), round_s)
+            snapshot = await self.replica.offer(
+                lambda: machine is self._machine and not machine.finished,
+                lambda: choose_codec(self.shard, machine.settings.round, uplink),
+                machine.settings.max_weight_tokens,
+            )
             # The snapshot is booked, or a leader opens faster than we can encode: only the newest counts.
             is_wanted = lambda: not machine.finished and machine.is_newest(action.ballot)  # noqa: E731
-            offered = await self.replica.encode(snapshot, action, self._spill.put, is_wanted)
+            fit = functools.partial(uplink.fit_beside, turn=machine.settings.round)
+            offered = await self.replica.encode(snapshot, action, self._spill.put, is_wanted, fit)
         except DiskFull:
             raise  # the person has to see to it: nothing could ever be sent again
         except ResourceError as error:
             log.warning("round %d: nothing to contribute: %s", machine.settings.round, error)
         if (ready := offered) is not None:
             self._event(machine, lambda now: machine.on_snapshot(action.ballot, ready, now))
-
-    async def _offer(self, machine: RoundMachine, num_members: int) -> ReplicaSnapshot | None:
-        round_s = None if self._round_began_at is None else self._now() - self._round_began_at
-        return await self.replica.offer(
-            lambda: machine is self._machine and not machine.finished,
-            lambda: choose_codec(self.shard, machine, num_members, round_s),
-            machine.settings.max_weight_tokens,
-        )
 
     async def _fetch(self, machine: RoundMachine, action: Fetch) -> None:
         async with self._fetches:

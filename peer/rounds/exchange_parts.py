@@ -176,13 +176,13 @@ def round_settings(parts: ExchangeParts, head: LogHead, spill: Spill) -> RoundSe
     )
 
 
-def choose_codec(shard: Shard, machine: RoundMachine, num_members: int, round_s: float | None) -> str:
-    """The rung in which this member contributes to the round of ``machine``, by its uplink as it announces it.
+def uplink_of(shard: Shard, machine: RoundMachine, num_members: int, round_s: float | None) -> Uplink:
+    """What this member's upload in the round of ``machine`` meets, by its uplink as it announces it.
 
     ``round_s``: seconds since the round began; None where that was not seen.
     """
     offered = {candidate.key: candidate.upload_bps for candidate in machine.view.candidates}
-    uplink = Uplink(
+    return Uplink(
         upload_bps=offered.get(machine.settings.me),
         num_values=shard.num_values,
         num_members=num_members,
@@ -190,8 +190,12 @@ def choose_codec(shard: Shard, machine: RoundMachine, num_members: int, round_s:
         round_s=None if round_s is None else round_s / shard.spec.num_shards,
         timeout_s=machine.settings.reduce_timeout_s / 2,
     )
+
+
+def choose_codec(shard: Shard, round_number: int, uplink: Uplink) -> str:
+    """The rung in which this member contributes."""
     codec, why = choose_rung(shard.spec.rounds.ladder, uplink)
-    log.debug("round %d: %s", machine.settings.round, why)
+    log.debug("round %d: %s", round_number, why)
     return codec
 
 

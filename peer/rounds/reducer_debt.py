@@ -5,9 +5,10 @@ taken over. An attempt that was not committed changes nothing, and each attempt 
 Leaves averaging to `peer.rounds.shard`.
 
 The debt belongs to slices. Where this peer averages them again it adds it itself; where somebody else does, it goes to
-that reducer beside our contribution, and is ours no longer once a commit says whose losses are in the average. Lost is
-what a reducer owes when it ends (docs/protocol.md). Debt is kept and handed over in int8, slice by slice, on disk where
-somebody has a place for it: in memory it would take 1.02 bytes a value. What int8 loses is below a hundredth of it.
+that reducer beside our contribution, as far as it fits into the time that has, and is ours no longer once a commit says
+whose losses are in the average. Lost is what a reducer owes when it ends (docs/protocol.md). Debt is kept and handed
+over in int8, slice by slice, on disk where somebody has a place for it: in memory it would take 1.02 bytes a value.
+What int8 loses is below a hundredth of it.
 
 What is handed over is hearsay: it counts when the log names who hands it over as a reducer of these slices, and as far
 as it is short: nobody judges where it points. And all that is added to a mean is together no longer than what its
@@ -65,6 +66,10 @@ class ReducerDebt:
 
     def _pieces(self, first_slice: int, num_values: int) -> list[Piece]:
         return [(place, self._owed[i]) for i, place in _slices(first_slice, num_values) if i in self._owed]
+
+    def owed_bytes(self, first_slice: int, num_slices: int) -> int:
+        """What is owed to these slices takes so much to hand over."""
+        return sum(len(self._owed[i]) for i in range(first_slice, first_slice + num_slices) if i in self._owed)
 
     def to_hand_over(self, first_slice: int, num_slices: int) -> HandOver | None:
         """What is owed to these slices, for whoever averages them now."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,27 +82,38 @@ class Replica:
         action: TakeSnapshot,
         keep: Callable[[bytes], Kept],
         is_wanted: Callable[[], bool],
+        choose_owed: Callable[[str, Sequence[int]], Collection[int]],
     ) -> Offered | None:
-        """What an attempt gets of ``snapshot``, and of what we owe as a reducer; None once it is wanted no more."""
+        """What an attempt gets of ``snapshot``, and of what we owe as a reducer; None once it is wanted no more.
+
+        ``choose_owed``: of which parts that is handed over, by the codec of ``snapshot`` and what each part's takes.
+        """
         encoded, norms, owed = list[Kept](), list[tuple[float, float]](), list[HandOver | None]()
         if snapshot is not None and not snapshot.tokens:
             snapshot = None
+        weight, codec = snapshot.offer_to(action.ballot) if snapshot is not None else (0, "")
+        debt, parts = self._shard.reducer_debt, action.open.parts
+        is_ours = [action.open.members[part.reducer].peer_key == self._me for part in parts]
+        async with self._at_work:  # and nobody books meanwhile
+            sizes = [
+                0 if ours else debt.owed_bytes(part.first_slice, part.num_slices)
+                for part, ours in zip(parts, is_ours, strict=True)
+            ]
+        handed_over = choose_owed(codec, sizes)
 
-        def work(part: Part) -> None:
+        def work(index: int, part: Part) -> None:
             if snapshot is not None:
                 data, norm_of_it = self._shard.encode_measured(snapshot, part)
                 encoded.append(keep(data))
                 norms.append(norm_of_it)
-            is_ours = action.open.members[part.reducer].peer_key == self._me
-            debt = self._shard.reducer_debt
-            owed.append(None if is_ours else debt.to_hand_over(part.first_slice, part.num_slices))
+            goes = sizes[index] > 0 and index in handed_over
+            owed.append(debt.to_hand_over(part.first_slice, part.num_slices) if goes else None)
 
-        for part in action.open.parts:
+        for index, part in enumerate(parts):
             async with self._at_work:
                 if not is_wanted():
                     return None
-                await self._blocking(functools.partial(work, part))
-        weight, codec = snapshot.offer_to(action.ballot) if snapshot is not None else (0, "")
+                await self._blocking(functools.partial(work, index, part))
         return Offered(weight_tokens=weight, codec=codec, encoded=encoded, norms=norms, owed=owed)
 
     def begin(self) -> None:
