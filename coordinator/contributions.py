@@ -17,7 +17,7 @@ from coordinator import incidents
 from coordinator.run import Run
 from coordinator.store import Losses, NewCommit, PeerRow, RoundRow, Store
 from swarm import digest, log
-from swarm.errors import ConfigError, ProtocolError, VerificationError
+from swarm.errors import ConfigError, EarlierVersion, ProtocolError, VerificationError
 from swarm.log import LogHead
 from swarm.proto import coordinator_pb2 as pb
 from swarm.proto.round_pb2 import Commit, Record, Share
@@ -179,6 +179,8 @@ def _replay(head: LogHead, store: Store) -> LogHead:
             try:
                 commit = Commit.FromString(raw)
                 head = log.next_head(head, commit.record, log.parse_record(commit.record, head))
+            except EarlierVersion as error:
+                raise EarlierVersion(f"round {number} in the database was {error}") from error
             except (DecodeError, VerificationError) as error:
                 raise ConfigError(
                     f"the database is damaged at round {number}: {error}", "restore it from a backup"

@@ -19,6 +19,7 @@
     │   ├── RefusedCheckpoint  65  whoever signed it: code, lying headers, odd names, links, another run
     │   ├── PinError                   the coordinator's key is not the invite's
     │   └── ProtocolError              a message of a wrong shape, size, round or sender
+    │       └── EarlierVersion         a record of a version of the protocol that is no longer spoken
     └── ResourceError              74  the machine lacks something
         ├── DiskFull                   no space left, or the disk limit is reached
         ├── DeviceError                no such compute device
@@ -113,6 +114,13 @@ class PinError(VerificationError):
 
 class ProtocolError(VerificationError):
     pass
+
+
+class EarlierVersion(ProtocolError):
+    usual_advice = (
+        "go on with the program that wrote it, or begin a new run from its last checkpoint (swarm start --from);"
+        " nobody could sign this log anew"
+    )
 
 
 class ResourceError(SwarmError):

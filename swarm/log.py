@@ -14,13 +14,15 @@ from dataclasses import dataclass, replace
 from google.protobuf.message import DecodeError
 
 from swarm import averages, digest
-from swarm.errors import ProtocolError, SignatureError, VerificationError
+from swarm.errors import EarlierVersion, ProtocolError, SignatureError, VerificationError
 from swarm.identity import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, verify
 from swarm.proto.common_pb2 import Genesis, Signed
 from swarm.proto.round_pb2 import Commit, PartResult, Record, Rejection, Share, Vote
 
 GENESIS_CONTEXT = "genesis"
 VOTE_CONTEXT = "vote"
+PROTOCOL_VERSION = 2
+"""of records; 1: averages without their reducers' signatures"""
 MAX_VOTERS = 7
 # Fewer voters than this: founders outweigh the others.
 SMALL_SWARM = 5
@@ -239,6 +241,11 @@ def _check_parts(parts: Sequence[PartResult]) -> None:
         if part.first_slice != expected or part.num_slices < 1:
             raise ProtocolError("the parts of a record do not cover the shard once")
         expected += part.num_slices
+        if part.digest and not part.signature:
+            raise EarlierVersion(
+                "written by version 1 of the protocol, whose averages carry no reducer's signature;"
+                f" this program speaks version {PROTOCOL_VERSION}"
+            )
         if part.digest and (len(part.reducer) != PUBLIC_KEY_BYTES or len(part.signature) != SIGNATURE_BYTES):
             raise ProtocolError("a part of a record names no reducer, or is not signed by it")
         if part.digest and (len(part.digest) != digest.DIGEST_BYTES or not 1 <= len(part.shares) <= MAX_MEMBERS):

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from peer.rounds.ledger import MAX_COMMIT_BYTES
 from peer.rounds.shard import Shard, StateBuffers, load_state
 from swarm import digest, log
-from swarm.errors import DataError, NotFound
+from swarm.errors import DataError, EarlierVersion, NotFound
 from swarm.files import write_durably
 from swarm.log import LogHead
 from swarm.proto.common_pb2 import Genesis, Signed
@@ -82,7 +82,10 @@ class ShardArchive:
                 commit = Commit.FromString(raw)
             except DecodeError as error:
                 raise DataError(f"the archive's log is damaged after round {head.round}") from error
-            record, head = log.verify_commit(head, commit)
+            try:
+                record, head = log.verify_commit(head, commit)
+            except EarlierVersion as error:
+                raise EarlierVersion(f"round {head.round + 1} of this archive was {error}") from error
             yield record, head
 
     def parts_of(self, record: Record) -> dict[bytes, bytes] | None:

@@ -24,7 +24,7 @@ from peer.p2p.chunk_store import ChunkStore
 from peer.rounds.paxos import Acceptor
 from peer.rounds.shard import Shard, StateBuffers, load_state
 from swarm import digest
-from swarm.errors import DigestError, DiskFull, NotFound, ProtocolError
+from swarm.errors import DigestError, DiskFull, EarlierVersion, NotFound, ProtocolError
 from swarm.files import Kept, disk_errors, fsync_folder, write_durably
 from swarm.log import LogHead, gone_of, verify_commit
 from swarm.proto.round_pb2 import Commit, Record, StateReply
@@ -275,10 +275,16 @@ class Ledger:
                 os.truncate(self._log_path, offset)
                 fsync_folder(self._folder)
                 return
-            record, head = verify_commit(self.head, commit)
+            record, head = self._verified(commit)
             self._note(commit, offset, head)
             self._chunks.pin(self._group("round", head.round), [part.digest for part in record.parts if part.digest])
             offset += _FRAME.size + _FRAME.unpack_from(raw, offset)[0]
+
+    def _verified(self, commit: Commit) -> tuple[Record, LogHead]:
+        try:
+            return verify_commit(self.head, commit)
+        except EarlierVersion as error:
+            raise EarlierVersion(f"round {self.head.round + 1} in {self._log_path} was {error}") from error
 
     def _read_frame(self, raw: bytes, offset: int) -> Commit | None:
         """The commit at ``offset``; None where the last frame is incomplete. Damage before that is an error."""

@@ -10,7 +10,7 @@ from peer.p2p.chunk_store import ChunkStore
 from peer.rounds.ledger import Ledger, LedgerOptions
 from peer.rounds.paxos import Acceptor
 from swarm import digest
-from swarm.errors import DigestError, NotFound, ProtocolError
+from swarm.errors import DigestError, EarlierVersion, NotFound, ProtocolError
 from swarm.identity import Identity
 from swarm.log import VOTE_CONTEXT, LogHead, genesis_head, next_head
 from swarm.proto.common_pb2 import Genesis, ShardGenesis
@@ -33,7 +33,9 @@ def open_ledger(folder: Path, *, archive: bool = False) -> Ledger:
     return Ledger(folder / "shard-0", genesis_head(GENESIS, 0), chunks, LedgerOptions(archive=archive))
 
 
-def commit_after(head: LogHead, data: bytes, state_digest: bytes = SHARD.state_digest) -> tuple[Commit, LogHead]:
+def commit_after(
+    head: LogHead, data: bytes, state_digest: bytes = SHARD.state_digest, *, signed: bool = True
+) -> tuple[Commit, LogHead]:
     record = Record(
         shard=0,
         round=head.round + 1,
@@ -51,7 +53,8 @@ def commit_after(head: LogHead, data: bytes, state_digest: bytes = SHARD.state_d
         total_tokens=head.total_tokens + 5,
         codec="int8",
     )
-    sign_averages(record, RUN_ID)
+    if signed:
+        sign_averages(record, RUN_ID)
     raw = record.SerializeToString()
     vote = Vote(
         shard=0,
@@ -99,6 +102,17 @@ def test_a_flipped_byte_in_the_log_is_not_believed(tmp_path: Path) -> None:
     log.write_bytes(raw)
     with pytest.raises(DigestError, match="damaged"):
         open_ledger(tmp_path)
+
+
+def test_a_log_of_an_earlier_version_is_told_by_its_version_and_what_can_be_done(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path)
+    fill(ledger, 1)
+    commit, head = commit_after(ledger.head, b"an average", signed=False)
+    ledger.append(commit, head, {})
+    with pytest.raises(EarlierVersion) as refused:
+        open_ledger(tmp_path)
+    assert f"round 2 in {tmp_path / 'shard-0' / 'log'} was written by version 1" in str(refused.value)
+    assert "program that wrote it" in refused.value.advice and "--from" in refused.value.advice
 
 
 def test_a_vote_survives_a_restart_and_belongs_to_its_round(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from swarm import digest, log
-from swarm.errors import ProtocolError, SignatureError, SwarmError, VerificationError
+from swarm.errors import EarlierVersion, ProtocolError, SignatureError, SwarmError, VerificationError
 from swarm.identity import Identity
 from swarm.proto.common_pb2 import Genesis, ShardGenesis, Signed
 from swarm.proto.round_pb2 import Ballot, Commit, PartResult, Record, Rejection, Share, Vote
@@ -244,7 +244,7 @@ RECORD_CASES: list[tuple[str, Callable[[Record], object], type[SwarmError], str]
         "wrong length",
     ),
     ("no reducer", lambda r: r.parts[0].ClearField("reducer"), ProtocolError, "no reducer"),
-    ("no signature", lambda r: r.parts[0].ClearField("signature"), ProtocolError, "not signed"),
+    ("no signature", lambda r: r.parts[0].ClearField("signature"), EarlierVersion, "version 1 of the protocol"),
     ("an absent part with a reducer", lambda r: setattr(r.parts[2], "reducer", PEER_A), ProtocolError, "absent part"),
     ("losses of one twice", lambda r: r.parts[0].handed_over_by.extend([PEER_A] * 2), ProtocolError, "one peer twice"),
     ("a norm below 0", lambda r: setattr(r.parts[0].shares[0], "norm", -1.0), ProtocolError, "impossible norm"),
