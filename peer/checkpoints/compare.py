@@ -51,6 +51,7 @@ class Difference:
             "a": _side(self.a),
             "b": _side(self.b),
             "same_run": manifest_a.run_id == manifest_b.run_id,
+            "starts_from_a": _starts_from(self.b, self.a),
             "rounds": manifest_b.round - manifest_a.round,
             "tokens": manifest_b.total_tokens - manifest_a.total_tokens,
             "same_data": spec_a.data.manifest_digest == spec_b.data.manifest_digest,
@@ -129,6 +130,15 @@ def _side(facts: FolderFacts) -> dict[str, Any]:
         "data_manifest_digest": listed.data_manifest_digest,
         "train_tokens": facts.card.data.train_tokens,
     }
+
+
+def _starts_from(later: FolderFacts, earlier: FolderFacts) -> bool | None:
+    """Whether the run of ``later`` began with the very weights of ``earlier``; None: by the digests of several shards
+    that cannot be told."""
+    base, listed = later.provenance.spec.base, earlier.provenance.manifest
+    if base is None:
+        return False
+    return base.anchor_digest == listed.anchor.digest if len(listed.states) == 1 else None
 
 
 def _sources_beyond(these: FolderFacts, those: FolderFacts) -> list[str]:

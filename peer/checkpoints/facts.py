@@ -6,6 +6,7 @@ Decides which files are read, and that each has the digest that the manifest lis
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from peer.checkpoints.card import CardFacts
-from peer.checkpoints.verify import KnownOf, Provenance, knows_nothing, read_provenance
+from peer.checkpoints.verify import KnownOf, Provenance, knows_nothing, open_regular, read_provenance
 from peer.checkpoints.weights import Weights
 from swarm import data_manifest, digest, evaluation, manifest, run_record
 from swarm.errors import DataError, SwarmError, VerificationError
@@ -120,13 +121,22 @@ def read_evaluations(folder: Path, provenance: Provenance) -> tuple[tuple[Signed
 
 
 def _read_evaluation(path: Path, provenance: Provenance) -> SignedEvaluation:
-    if path.stat().st_size > _MAX_SIGNED_BYTES:
-        raise VerificationError("larger than an evaluation may be")
-    signed = Signed.FromString(path.read_bytes())
+    signed = Signed.FromString(_read_beside(path))
     parsed = evaluation.parse_signed(signed, provenance.run_id)
     if parsed.manifest_digest != manifest_digest(provenance):
         raise VerificationError("it is of another checkpoint")
+    readable = path.with_suffix(".json")
+    if os.path.lexists(readable) and _read_beside(readable) != signed.payload:
+        raise VerificationError(f"{readable.name} is not what was signed")
     return SignedEvaluation(name=path.stem, evaluation=parsed, signer=signed.signer)
+
+
+def _read_beside(path: Path) -> bytes:
+    with open_regular(path) as file:
+        raw = file.read(_MAX_SIGNED_BYTES + 1)
+    if len(raw) > _MAX_SIGNED_BYTES:
+        raise VerificationError("larger than an evaluation may be")
+    return raw
 
 
 def _listed(folder: Path, provenance: Provenance, name: str, max_bytes: int) -> bytes | None:

@@ -92,10 +92,12 @@ class Report:
     warnings: tuple[str, ...]
     is_refused: bool = False
     """a problem is one that no download mends: what was signed, or lies beside it, is not fit to be used"""
+    bad_evaluations: tuple[str, ...] = ()
+    """that lie beside the checkpoint, where somebody looked: `peer.checkpoints.facts.read_evaluations`"""
 
     @property
     def ok(self) -> bool:
-        return not self.problems
+        return not self.problems and not self.bad_evaluations
 
     def require_ok(self) -> None:
         """Raise `RefusedCheckpoint` or `DigestError` with the first problem."""
@@ -106,6 +108,11 @@ class Report:
             raise DigestError(
                 f"{self.folder}: {self.problems[0]}{more}",
                 "do not use this checkpoint; download it again, only what is damaged will be fetched",
+            )
+        if self.bad_evaluations:
+            raise DigestError(
+                f"{self.folder}: evaluations/{self.bad_evaluations[0]}",
+                "the checkpoint itself is right: move the evaluation away, or measure again",
             )
 
     def as_json(self) -> dict[str, object]:
@@ -130,6 +137,7 @@ class Report:
             "num_files": len(manifest.files),
             "size_bytes": manifest.size_bytes,
             "problems": list(self.problems),
+            "bad_evaluations": list(self.bad_evaluations),
             "warnings": list(self.warnings),
         }
 

@@ -37,7 +37,11 @@ def diff(
         return
     rows = [(key, difference["a"][key], difference["b"][key]) for key in difference["a"]]
     output.table("", ("what", "A", "B"), rows)
-    print(f"{difference['rounds']:,} rounds and {difference['tokens']:,} tokens apart")
+    if difference["starts_from_a"]:
+        ago = f"{difference['b']['round']:,} rounds, {difference['b']['total_tokens']:,} tokens ago"
+        print(f"B's run started from A: {ago}")
+    else:
+        print(f"{difference['rounds']:,} rounds and {difference['tokens']:,} tokens apart")
     print("the same data" if difference["same_data"] else "other data")
     if not difference["same_run"]:
         print(f"two runs; rules that differ: {', '.join(difference['rules_changed'])}")

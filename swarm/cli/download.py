@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,6 +77,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every byte and signature of a checkpoint, offline; exit code 76 where anything is wrong."""
+    from peer.checkpoints.facts import read_evaluations
     from peer.checkpoints.sources import Tally
 
     run_id, tally = parse_run(run), Tally()
@@ -84,6 +86,7 @@ def verify(
         report = asyncio.run(repair_checkpoint(folder, run, where, tally))
     else:
         report = _verify(folder, run_id)
+    report = replace(report, bad_evaluations=read_evaluations(folder, report.provenance)[1])
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if as_json:

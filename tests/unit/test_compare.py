@@ -21,6 +21,7 @@ from swarm.errors import DataError, DigestError, SwarmError
 from swarm.evaluation import Evaluation, Result
 from swarm.families import family_of
 from swarm.identity import Identity
+from swarm.run_spec import Base
 from tests.checkpoint_samples import SignedCheckpoint, make_parts, signed_checkpoint, with_tensors
 
 app = typer.Typer()
@@ -73,6 +74,21 @@ def test_diff_names_the_rules_of_two_runs_that_differ(pair: tuple[Path, Path], t
     other = checkpoint(tmp_path / "c", 3, name="other").folder
     found = run("diff", pair[0], other)
     assert (found["same_run"], found["rules_changed"]) == (False, ["name"])
+
+
+@pytest.mark.parametrize("is_its_base", [True, False])
+def test_diff_tells_a_run_that_started_from_the_other_checkpoint(
+    pair: tuple[Path, Path], tmp_path: Path, is_its_base: bool
+) -> None:
+    anchor = read_facts(pair[0], None).provenance.manifest.anchor.digest if is_its_base else "a" * 64
+    parts = with_tensors(make_parts(2, "tuned", num_values=2), tensors(0.5))
+    base = Base(name="a", anchor_digest=anchor, vocab_size=256)
+    spec = parts.spec.model_copy(update={"base": base})
+    tuned = signed_checkpoint(tmp_path / "tuned", replace(parts, spec=spec, run_id=spec.run_id)).folder
+    assert run("diff", pair[0], tuned)["starts_from_a"] is is_its_base
+    assert run("diff", tuned, pair[0])["starts_from_a"] is False
+    told = CliRunner().invoke(app, ["diff", str(pair[0]), str(tuned)]).stdout
+    assert ("B's run started from A: 2 rounds, 500 tokens ago" in told) is is_its_base
 
 
 def test_models_of_other_shapes_are_not_compared(pair: tuple[Path, Path], tmp_path: Path) -> None:

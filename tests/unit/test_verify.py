@@ -7,21 +7,28 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from peer.checkpoints import evaluations
 from peer.checkpoints.checkpoint import describe_file, write_signed
 from peer.checkpoints.forms import header_problem
+from peer.checkpoints.recording import add_record
 from peer.checkpoints.verify import verify_folder
 from swarm import manifest as manifests
 from swarm import run_spec
+from swarm.cli import main
 from swarm.errors import DataError, DigestError, SignatureError, SwarmError, VerificationError
+from swarm.identity import Identity
 from swarm.proto.common_pb2 import Signed
+from swarm.run_record import Energy, RunRecord
 from tests.checkpoint_samples import (
     ORGANIZER,
     PUBLISHER,
     SignedCheckpoint,
+    evaluation,
     make_parts,
     publication_of,
     signed_checkpoint,
@@ -40,6 +47,12 @@ def fails(folder: Path, run_id: bytes | None) -> str:
         verify_folder(folder, run_id).require_ok()
     assert isinstance(caught.value, (VerificationError, DataError))
     return str(caught.value)
+
+
+def exit_of(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main.main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
 
 
 def re_sign(made: SignedCheckpoint, **changes: object) -> None:
@@ -82,6 +95,32 @@ def test_any_flipped_bit_in_any_file_is_noticed(made: SignedCheckpoint, seed: in
                 fails(made.folder, run_id)
         path.write_bytes(good)
     assert verify_folder(made.folder, made.run_id).ok
+
+
+def test_any_flipped_bit_in_a_record_or_in_what_was_measured_is_noticed(
+    made: SignedCheckpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command: an evaluation lies beside the checkpoint, and keeps nobody from using that."""
+    energy = Energy(devices=(), kwh=0, co2_kg=0, unknown_tokens=0, method="none")
+    raw = RunRecord(round=10, num_peers=1, energy=energy).canonical_bytes()
+    manifest = add_record(made.folder, make_parts(num_values=1000), made.manifest, raw)
+    changed = replace(made, publication=publication_of(manifest.canonical_bytes(), made.run_id))
+    write_signed(made.folder, changed.publication, made.signed_spec)
+    evaluations.record(made.folder, evaluation(changed, 0.5), Identity(b"a" * 32))
+    rng = random.Random(0)
+    paths = [made.folder / "run-record.json", *sorted((made.folder / "evaluations").iterdir())]
+    assert len(paths) == 3 and exit_of("verify", made.folder) == 0
+    for path in paths:
+        good = path.read_bytes()
+        for position in {0, len(good) - 1, *(rng.randrange(len(good)) for _ in range(10))}:
+            bad = bytearray(good)
+            bad[position] ^= 1 << rng.randrange(8)
+            path.write_bytes(bad)
+            assert exit_of("verify", made.folder) == 76
+            assert path.stem in capsys.readouterr().err
+            assert verify_folder(made.folder, made.run_id).ok == (path.parent != made.folder)
+        path.write_bytes(good)
+    assert exit_of("verify", made.folder) == 0
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100], ids=lambda cut: f"{cut} bytes left")
