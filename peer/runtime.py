@@ -33,7 +33,7 @@ from peer.rounds.exchange_parts import Committed, tell_verdicts
 from peer.rounds.member import Words
 from peer.rounds.mending import Incident
 from peer.spanning import span_trainer
-from peer.starting import Start, find_holders, find_start
+from peer.starting import Start, backfill_of, find_holders, find_start
 from peer.states import States
 from peer.telling import Telling, prediction
 from peer.token_mirror import TokenMirror
@@ -162,8 +162,10 @@ class Peer:
         self.hosted = HostedShards(joined, start.shards, self.training, self.words, listeners)
         mirrors = joined.options.mirrors
         self.mirror = TokenMirror(joined.folder, joined.manifest, self._fetch_token_shard) if mirrors else None
+        backfill = backfill_of(joined, self.hosted.exchanges) if not joined.options.trains else None
         self.telling = Telling(
             joined=joined,
+            backfill=backfill,
             hosted=self.hosted,
             training=self.training,
             mirror=self.mirror,
@@ -172,6 +174,7 @@ class Peer:
         )
         self.reporter = Reporter(joined.client, joined.ledgers, self.telling.report, self._renew_admission)
         self.states = States(joined, self.hosted, start, self.reporter, self._on_checkpoint)
+        self.seed_jobs = [job.run for job in (self.mirror, backfill) if job is not None]
         self._finished = asyncio.Event()
 
     # ---- life ---------------------------------------------------------------------------------------------------
@@ -197,7 +200,7 @@ class Peer:
                 self.removals.run(),
                 self._watch_trainer(),
                 self._consider_moves(),
-                *((self.mirror.run(),) if self.mirror is not None else ()),
+                *(run() for run in self.seed_jobs),
             )
         ]
         self._consider_end()

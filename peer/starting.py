@@ -1,7 +1,7 @@
 """Where a joined peer takes part from: the states that logs prove, from its own disk or from whoever holds them.
 
-Decides whom to ask, and how often. Leaves what a state must show to `peer.rounds.catch_up`, and what this disk knows
-better to `peer.rounds.resume`.
+Decides whom to ask, and how often; and whom a seed peer asks for what its archive lacks. Leaves what a state must show
+to `peer.rounds.catch_up`, and what this disk knows better to `peer.rounds.resume`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from peer.checkpoints.backfilling import Backfill, Late
 from peer.checkpoints.gathering import Gathering
 from peer.checkpoints.publishing import StateCopy
 from peer.joining import RETRY_S, Joined
 from peer.p2p.reachability import seeds_of
 from peer.rounds.catch_up import Newcomer, obtain_state
+from peer.rounds.exchange import Exchange
 from peer.rounds.ledger import Ledger
 from peer.rounds.resume import resume
 from peer.rounds.shard import Shard
@@ -93,11 +95,11 @@ async def find_start(joined: Joined) -> Start:
     return Start(shards=tuple(starts), due=tuple(due), gathering=gathering)
 
 
-async def _starting_state(joined: Joined, ledger: Ledger) -> tuple[LogHead, Shard]:
-    """Asks again while nobody offers one."""
+def newcomer_of(joined: Joined, ledger: Ledger) -> Newcomer:
+    """What fetching a shard's states and log needs."""
     number = ledger.head.shard
     genesis = joined.run.genesis.shards[number]
-    newcomer = Newcomer(
+    return Newcomer(
         transport=joined.transport,
         ledger=ledger,
         chunks=joined.chunks,
@@ -107,6 +109,11 @@ async def _starting_state(joined: Joined, ledger: Ledger) -> tuple[LogHead, Shar
         num_values=genesis.num_values,
         book=joined.book,
     )
+
+
+async def _starting_state(joined: Joined, ledger: Ledger) -> tuple[LogHead, Shard]:
+    """Asks again while nobody offers one."""
+    newcomer, number = newcomer_of(joined, ledger), ledger.head.shard
     for _ in range(STATE_ATTEMPTS - 1):
         try:
             return await obtain_state(newcomer, await find_holders(joined, number))
@@ -114,3 +121,17 @@ async def _starting_state(joined: Joined, ledger: Ledger) -> tuple[LogHead, Shar
             logger.info("no state yet: %s", error)
             await asyncio.sleep(RETRY_S)
     return await obtain_state(newcomer, await find_holders(joined, number))
+
+
+def backfill_of(joined: Joined, exchanges: Sequence[Exchange]) -> Backfill:
+    """Of a seed peer: it may have joined late, or have lost its folder."""
+    me = joined.identity.public_key
+    shards = [
+        Late(newcomer=newcomer_of(joined, ledger), at_rest=exchange.at_rest)
+        for ledger, exchange in zip(joined.ledgers, exchanges, strict=True)
+    ]
+
+    def holders() -> list[bytes]:
+        return [seed for seed in dict.fromkeys([*seeds_of(joined.transport.seeds), *joined.founders]) if seed != me]
+
+    return Backfill(shards, holders)

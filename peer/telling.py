@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from peer.checkpoints.backfilling import Backfill
 from peer.hosted import HostedShards
 from peer.joining import USUAL_UPLOAD_BPS, Joined, own_addresses
 from peer.predicting import Seen, predict
@@ -23,12 +24,13 @@ from swarm.proto.coordinator_pb2 import ReportPayload
 
 @dataclass(slots=True, kw_only=True)
 class Telling:
-    """``training``: None on a seed peer; ``mirror``: of one that fetches what it serves."""
+    """``training``: None on a seed peer, which alone has a ``backfill``; ``mirror``: of one that fetches its data."""
 
     joined: Joined
     hosted: HostedShards
     training: Training | None
     mirror: TokenMirror | None
+    backfill: Backfill | None
     words: Words
     device: str
     _told: Stats = field(default_factory=Stats)
@@ -61,6 +63,7 @@ class Telling:
             "disk bytes": self.joined.chunks.used_bytes,
             **(self.of_shards(stats) if self.joined.run.spec.num_shards > 1 else {}),
             **({"token shards": self.mirror.told} if self.mirror is not None else {}),
+            **({"archived rounds": self.backfill.told} if self.backfill is not None and self.backfill.told else {}),
         }
 
     def of_shards(self, stats: Stats) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from swarm import digest
 from swarm.errors import DigestError, DiskFull, EarlierVersion, NotFound, ProtocolError
 from swarm.files import Kept, disk_errors, fsync_folder, write_durably
 from swarm.log import LogHead, gone_of, verify_commit
-from swarm.proto.round_pb2 import Commit, Record, StateReply
+from swarm.proto.round_pb2 import Commit, PartResult, Record, StateReply
 from swarm.run_spec import RunSpec
 
 _FRAME = struct.Struct("<II")
@@ -177,8 +177,17 @@ class Ledger:
             if not self._options.archive:
                 raise
             given_up = self._archived_from + max(1, (round_number - self._archived_from) // 4)
-            self._release_rounds(given_up)
+            self.release_rounds(given_up)
             self._chunks.put_all(parts)
+
+    def lacking(self, round_number: int) -> list[PartResult]:
+        """The averages of a round that are not on this disk, and will stay once they are; none of what was given up."""
+        if round_number < self._archived_from:
+            return []
+        (commit,) = self.commits(round_number, 1)
+        parts = [part for part in Record.FromString(commit.record).parts if part.digest]
+        self._chunks.pin(self._group("round", round_number), [part.digest for part in parts])
+        return [part for part in parts if not self._chunks.has(part.digest)]
 
     def commits(self, first_round: int, count: int) -> list[Commit]:
         """Commits of rounds ``first_round``, ``first_round + 1``, ... as far as they are here."""
@@ -317,14 +326,15 @@ class Ledger:
         for number in sorted(set(self._states) - {*kept, self._fork, *genesis}):
             self._drop_state(number)
         if not self._options.archive and kept:
-            self._release_rounds(kept[0] + 1)
+            self.release_rounds(kept[0] + 1)
 
     def _drop_state(self, number: int) -> None:
         del self._states[number]
         (self._folder / f"state-{number}").unlink(missing_ok=True)
         self._chunks.unpin(self._group("state", number))
 
-    def _release_rounds(self, before: int) -> None:
+    def release_rounds(self, before: int) -> None:
+        """The averages of earlier rounds need not stay."""
         for number in range(self._archived_from, before):
             self._chunks.unpin(self._group("round", number))
         self._archived_from = max(self._archived_from, before)

@@ -147,6 +147,7 @@ def _audit_folder(run_id: bytes) -> Path:
 async def _collect(invite: Invite, last_round: int, start: CheckpointManifest | None) -> Archive:
     """The run's archive, fetched from its seed peers as far as this machine lacks it."""
     from peer.checkpoints.collecting import Sources, collect
+    from peer.p2p.reachability import seeds_of
 
     first_round = 0 if start is None else start.round
     async with coordinator(invite) as client:
@@ -154,7 +155,7 @@ async def _collect(invite: Invite, last_round: int, start: CheckpointManifest | 
         async with network(invite, run) as transport:
             sources = Sources(
                 transport=transport,
-                holders=tuple(run.genesis.voters),
+                holders=tuple(dict.fromkeys([*seeds_of(run.seed_addresses), *run.genesis.voters])),
                 spec=run.spec,
                 genesis=run.genesis,
                 signed_genesis=run.signed_genesis,

@@ -110,7 +110,7 @@ def _span(first: int, number: int) -> str:
 SHOWN = frozenset(
     {
         *("round", "committed tokens", "target tokens", "my tokens", "tokens/s", "loss", "peers", "sent bytes"),
-        *("run tokens/s", "hosts", "can do", "shards", "waits for", "token shards"),
+        *("run tokens/s", "hosts", "can do", "shards", "waits for", "token shards", "archived rounds"),
     }
 )
 

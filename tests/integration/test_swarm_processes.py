@@ -9,6 +9,7 @@ from __future__ import annotations
 import getpass
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from typing import Any
 import psutil
 import pytest
 
-from swarm import presets, run_file
+from peer.home import Home
+from swarm import keyfiles, presets, run_file
+from swarm.invite import parse
 from tests.integration.processes import (
     Program,
     end_all,
@@ -266,7 +269,10 @@ print(json.dumps({"shape": list(logits.shape), "finite": bool(torch.isfinite(log
 
 
 def test_a_run_ends_with_a_published_checkpoint_that_transformers_opens(data: Path, tmp_path: Path) -> None:
-    """`swarm start` with a seed peer of its own, two volunteers to the last round, download, verify, open, Ctrl-C."""
+    """`swarm start` with a seed peer of its own, two volunteers to the last round, download, verify, open, Ctrl-C.
+
+    A further seed peer that joins after all that has the whole archive in the end: the first one's folder may go.
+    """
     changes = {
         "total_tokens": SHORT_RUN_TOKENS,
         "rounds": {"tokens_per_round": SHORT_ROUND_TOKENS},
@@ -286,9 +292,13 @@ def test_a_run_ends_with_a_published_checkpoint_that_transformers_opens(data: Pa
         run.assert_equal_states()
         assert_last_checkpoint_opens(run, status["round"])
         assert_the_log_makes_the_last_checkpoint(run, status["round"])
+        start_late_seed(run, status["round"])
         occupied = footprint(run.coordinator.pid)
         assert run.coordinator.leave(signal.SIGINT, 2 * LEAVE_S) == 0, run.coordinator.last_words()
         assert occupied.remains() == []
+        shutil.rmtree(run.run_file.parent / "state" / "seed")
+        run.start_coordinator("--no-seed", "--port", parse(run.invite).addresses[0].rpartition(":")[2])
+        assert_audited_without_the_first_seed_peer(run, status["round"])
     finally:
         run.end()
 
@@ -318,3 +328,18 @@ def assert_the_log_makes_the_last_checkpoint(run: Swarm, last: int) -> None:
     for arguments, first in audits:
         audited = swarm_json("audit", *arguments, env=env)
         assert (audited["outcome"], audited["from_round"], audited["equal_to"]) == ("equal", first, last)
+
+
+def start_late_seed(run: Swarm, last: int) -> None:
+    """A further seed peer, once its archive is whole."""
+    home = Home(run.folder / "late")
+    swarm_json("seeds", run.run_file, "--add", keyfiles.load_or_create(home.key_path).peer_id, env=run.env)
+    late = run._start("late", "seed", run.invite, "--home", home.folder)
+    late.wait_news("progress", START_S, lambda news: news.get("archived rounds") == f"{last} of {last}")
+
+
+def assert_audited_without_the_first_seed_peer(run: Swarm, last: int) -> None:
+    """Over the network, by somebody who has the checkpoint and nothing else."""
+    folder, env = run.folder / "got" / f"round-{last:06d}", run.env | {"XDG_DATA_HOME": str(run.folder / "y")}
+    audited = swarm_json("audit", folder, "--run", run.invite, env=env)
+    assert (audited["outcome"], audited["equal_to"]) == ("equal", last)

@@ -1,0 +1,115 @@
+"""What the archive of a seed peer that joined late lacks, fetched from the other seed peers.
+
+The log is there from the genesis on, as it proves the state that a peer starts from. Decides the order of the rest (the
+state of round 0, then averages, newest first, as a full archive gives up its oldest rounds), how fast it is fetched,
+and how often what nobody had is asked for. What lies here already is not fetched, so a restarted peer goes on. Believes
+nothing: everything has its digest in the log or the genesis. Leaves fetching to `peer.p2p.fetch`, files to the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+
+from peer.checkpoints.sources import Pace
+from peer.p2p.fetch import fetch_chunk
+from peer.rounds.catch_up import Newcomer, fetch_first_state
+from swarm.errors import DiskFull, NetworkError, NotFound, SwarmError
+
+# Running peers come first: half of a home's uplink, and the seed peers serve others beside.
+BYTES_PER_S = 4e6
+ASK_AGAIN_S = 60.0
+_ANSWER_S = 120.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Late:
+    """A shard's archive. ``at_rest``: nobody else writes states while it is held."""
+
+    newcomer: Newcomer
+    at_rest: Callable[[], AbstractAsyncContextManager[object]]
+
+
+class Backfill:
+    def __init__(
+        self, shards: Sequence[Late], holders: Callable[[], Sequence[bytes]], bytes_per_s: float = BYTES_PER_S
+    ) -> None:
+        """``holders``: the other seed peers, as they are known when asked."""
+        self._shards, self._holders, self._pace = shards, holders, Pace(bytes_per_s)
+        self._rounds_lacking: int | None = None
+
+    @property
+    def told(self) -> str:
+        """How many rounds of how many are whole here, of all shards; nothing before that was looked at."""
+        total = sum(late.newcomer.ledger.head.round for late in self._shards)
+        return "" if self._rounds_lacking is None else f"{total - self._rounds_lacking} of {total}"
+
+    async def run(self) -> None:
+        """Fetch what is not here yet, until cancelled."""
+        while True:
+            if await self.look():
+                await asyncio.Event().wait()
+            await asyncio.sleep(ASK_AGAIN_S)
+
+    async def look(self) -> bool:
+        """Ask once for everything that is missing; whether the archive is as whole as its disk limit lets it be."""
+        lacking = [await asyncio.to_thread(_lacking, late) for late in self._shards]
+        self._rounds_lacking = sum(map(len, lacking))
+        complete = True
+        for late, rounds in zip(self._shards, lacking, strict=True):
+            complete = await self._obtain_first_state(late) and complete
+            complete = await self._obtain_rounds(late, rounds) and complete
+        return complete
+
+    async def _obtain_first_state(self, late: Late) -> bool:
+        ledger = late.newcomer.ledger
+        if ledger.offer_state(first=True).anchor_chunks:
+            return True
+        try:
+            state = await fetch_first_state(late.newcomer, self._holders())
+            async with late.at_rest():
+                await asyncio.to_thread(ledger.save_state, 0, state)
+        except DiskFull as error:
+            log.warning("the archive lacks the state of round 0: %s", error)
+        except SwarmError as error:
+            log.info("the state of round 0 cannot be had: %s", error)
+            return False
+        return True
+
+    async def _obtain_rounds(self, late: Late, rounds: Sequence[int]) -> bool:
+        complete = True
+        for number in rounds:
+            try:
+                await self._obtain_round(late, number)
+                self._rounds_lacking = (self._rounds_lacking or 0) - 1
+            except DiskFull as error:
+                log.warning("the archive goes back to round %d only: %s", number + 1, error)
+                await asyncio.to_thread(late.newcomer.ledger.release_rounds, number + 1)
+                break
+            except NetworkError as error:
+                log.info("round %d of shard %d cannot be had: %s", number, late.newcomer.shard, error)
+                complete = False
+        return complete
+
+    async def _obtain_round(self, late: Late, number: int) -> None:
+        newcomer = late.newcomer
+        for part in await asyncio.to_thread(newcomer.ledger.lacking, number):
+            await self._pace.spend(part.size_bytes)
+            holders = self._holders()
+            if not holders:
+                raise NotFound("no other seed peer is known")
+            data = await fetch_chunk(
+                newcomer.transport, part.digest, part.size_bytes, holders, _ANSWER_S, newcomer.book
+            )
+            await newcomer.chunks.keep(data)
+
+
+def _lacking(late: Late) -> list[int]:
+    """The rounds with an average that is not here, newest first."""
+    ledger = late.newcomer.ledger
+    return [number for number in range(ledger.head.round, 0, -1) if ledger.lacking(number)]

@@ -1,0 +1,143 @@
+"""A seed peer that joined late has the whole archive in the end: fetched slowly, proven, and never twice."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peer.checkpoints.audit import audit
+from peer.checkpoints.backfilling import Backfill, Late
+from peer.checkpoints.verify import verify_folder
+from peer.p2p.chunk_store import CHUNK_METHOD, ChunkStore
+from peer.p2p.fetch import HolderBook
+from peer.rounds.archive import Archive, keep_genesis
+from peer.rounds.catch_up import Newcomer, extend_log
+from peer.rounds.ledger import Ledger
+from swarm.errors import NotFound
+from swarm.log import genesis_head
+from swarm.proto.common_pb2 import Signed
+from tests.unit.test_audit import ROUNDS, Run
+from tests.unit.test_collecting import DONOR, OPTIONS, Donor
+
+ROOM = 1 << 30
+
+
+@pytest.fixture(params=[1, 2], ids=["one shard", "two shards"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
+    return Run(tmp_path, num_shards=request.param).make()
+
+
+@dataclass
+class LateSeed:
+    """A seed peer that has the log, and nothing of what came before it joined."""
+
+    donor: Donor
+    folder: Path
+    room_bytes: int = ROOM
+    ledgers: list[Ledger] = field(default_factory=list)
+
+    def backfill(self, bytes_per_s: float = 1e9) -> Backfill:
+        """As after a start: only what is on the disk is known."""
+        genesis, chunks = self.donor.archive.genesis, ChunkStore(self.folder / "chunks", self.room_bytes)
+        keep_genesis(self.folder, Signed.FromString((self.donor.run.archive / "genesis.sig").read_bytes()))
+        shards = []
+        for number, about in enumerate(genesis.shards):
+            newcomer = Newcomer(
+                transport=self.donor,
+                ledger=Ledger(self.folder / f"shard-{number}", genesis_head(genesis, number), chunks, OPTIONS),
+                chunks=chunks,
+                spec=self.donor.run.parts.spec,
+                shard=number,
+                genesis_digest=about.state_digest,
+                num_values=about.num_values,
+                book=HolderBook(random.Random(0)),
+            )
+            asyncio.run(extend_log(newcomer, DONOR))
+            shards.append(Late(newcomer=newcomer, at_rest=asyncio.Lock))
+        self.ledgers = [late.newcomer.ledger for late in shards]
+        return Backfill(shards, lambda: [b"away".ljust(32), DONOR], bytes_per_s)
+
+    def audit(self) -> str:
+        spec = self.donor.run.parts.spec
+        return audit(
+            Archive(self.folder, spec), verify_folder(self.donor.run.checkpoint(ROUNDS), None).provenance, None
+        ).outcome
+
+
+def test_a_late_archive_is_audited_like_the_first_one(run: Run, tmp_path: Path) -> None:
+    late = LateSeed(Donor(run), tmp_path / "late")
+    backfill = late.backfill()
+    assert backfill.told == ""
+    with pytest.raises(NotFound):
+        late.audit()
+    assert asyncio.run(backfill.look())
+    total = ROUNDS * run.num_shards
+    assert backfill.told == f"{total} of {total}" and late.audit() == "equal"
+
+
+def test_a_restarted_seed_peer_fetches_only_what_it_lacks(run: Run, tmp_path: Path) -> None:
+    late = LateSeed(Donor(run), tmp_path / "late")
+    assert asyncio.run(late.backfill().look())
+    donor = late.donor = Donor(run)
+    again = late.backfill()
+    donor.asked.clear()  # the log, which there was nothing new of
+    assert asyncio.run(again.look()) and donor.asked == []
+
+
+def test_a_false_average_is_not_kept_and_is_asked_for_again(tmp_path: Path) -> None:
+    """Nor is the round told as archived; the other rounds are."""
+
+    class Liar(Donor):
+        lies = True
+
+        async def call(self, peer: bytes, method: str, request: bytes, **limits: Any) -> bytes:
+            answer = await super().call(peer, method, request, **limits)
+            return bytes([answer[0] ^ 1]) + answer[1:] if self.lies and method == CHUNK_METHOD else answer
+
+    run = Run(tmp_path).make()
+    liar = Liar(run)
+    liar.lies = False
+    late = LateSeed(liar, tmp_path / "late")
+    backfill = late.backfill()
+    liar.lies = True
+    assert not asyncio.run(backfill.look()) and backfill.told == f"0 of {ROUNDS}"
+    liar.lies = False
+    assert asyncio.run(late.backfill().look()) and late.audit() == "equal"
+
+
+def test_where_the_disk_is_full_the_oldest_rounds_stay_away(tmp_path: Path) -> None:
+    """As in an archive that was there from the beginning; what came later is kept."""
+    run = Run(tmp_path).make()
+    sizes = run.average_of(1).stat().st_size
+    donor = Donor(run)
+    donor.ledgers[0]._drop_state(0)
+    late = LateSeed(donor, tmp_path / "late", room_bytes=3 * sizes + sizes // 2)
+    backfill = late.backfill()
+    assert not asyncio.run(backfill.look()), "the first state may come yet"
+    assert backfill.told == f"3 of {ROUNDS}"
+    (ledger,) = late.ledgers
+    for number in range(1, ROUNDS + 1):
+        (commit,) = ledger.commits(number, 1)
+        here = [(tmp_path / "late" / "chunks").glob(f"*/{part.digest.hex()}") for part in _parts(commit)]
+        assert all(len(list(found)) == (number > ROUNDS - 3) for found in here), number
+        assert not ledger.lacking(number), "what was given up is not asked for again"
+
+
+def _parts(commit: Any) -> Any:
+    from swarm.proto.round_pb2 import Record
+
+    return Record.FromString(commit.record).parts
+
+
+def test_averages_come_no_faster_than_is_allowed(tmp_path: Path) -> None:
+    run = Run(tmp_path).make()
+    hour_bytes_per_s = run.average_of(1).stat().st_size / 3600
+    backfill = LateSeed(Donor(run), tmp_path / "late").backfill(hour_bytes_per_s)
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(asyncio.wait_for(backfill.look(), 1.5))
+    assert backfill.told in ("", f"0 of {ROUNDS}")
