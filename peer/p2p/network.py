@@ -249,7 +249,7 @@ class Network:
             raise NetworkError("p2pd runs under another identity than ours")
         await self._read_addresses()
         await self.serve(DIAL_BACK_METHOD, self._dial_back)
-        await self._meet_seeds()
+        met = await self._meet_seeds()
         if self._config.relay_for is not None:
             await self._serve_relay(self._config.relay_for)
         if self._config.proof is not None and not self._config.announce_maddrs:
@@ -262,17 +262,21 @@ class Network:
                 )
         # Nobody is sent to a node of the directory that cannot be asked.
         serves = self._config.dht_server and self._reach.is_dialable
-        await self._dht.join(hivemind, self._p2p, self._config.initial_peers, serves)
+        await self._dht.join(hivemind, self._p2p, self._config.initial_peers if met else (), serves)
         await self._reserve()
         self._upkeep.add(asyncio.create_task(self._keep_in_touch()))
 
-    async def _meet_seeds(self) -> None:
-        """Connect to all that can be reached. Raises `Unreachable` where there are some and none can."""
+    async def _meet_seeds(self) -> bool:
+        """Connect to all that can be reached; whether any can.
+
+        Raises `Unreachable` where there are some and none can, unless we are a seed peer: the first one to come back.
+        """
         meetings = [self.connect(seed, addresses, timeout_s=_MEET_S) for seed, addresses in self._seeds.items()]
         failures = [error for error in await asyncio.gather(*meetings, return_exceptions=True) if error is not None]
-        if failures and len(failures) == len(meetings):
+        if failures and len(failures) == len(meetings) and self._config.relay_for is None:
             text = f"no seed peer could be reached: {failures[0]}"
             raise Unreachable(text, "check the network, then try again") from failures[0]
+        return len(failures) < len(meetings)
 
     async def _keep_in_touch(self) -> None:
         """Find the seed peers again after they restarted, and learn our own addresses when they change."""

@@ -318,6 +318,22 @@ def test_an_absent_seed_peer_is_unreachable() -> None:
         asyncio.run(open_network(config(seeds=[absent]), Identity.generate()))
 
 
+def test_a_seed_peer_starts_while_all_others_are_away() -> None:
+    """It is the first one to come back: a newcomer reaches it."""
+    absent = "/ip4/127.0.0.1/tcp/1/p2p/" + Identity.generate().peer_id
+
+    async def scenario() -> None:
+        seed = await open_network(config(seeds=[absent], relay_for=lambda caller, proof: None), Identity.generate())
+        peer = await open_network(config(seeds=[absent, *seed.addresses]), Identity.generate())
+        try:
+            await peer.connect(seed.public_key, (), timeout_s=5)
+        finally:
+            await peer.close()
+            await seed.close()
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize(
     "wrong", [{"initial_peers": ("/ip4/127.0.0.1/tcp/1",)}, {"host_maddrs": ()}, {"startup_timeout_s": 0.0}], ids=str
 )
