@@ -1,4 +1,4 @@
-"""A run of two shards: volunteers with one each beside one with the whole, a kill, and a published checkpoint."""
+"""A run of two shards: volunteers with one each beside one with the whole, a kill, a move, a published checkpoint."""
 
 from __future__ import annotations
 
@@ -52,10 +52,19 @@ def join(run: Swarm, name: str) -> Program:
     return program
 
 
-def counted(program: Program, after: int = 0) -> int:
-    """Wait until ``program`` was counted in a round later than ``after``; which."""
-    news = program.wait_news("commit", ROUNDS_S, lambda news: news["counted"] and news["round"] > after)
-    return int(news["round"])
+def place(program: Program) -> list[int]:
+    """The shards that it hosts now, after whatever moves."""
+    shards: list[int] = program.of_kind("ready")[-1]["hosts"]
+    return shards
+
+
+def counted(program: Program, after: int = 0, shard: int | None = None) -> int:
+    """Wait until ``program`` was counted in a round later than ``after``, of ``shard`` or any; which."""
+
+    def found(news: dict[str, Any]) -> bool:
+        return news["counted"] and news["round"] > after and shard in (None, news["shard"])
+
+    return int(program.wait_news("commit", ROUNDS_S, found)["round"])
 
 
 def assert_equal_states(run: Swarm) -> dict[tuple[int, int], str]:
@@ -68,24 +77,35 @@ def assert_equal_states(run: Swarm) -> dict[tuple[int, int], str]:
     return {key: next(iter(states)) for key, states in told.items()}
 
 
-def test_spans_and_a_whole_model_train_together_while_one_is_killed_and_comes_back(data: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_spans_and_a_whole_model_train_while_one_is_killed_another_moves_there_and_it_comes_back(
+    data: Path, tmp_path: Path
+) -> None:
     """Both shards go on, replicas stay equal, the loss falls; `transformers` computes the one that was reported.
 
-    So it does where the whole model has left, and the loss is measured over the spans.
+    Where the only span of a shard is killed, one of the two that hold the other shard takes its place. Where the whole
+    model has left, the loss is measured over the spans.
     """
     run = Swarm(tmp_path, write_run_file(tmp_path / "run", data, "split", CHANGES), data)
     try:
         run.start_coordinator()
         run.coordinator.wait_news("seed ready", START_S)
         whole = run.join("anna")
-        spans = {name: join(run, name) for name in ("bert", "cora")}
+        spans = {name: join(run, name) for name in ("bert", "cora", "dora")}
         assert hosts(whole) == [0, 1]
-        assert sorted(hosts(program)[0] for program in spans.values()) == [0, 1], "the second takes the other"
+        assert sorted(hosts(spans[name])[0] for name in ("bert", "cora")) == [0, 1], "the second takes the other"
         number = max(counted(program) for program in (whole, *spans.values()))
-        victim = next(name for name, program in spans.items() if hosts(program) == [1])
+        places = {name: place(program) for name, program in spans.items()}
+        victim = next(name for name in spans if list(places.values()).count(places[name]) == 1)
+        lost = places[victim]
         spans[victim].kill()
-        survivor = next(program for name, program in spans.items() if name != victim)
-        number = max(counted(program, number + 1) for program in (whole, survivor))
+        survivors = [program for name, program in spans.items() if name != victim]
+        number = max(counted(program, number + 1) for program in (whole, *survivors))
+        moved = wait_for(lambda: next((p for p in survivors if place(p) == lost), None), "a move", ROUNDS_S)
+        there = moved.of_kind("ready")[-1]["round"]
+        assert moved.of_kind("moving")
+        counted(moved, there, lost[0])
+        number = max(counted(whole, there, shard) for shard in (0, 1))
         again = run.join(victim, *MEMORY)
         number = max(number, counted(again))
         checkpoint = wait_for(lambda: published(run, number), "a checkpoint and its loss", ROUNDS_S)
@@ -93,10 +113,10 @@ def test_spans_and_a_whole_model_train_together_while_one_is_killed_and_comes_ba
         status = swarm_json("status", run.invite, env=run.env)
         assert abs(status["shards"][0]["round"] - status["shards"][1]["round"]) <= 2
         assert whole.leave(signal.SIGTERM, ROUNDS_S) == 0
-        number = max(counted(program, number + 1) for program in (survivor, again))
+        number = max(counted(program, number + 1) for program in (*survivors, again))
         over_spans = wait_for(lambda: published(run, number + 1), "a checkpoint and its loss over spans", ROUNDS_S)
-        ended = [program.leave(signal.SIGTERM, ROUNDS_S) for program in (survivor, again)]
-        assert ended == [0, 0], "what follows needs the seed peer only"
+        ended = [program.leave(signal.SIGTERM, ROUNDS_S) for program in (*survivors, again)]
+        assert ended == [0, 0, 0], "what follows needs the seed peer only"
         assert checkpoint["validation_loss"] < 0.95 * status["initial validation loss"]
         folder = downloaded(run, checkpoint)
         verified = swarm_json("verify", folder, "--run", run.invite, env=run.env)
