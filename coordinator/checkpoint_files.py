@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swarm import manifest as manifests
+from swarm.checkpoint_chunks import FileChunks
 from swarm.errors import NetworkError, NotFound, ProtocolError, SwarmError
-from swarm.file_ranges import FileChunks
 from swarm.manifest import CheckpointManifest
 from swarm.publication import published_manifest
 from swarm.run_spec import RunSpec

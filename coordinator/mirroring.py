@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -18,9 +19,11 @@ from functools import partial
 from pathlib import Path
 
 from coordinator.checkpoint_files import PublishedFolder, published_folders
+from swarm.derived import derive
 from swarm.digest import sha256
 from swarm.errors import NetworkError, SwarmError
-from swarm.manifest import MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE, WITNESSES_FILE, mirror_folder
+from swarm.files import TEMPORARY_PREFIX
+from swarm.manifest import BF16, MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE, WITNESSES_FILE, mirror_folder
 from swarm.metadata import CHECKPOINTS, entries, mirror_name
 from swarm.run_spec import RunSpec
 from swarm.storage import Storage
@@ -172,7 +175,9 @@ def write_mirror(storage: Storage, one: PublishedFolder) -> None:
     base = mirror_folder(one.manifest.round)
     listed = [file.name for file in one.manifest.files]
     try:
-        beside = sorted(path.name for path in one.path.iterdir() if path.is_file() and path.name not in listed)
+        here = sorted(path.name for path in one.path.iterdir() if path.is_file())
+        beside = [name for name in here if name not in listed and not name.startswith(TEMPORARY_PREFIX)]
+        _write_bf16(storage, f"{base}/{BF16}", one)
         names = [*listed, *(name for name in beside if name not in _LAST), *_LAST]
         for name in names:
             path = one.path / name
@@ -180,3 +185,16 @@ def write_mirror(storage: Storage, one: PublishedFolder) -> None:
                 storage.write(f"{base}/{name}", path)
     except OSError as error:  # the seed peer keeps only the newest: this one may have gone meanwhile
         raise NetworkError(f"{one.path} cannot be read: {error.strerror}") from error
+
+
+def _write_bf16(storage: Storage, base: str, one: PublishedFolder) -> None:
+    """The files that the bf16 set has of its own: nobody keeps them, so each is made for as long as it is
+    written, beside the others: what a crash leaves goes with them."""
+    for file in one.manifest.bf16:
+        if storage.size(f"{base}/{file.name}") == file.size_bytes:
+            continue
+        with tempfile.NamedTemporaryFile(dir=one.path, prefix=TEMPORARY_PREFIX) as made:
+            for chunk in derive(one.path / file.name).chunks():
+                made.write(chunk)
+            made.flush()
+            storage.write(f"{base}/{file.name}", Path(made.name))

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarm.manifest import FILE_CHUNK_BYTES, CheckpointManifest
-
 
 @dataclass(frozen=True, slots=True)
 class FileRange:
@@ -49,23 +47,6 @@ class FileRanges:
             return read_range(place)
         except OSError:
             return None
-
-
-class FileChunks(FileRanges):
-    """The 4 MiB chunks of a checkpoint's files, read in place."""
-
-    def __init__(self, folder: Path, manifest: CheckpointManifest) -> None:
-        super().__init__(
-            {
-                bytes.fromhex(chunk): FileRange(
-                    folder / file.name,
-                    index * FILE_CHUNK_BYTES,
-                    min(FILE_CHUNK_BYTES, file.size_bytes - index * FILE_CHUNK_BYTES),
-                )
-                for file in manifest.files
-                for index, chunk in enumerate(file.chunks)
-            }
-        )
 
 
 def read_range(place: FileRange) -> bytes | None:

@@ -7,14 +7,17 @@ and ``swarm-manifest.sig`` (serialised `Signed`, context "checkpoint"). Who witn
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
 from swarm.digest import over_shards, sha256
-from swarm.errors import RefusedCheckpoint, SignatureError, SpecError
+from swarm.errors import DataError, RefusedCheckpoint, SignatureError, SpecError
 from swarm.identity import verify
 from swarm.proto.common_pb2 import Signed
 from swarm.run_spec import Hex32, Section, parse_section
@@ -25,6 +28,7 @@ MANIFEST_FILE = "swarm-manifest.json"
 SIGNATURE_FILE = "swarm-manifest.sig"
 SPEC_FILE = "swarm-run-spec.sig"
 DATA_FILE = "data-manifest.json"
+CONFIG_NAME = "config.json"
 WITNESSES_FILE = "swarm-witnesses.sig"
 ROOTS_FILE = "swarm-roots.sig"  # only where the organizers changed the run's keys
 SIGNED_FILES = frozenset({MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE, WITNESSES_FILE, ROOTS_FILE})
@@ -34,6 +38,8 @@ MAX_FILES = 10_000
 MAX_PARAMETERS = 1 << 20
 VALUE_BYTES = 4  # the anchor is fp32
 MAX_SHARDS = 1024
+FP32, BF16 = "fp32", "bf16"
+"""the sets of files in which a checkpoint comes"""
 
 # One plain name: no folders, no leading dot, nothing that differs only by case on some file systems. Only kinds of file
 # that hold no code: no pickle (.bin, .pt), no Python, no templates. README.md is the one name with capitals.
@@ -106,10 +112,31 @@ class ShardState(Section):
     num_values: int = Field(ge=0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSet:
+    """One of the sets in which a checkpoint comes: a folder in Hugging Face layout by itself.
+
+    ``derived``: names of those that are this set's own, where it is not the fp32 set.
+    """
+
+    dtype: str
+    files: tuple[CheckpointFile, ...]
+    derived: frozenset[str] = frozenset()
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+    def place(self, name: str) -> str:
+        """Where a file lies that is published with other sets together."""
+        return f"{self.dtype}/{name}" if name in self.derived else name
+
+
 class CheckpointManifest(Section):
     """``shards``: of each, where a run has more than one; ``state_digest`` and ``log_digest`` are over all of them.
 
-    ``total_tokens`` are those of the first shard's log.
+    ``total_tokens`` are those of the first shard's log. ``files`` are the fp32 set; ``bf16`` are those that are in
+    their place in the bf16 set (`swarm.derived`), none in what was published before there was one.
     """
 
     format: Literal[2] = 2
@@ -123,6 +150,13 @@ class CheckpointManifest(Section):
     data_manifest_digest: Hex32
     anchor: Anchor
     files: tuple[CheckpointFile, ...] = Field(min_length=1, max_length=MAX_FILES)
+    bf16: tuple[CheckpointFile, ...] = Field((), max_length=MAX_FILES)
+
+    @model_validator(mode="after")
+    def _names_of_the_bf16_set(self) -> CheckpointManifest:
+        if self.bf16 and tuple(file.name for file in self.bf16) != derived_names(file.name for file in self.files):
+            raise ValueError("bf16: not the files that a bf16 set has of its own")
+        return self
 
     @model_validator(mode="after")
     def _distinct_names(self) -> CheckpointManifest:
@@ -165,9 +199,38 @@ class CheckpointManifest(Section):
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
 
+    def file_set(self, dtype: str) -> FileSet:
+        """The files of the fp32 or the bf16 set. Raises `DataError` where there is none."""
+        if dtype == FP32:
+            return FileSet(dtype=FP32, files=self.files)
+        if dtype != BF16 or not self.bf16:
+            raise DataError(
+                f"round {self.round} has no {dtype} set",
+                "download the fp32 set, and derive one with: swarm export DIR --to hf --dtype bf16",
+            )
+        own = {file.name: file for file in self.bf16}
+        return FileSet(dtype=BF16, files=tuple(own.get(file.name, file) for file in self.files), derived=frozenset(own))
+
     def canonical_bytes(self) -> bytes:
-        left_out = set() if self.shards else {"shards"}  # as manifests were before there could be several
+        left_out = {name for name in ("shards", "bf16") if not getattr(self, name)}  # as before there were any
         return (json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True, indent=1) + "\n").encode()
+
+
+def derived_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Those files of the fp32 set whose bytes are others in the bf16 set, in order."""
+    return tuple(
+        name for name in names if name == CONFIG_NAME or name.endswith((".safetensors", ".safetensors.index.json"))
+    )
+
+
+def list_file(name: str, chunks: Iterable[bytes]) -> CheckpointFile:
+    """Size, SHA-256 and chunk digests of a file that comes in ``chunks`` of `FILE_CHUNK_BYTES`."""
+    whole, digests, size_bytes = hashlib.sha256(), list[str](), 0
+    for chunk in chunks:
+        whole.update(chunk)
+        digests.append(sha256(chunk).hex())
+        size_bytes += len(chunk)
+    return CheckpointFile(name=name, size_bytes=size_bytes, sha256=whole.hexdigest(), chunks=tuple(digests))
 
 
 def mirror_folder(round_number: int) -> str:

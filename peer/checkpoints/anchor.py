@@ -17,12 +17,12 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from swarm.derived import MAX_HEADER_BYTES
 from swarm.digest import ChunkRoot, over_shards
 from swarm.errors import DataError
 from swarm.manifest import VALUE_BYTES, Anchor, CheckpointManifest, Parameter, ShardState
 
 READ_BYTES = 4 << 20
-MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
 OpenFile = Callable[[Path], BinaryIO]
 

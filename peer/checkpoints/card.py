@@ -194,7 +194,13 @@ def _title(facts: CardFacts) -> str:
     text = (
         f"# {facts.spec.name}, round {facts.round}\n\n"
         f"A {facts.spec.model.family} language model of {facts.num_parameters:,} parameters that volunteers trained "
-        f"together on {facts.total_tokens:,} tokens. Weights: {facts.dtype}."
+        f"together on {facts.total_tokens:,} tokens. Weights: {facts.dtype}"
+    )
+    # Both published sets share this card.
+    text += (
+        "; `dtype` in `config.json` is bfloat16 where this is the set that was rounded from them."
+        if (facts.derived_from is None)
+        else "."
     )
     if facts.derived_from is not None:
         text += f"\nThis set was derived from the published checkpoint with the manifest digest `{facts.derived_from}`."

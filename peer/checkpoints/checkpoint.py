@@ -8,7 +8,6 @@ them. This is the door to the ``safetensors`` library. Leaves building the confi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -26,10 +25,11 @@ from peer.checkpoints.anchor import anchor_roots, describe_anchor
 from peer.checkpoints.card import CardFacts, model_card
 from swarm import manifest as manifests
 from swarm.data_manifest import TOKENIZER_NAME, DataManifest
+from swarm.derived import describe_derived
 from swarm.digest import over_shards, sha256
 from swarm.errors import DataError
 from swarm.files import disk_errors, fsync_folder, write_durably
-from swarm.manifest import FILE_CHUNK_BYTES, CheckpointFile, CheckpointManifest, ShardState
+from swarm.manifest import FILE_CHUNK_BYTES, CheckpointFile, CheckpointManifest, ShardState, list_file
 from swarm.proto.common_pb2 import Signed
 from swarm.publication import Publication
 from swarm.run_spec import RunSpec
@@ -123,15 +123,8 @@ def write_signed(folder: Path, publication: Publication, signed_spec: Signed) ->
 
 def describe_file(path: Path) -> CheckpointFile:
     """Name, size, SHA-256 and chunk digests of ``path``, in one pass over it."""
-    whole = hashlib.sha256()
-    chunks: list[str] = []
-    size_bytes = 0
     with open(path, "rb") as file:
-        while chunk := file.read(FILE_CHUNK_BYTES):
-            whole.update(chunk)
-            chunks.append(sha256(chunk).hex())
-            size_bytes += len(chunk)
-    return CheckpointFile(name=path.name, size_bytes=size_bytes, sha256=whole.hexdigest(), chunks=tuple(chunks))
+        return list_file(path.name, iter(lambda: file.read(FILE_CHUNK_BYTES), b""))
 
 
 def _write_files(folder: Path, parts: CheckpointParts) -> CheckpointManifest:
@@ -143,6 +136,7 @@ def _write_files(folder: Path, parts: CheckpointParts) -> CheckpointManifest:
     _write_weights(folder, parts.tensors, parts.max_file_bytes)
     write_durably(folder / manifests.DATA_FILE, parts.data_json)
     write_durably(folder / CARD_NAME, model_card(card_facts(parts, _listed(shards))).encode())
+    files = tuple(describe_file(path) for path in sorted(folder.iterdir()))
     return CheckpointManifest(
         run_id=parts.run_id.hex(),
         run_name=parts.spec.name,
@@ -153,7 +147,8 @@ def _write_files(folder: Path, parts: CheckpointParts) -> CheckpointManifest:
         shards=_listed(shards),
         data_manifest_digest=parts.spec.data.manifest_digest,
         anchor=describe_anchor(parts.tensors, shards),
-        files=tuple(describe_file(path) for path in sorted(folder.iterdir())),
+        files=files,
+        bf16=describe_derived(folder, files),
     )
 
 

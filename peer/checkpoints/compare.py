@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from peer.checkpoints.facts import FolderFacts
+from peer.checkpoints.sets import held_set
 from peer.checkpoints.weights import Weights
 from swarm.errors import DataError
 from swarm.families import Family, family_of
@@ -125,6 +126,7 @@ def _side(facts: FolderFacts) -> dict[str, Any]:
         "run": listed.run_name,
         "run_id": listed.run_id,
         "round": listed.round,
+        "dtype": held_set(facts.folder, listed).dtype,
         "total_tokens": listed.total_tokens,
         "state_digest": listed.state_digest,
         "data_manifest_digest": listed.data_manifest_digest,

@@ -1,9 +1,10 @@
 """Downloading a checkpoint: from many holders at once, every chunk checked before it is written, resumed at will.
 
-Decides where a checkpoint lies: ``TARGET/round-000010``, built in ``TARGET/.partial-10`` and renamed when every byte
-and signature was verified in place. A target holds one run. A newer round that lies there already is never replaced
-by an older "newest" (rollback), unless the person names the older round. Nothing outside the target is written.
-Leaves filling the files to `peer.checkpoints.filling` and starting the network to the caller.
+Decides where a checkpoint lies: ``TARGET/round-000010`` (its bf16 set: ``round-000010-bf16``), built in a folder
+``TARGET/.partial-10`` and renamed when every byte and signature was verified in place. A target holds one run. A newer
+round that lies there already is never replaced by an older "newest" (rollback), unless the person names the older
+round. Nothing outside the target is written. Leaves filling the files to `peer.checkpoints.filling` and starting the
+network to the caller.
 """
 
 from __future__ import annotations
@@ -34,30 +35,38 @@ from peer.p2p.transport import Transport
 from peer.rounds.statuses import StatusRules, read_statuses, status_key
 from swarm.errors import AlreadyRunning, ConfigError, DataError, NetworkError, SwarmError, VerificationError
 from swarm.files import TEMPORARY_PREFIX, disk_errors, fsync_folder
-from swarm.manifest import MANIFEST_FILE
+from swarm.manifest import FP32, MANIFEST_FILE
 from swarm.proto.common_pb2 import Signed
 from swarm.publication import Publication
 
 MAX_TARGET_ENTRIES = 10_000
 CONNECT_TIMEOUT_S = 10.0
-_ROUND_FOLDER = re.compile(r"round-([0-9]{6,19})")
+_ROUND_FOLDER = re.compile(r"round-([0-9]{6,19})(-bf16)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What to download and where to. ``any_round``: the person asked for this very round, however old it is."""
+    """What to download and where to. ``any_round``: the person asked for this very round, however old it is.
+
+    ``dtype``: which of the checkpoint's sets.
+    """
 
     run_id: bytes
     signed_spec: Signed
     publication: Publication
     target: Path
+    dtype: str = FP32
     any_round: bool = False
     known_of: KnownOf = knows_nothing
 
 
-def round_folder(target: Path, round_number: int) -> Path:
+def round_folder(target: Path, round_number: int, dtype: str = FP32) -> Path:
     """Where the checkpoint of this round lies once it is complete."""
-    return target / f"round-{round_number:06d}"
+    return target / (f"round-{round_number:06d}" + _ending(dtype))
+
+
+def _ending(dtype: str) -> str:
+    return "" if dtype == FP32 else f"-{dtype}"
 
 
 async def download(order: Order, fetching: Fetching) -> Report:
@@ -65,24 +74,25 @@ async def download(order: Order, fetching: Fetching) -> Report:
     checked and kept.
 
     Raises `VerificationError` (signature, rollback), `ConfigError` (the target holds another run), `AlreadyRunning`,
-    `DiskFull`, `NotFound` (run it again later: it resumes).
+    `DiskFull`, `NotFound` (run it again later: it resumes), `DataError` (the checkpoint has no such set).
     """
     provenance = check_provenance(order.signed_spec, order.publication, order.run_id, order.known_of)
     manifest = provenance.manifest
-    final = round_folder(order.target, manifest.round)
-    partial = order.target / f".partial-{manifest.round}"
+    files = manifest.file_set(order.dtype)
+    final = round_folder(order.target, manifest.round, order.dtype)
+    partial = order.target / f".partial-{manifest.round}{_ending(order.dtype)}"
     held = held_checkpoints(order.target)
     refuse_rollback(order.target, held, provenance, order.any_round)
-    complete = await asyncio.to_thread(_complete_report, final, provenance)
+    complete = await asyncio.to_thread(_complete_report, final, provenance, order.dtype)
     if complete is not None:
-        fetching.tally.on_progress(manifest.size_bytes, manifest.size_bytes)
+        fetching.tally.on_progress(files.size_bytes, files.size_bytes)
         return await asyncio.to_thread(_signed_anew, complete, provenance, order)
     with disk_errors(order.target):
         order.target.mkdir(parents=True, exist_ok=True)
         with locked(order.target), disk_errors(partial):
             _open_partial(partial, final)
             earlier = [(folder, found.manifest) for folder, found in held.items() if folder != final]
-            await fill(partial, manifest, earlier, fetching)
+            await fill(partial, files, earlier, fetching)
             return await asyncio.to_thread(_finish, partial, final, order)
 
 
@@ -141,7 +151,7 @@ def held_checkpoints(target: Path) -> dict[Path, Provenance]:
     return found
 
 
-def _complete_report(final: Path, wanted: Provenance) -> Report | None:
+def _complete_report(final: Path, wanted: Provenance, dtype: str) -> Report | None:
     """The report on ``final`` where it is this very checkpoint without a flaw."""
     if not (final / MANIFEST_FILE).is_file():
         return None
@@ -149,7 +159,8 @@ def _complete_report(final: Path, wanted: Provenance) -> Report | None:
         report = verify_folder(final, wanted.run_id)
     except (DataError, VerificationError):
         return None
-    return report if report.ok and report.provenance.manifest == wanted.manifest else None
+    is_wanted = report.provenance.manifest == wanted.manifest and report.files.dtype == dtype
+    return report if report.ok and is_wanted else None
 
 
 def _signed_anew(complete: Report, offered: Provenance, order: Order) -> Report:

@@ -17,13 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peer.checkpoints.pieces import Pieces
+from peer.checkpoints.sets import held_set
 from peer.checkpoints.sources import LIMITS, Chunk, Intake, Pace, Source, Tally, by_key
 from peer.p2p.fetch import FetchLimits, HolderBook, Wanted, fetch_from
+from swarm.checkpoint_chunks import FileChunks
 from swarm.digest import sha256
 from swarm.errors import ConfigError, DiskFull, VerificationError
-from swarm.file_ranges import FileChunks, FileRange, read_range
+from swarm.file_ranges import FileRange, read_range
 from swarm.files import disk_errors
-from swarm.manifest import FILE_CHUNK_BYTES, CheckpointFile, CheckpointManifest
+from swarm.manifest import FILE_CHUNK_BYTES, CheckpointFile, CheckpointManifest, FileSet
 
 PIECES_FOLDER = ".pieces"
 _SPARE_DISK_BYTES = 16 << 20
@@ -44,24 +46,24 @@ class Fetching:
 
 
 async def fill(
-    folder: Path, manifest: CheckpointManifest, earlier: Iterable[tuple[Path, CheckpointManifest]], fetching: Fetching
+    folder: Path, files: FileSet, earlier: Iterable[tuple[Path, CheckpointManifest]], fetching: Fetching
 ) -> None:
-    """Make the files of ``manifest`` in ``folder`` whole; what is right there already is kept.
+    """Make ``files`` in ``folder`` whole; what is right there already is kept.
 
     ``earlier``: checkpoints on this disk. Raises `NotFound` (run it again: it resumes), `DiskFull`, `ConfigError`.
     """
-    missing = await asyncio.to_thread(_prepare, folder, manifest)
+    missing = await asyncio.to_thread(_prepare, folder, files)
     fetching.tally.copied_bytes += await asyncio.to_thread(_copy, earlier, missing)
     pieces = await asyncio.to_thread(Pieces, folder / PIECES_FOLDER, missing)
     _check_space(folder, missing, fetching.limits.total)
-    await _fetch(manifest, missing, pieces, fetching)
+    await _fetch(files, missing, pieces, fetching)
     pieces.close()
 
 
-def _prepare(folder: Path, manifest: CheckpointManifest) -> Missing:
+def _prepare(folder: Path, files: FileSet) -> Missing:
     """Give every file its size; the ranges whose bytes are not there yet, by digest."""
     missing: Missing = {}
-    for file in manifest.files:
+    for file in files.files:
         is_new = _allocate(folder / file.name, file.size_bytes)
         for digest, place in _chunks(folder, file):
             data = None if is_new else read_range(place)
@@ -74,7 +76,7 @@ def _copy(earlier: Iterable[tuple[Path, CheckpointManifest]], missing: Missing) 
     """Copy what lies in other checkpoints, after checking it; how many bytes needed no fetching."""
     copied = 0
     for folder, manifest in earlier:
-        held = FileChunks(folder, manifest)
+        held = FileChunks(folder, manifest, held_set(folder, manifest).dtype)
         for digest in list(missing):
             data = held(digest)
             if data is not None and sha256(data) == digest:
@@ -128,8 +130,8 @@ def _check_space(folder: Path, missing: Missing, under_way: int) -> None:
         )
 
 
-async def _fetch(manifest: CheckpointManifest, missing: Missing, pieces: Pieces, fetching: Fetching) -> None:
-    tally, total = fetching.tally, manifest.size_bytes
+async def _fetch(files: FileSet, missing: Missing, pieces: Pieces, fetching: Fetching) -> None:
+    tally, total = fetching.tally, files.size_bytes
     done = total - sum(place.length for places in missing.values() for place in places)
     tally.on_progress(done, total)
 
@@ -150,7 +152,7 @@ async def _fetch(manifest: CheckpointManifest, missing: Missing, pieces: Pieces,
     intake = Intake(
         sources=sources,
         chunks={
-            digest: Chunk(digest=digest, file=place.path.name, offset=place.offset, length=place.length)
+            digest: Chunk(digest=digest, file=files.place(place.path.name), offset=place.offset, length=place.length)
             for digest, place in places.items()
         },
         pieces=pieces,

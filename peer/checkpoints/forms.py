@@ -9,8 +9,8 @@ import json
 import re
 from typing import BinaryIO
 
-from peer.checkpoints.anchor import MAX_HEADER_BYTES
 from swarm.data_manifest import TOKENIZER_NAME
+from swarm.derived import MAX_HEADER_BYTES
 from swarm.manifest import MAX_MANIFEST_BYTES, CheckpointFile
 
 _PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*\.safetensors")

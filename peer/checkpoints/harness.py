@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from peer.checkpoints.facts import manifest_digest
 from peer.checkpoints.generate import open_checkpoint
+from peer.checkpoints.sets import held_set
 from peer.checkpoints.verify import Provenance
 from peer.training.device import choose, describe
 from swarm.errors import ConfigError, DataError, SwarmError
 from swarm.evaluation import Evaluation, Result
+from swarm.manifest import FP32
 
 if TYPE_CHECKING:
     from peer.checkpoints.harness_model import OnProgress
@@ -111,6 +113,7 @@ def evaluate(folder: Path, provenance: Provenance, options: EvalOptions, on_prog
     refuse_unknown(plan.names, {*manager.all_tasks, *manager.all_groups, *manager.all_tags})
     device = choose(options.device)
     model, tokenizer = open_checkpoint(folder)
+    dtype = held_set(folder, provenance.manifest).dtype
     asked = CheckpointModel(model.to(device), tokenizer, options.batch_size, on_progress)
     try:
         found = lm_eval.simple_evaluate(
@@ -140,7 +143,7 @@ def evaluate(folder: Path, provenance: Provenance, options: EvalOptions, on_prog
         manifest_digest=manifest_digest(provenance),
         asked=tuple(_label(Path(task).stem if task.endswith((".yaml", ".yml")) else task) for task in options.tasks),
         results=collect(found or {}),
-        versions=_versions(),
+        versions=_versions() | ({} if dtype == FP32 else {"weights": dtype}),
         seed=options.seed,
         limit=options.limit,
         batch_size=options.batch_size,

@@ -15,7 +15,7 @@ from pathlib import Path
 from peer.checkpoints.export_hf import ORIGIN_NAME
 from peer.checkpoints.facts import read_evaluations
 from peer.checkpoints.model_signature import SIGNATURE_NAME
-from peer.checkpoints.verify import KnownOf, Provenance, knows_nothing, verify_folder
+from peer.checkpoints.verify import KnownOf, Report, knows_nothing, verify_folder
 from swarm.digest import sha256
 from swarm.errors import ConfigError, DataError, DigestError, NetworkError
 from swarm.evaluation import FOLDER as EVALUATIONS
@@ -66,8 +66,9 @@ def describe_folder(folder: Path, run_id: bytes | None, known_of: KnownOf = know
         listed = report.provenance
         digest = sha256(listed.publication.manifest.payload).hex()
         return Pushed(
-            summary=f"{listed.manifest.run_name}, round {listed.manifest.round} (manifest {digest[:16]})",
-            names=_names(folder, listed),
+            summary=f"{listed.manifest.run_name}, round {listed.manifest.round}, {report.files.dtype} "
+            f"(manifest {digest[:16]})",
+            names=_names(folder, report),
         )
     origin, files = _origin(folder)
     for name, wanted in files.items():
@@ -109,11 +110,11 @@ def push(folder: Path, pushed: Pushed, options: PushOptions) -> str:
     return str(done.commit_url)
 
 
-def _names(folder: Path, provenance: Provenance) -> tuple[str, ...]:
+def _names(folder: Path, report: Report) -> tuple[str, ...]:
     """The listed files, those that sign them, and the evaluations whose signatures are right."""
-    names = [file.name for file in provenance.manifest.files]
+    names = [file.name for file in report.files.files]
     names += [name for name in sorted({*SIGNED_FILES, SIGNATURE_NAME}) if _is_plain_file(folder / name)]
-    found, _ = read_evaluations(folder, provenance)
+    found, _ = read_evaluations(folder, report.provenance)
     for item in found:
         table = folder / EVALUATIONS / f"{item.name}.json"
         if _PLAIN_NAME.fullmatch(item.name) and _holds(table, item.evaluation):

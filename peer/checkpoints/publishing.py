@@ -22,8 +22,8 @@ from peer.rounds.archive import forget_momentum
 from peer.rounds.codec import Float32
 from peer.training.layout import Layout
 from swarm import manifest as manifests
+from swarm.checkpoint_chunks import FileChunks
 from swarm.errors import NetworkError, NotAdmitted, NotFound, SwarmError
-from swarm.file_ranges import FileChunks
 from swarm.files import write_durably
 from swarm.proto.checkpoint_pb2 import Attestation
 from swarm.proto.common_pb2 import Signed

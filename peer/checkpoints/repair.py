@@ -13,6 +13,7 @@ from pathlib import Path
 from peer.checkpoints.checkpoint import write_signed
 from peer.checkpoints.download import locked
 from peer.checkpoints.filling import Fetching, fill
+from peer.checkpoints.sets import held_set
 from peer.checkpoints.verify import Provenance, Report, verify_folder
 from swarm import manifest as manifests
 from swarm.errors import SwarmError
@@ -25,12 +26,12 @@ async def repair(folder: Path, provenance: Provenance, fetching: Fetching) -> Re
     Raises `NotFound` (run it again: it resumes), `AlreadyRunning`, `DiskFull`, `ConfigError` (a link in the way).
     """
     with locked(folder), disk_errors(folder):
-        await fill(folder, provenance.manifest, (), fetching)
+        await fill(folder, held_set(folder, provenance.manifest), (), fetching)
         return await asyncio.to_thread(_finish, folder, provenance)
 
 
 def _finish(folder: Path, provenance: Provenance) -> Report:
-    for file in provenance.manifest.files:
+    for file in held_set(folder, provenance.manifest).files:
         with open(folder / file.name, "rb") as written:
             os.fsync(written.fileno())
     write_signed(folder, provenance.publication, provenance.signed_spec)

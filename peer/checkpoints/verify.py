@@ -2,7 +2,8 @@
 
 The chain: run id -> run spec (it contains the organizer's key and rules, and the organizer signed it) -> publication
 key -> manifest -> every byte of every file. And besides it: the weights recompute to the anchor digest that a quorum of
-the run's replicas signed (`swarm.witness`). Decides what is an error and what a warning. Leaves opening the model to
+the run's replicas signed (`swarm.witness`), and to the bf16 set that the manifest lists. That set by itself is checked
+against the manifest alone. Decides what is an error and what a warning. Leaves opening the model to
 `peer.checkpoints.generate`, and where the right run id comes from to the person: the invite, the organizer's page.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -20,14 +21,18 @@ from google.protobuf.message import DecodeError
 
 from peer.checkpoints.anchor import anchor_problem
 from peer.checkpoints.forms import form_problems
+from peer.checkpoints.sets import held_set
 from swarm import manifest as manifests
 from swarm import run_spec, witness
 from swarm.data_manifest import TOKENIZER_NAME
+from swarm.derived import describe_derived
 from swarm.digest import sha256
 from swarm.errors import DataError, DigestError, RefusedCheckpoint, SignatureError, SpecError, VerificationError
 from swarm.identity import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, peer_id_of
 from swarm.manifest import (
+    BF16,
     FILE_CHUNK_BYTES,
+    FP32,
     MANIFEST_FILE,
     ROOTS_FILE,
     SIGNATURE_FILE,
@@ -36,6 +41,8 @@ from swarm.manifest import (
     WITNESSES_FILE,
     CheckpointFile,
     CheckpointManifest,
+    FileSet,
+    derived_names,
 )
 from swarm.proto.checkpoint_pb2 import Witnesses
 from swarm.proto.common_pb2 import Signed
@@ -88,6 +95,8 @@ class Report:
 
     folder: Path
     provenance: Provenance
+    files: FileSet
+    """those that lie in the folder"""
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
     is_refused: bool = False
@@ -98,6 +107,13 @@ class Report:
     @property
     def ok(self) -> bool:
         return not self.problems and not self.bad_evaluations
+
+    @property
+    def bf16_set(self) -> str | None:
+        """What is known of it, where every byte is right; None where there is none."""
+        if not self.provenance.manifest.bf16:
+            return None
+        return "listed" if self.files.dtype == BF16 else "recomputed"
 
     def require_ok(self) -> None:
         """Raise `RefusedCheckpoint` or `DigestError` with the first problem."""
@@ -134,8 +150,10 @@ class Report:
             "manifest_digest": sha256(self.provenance.publication.manifest.payload).hex(),
             "witnesses": list(self.provenance.witnesses),
             "live_replicas": self.provenance.num_live,
-            "num_files": len(manifest.files),
-            "size_bytes": manifest.size_bytes,
+            "dtype": self.files.dtype,
+            "bf16_set": self.bf16_set,
+            "num_files": len(self.files.files),
+            "size_bytes": self.files.size_bytes,
             "problems": list(self.problems),
             "bad_evaluations": list(self.bad_evaluations),
             "warnings": list(self.warnings),
@@ -159,8 +177,10 @@ def verify_folder(
     Raises `DataError` where this is no checkpoint, `VerificationError` where a signature file is wrong.
     """
     provenance = read_provenance(folder, run_id, known_of)
+    held = held_set(folder, provenance.manifest)
     refused, damaged = [*_mismatches(provenance)], list[str]()
-    for file in provenance.manifest.files:
+    beside = _beside(folder, held, provenance.manifest)
+    for file in (*held.files, *beside):
         try:
             problems = _file_problems(folder / file.name, file, on_bytes)
             damaged += problems
@@ -170,13 +190,15 @@ def verify_folder(
         except DataError as error:
             refused.append(f"{file.name} cannot be read: {error}")
     problems = refused + damaged
-    if not problems:
+    if not problems and held.dtype == FP32:
         problem = anchor_problem(folder, provenance.manifest, open_regular)
+        problem = problem or _derived_problem(folder, provenance.manifest)
         problems += [problem] if problem else []
-    unlisted, warnings = _unlisted(folder, provenance.manifest)
+    unlisted, warnings = _unlisted(folder, held.files, bool(beside))
     return Report(
         folder=folder,
         provenance=provenance,
+        files=held,
         problems=tuple((problems + unlisted)[:MAX_PROBLEMS]),
         warnings=tuple(warnings[:MAX_PROBLEMS]),
         is_refused=bool(refused or unlisted),
@@ -234,6 +256,16 @@ def _mismatches(provenance: Provenance) -> list[str]:
     return problems
 
 
+def _derived_problem(folder: Path, manifest: CheckpointManifest) -> str | None:
+    """Why these weights, whose bytes are right, do not make the bf16 set that the manifest lists."""
+    try:
+        made = describe_derived(folder, manifest.files) if manifest.bf16 else ()
+    except (OSError, DataError) as error:
+        return f"no bf16 set can be made of the weights: {error}"
+    wrong = [listed.name for listed, own in zip(manifest.bf16, made, strict=True) if listed != own]
+    return f"the manifest lists another {wrong[0]} of the bf16 set than these weights make" if wrong else None
+
+
 def _file_problems(path: Path, listed: CheckpointFile, on_bytes: OnBytes) -> list[str]:
     try:
         with open_regular(path) as file:
@@ -263,9 +295,24 @@ def _content_problems(file: BinaryIO, listed: CheckpointFile, on_bytes: OnBytes)
     return problems
 
 
-def _unlisted(folder: Path, manifest: CheckpointManifest) -> tuple[list[str], list[str]]:
+def _beside(folder: Path, held: FileSet, manifest: CheckpointManifest) -> tuple[CheckpointFile, ...]:
+    """The bf16 set's own files where they lie in a folder of the fp32 set's, as they do on a mirror."""
+    path = folder / BF16
+    if held.dtype != FP32 or not manifest.bf16 or path.is_symlink() or not path.is_dir():
+        return ()
+    return tuple(file.model_copy(update={"name": f"{BF16}/{file.name}"}) for file in manifest.bf16)
+
+
+def _unlisted(folder: Path, files: Sequence[CheckpointFile], with_bf16: bool) -> tuple[list[str], list[str]]:
     """(errors, warnings) about what lies in the folder and is in no list."""
-    known = {file.name for file in manifest.files} | SIGNED_FILES
+    errors, warnings = _unknown(folder, {file.name for file in files} | SIGNED_FILES | ({BF16} if with_bf16 else set()))
+    if with_bf16:
+        more = _unknown(folder / BF16, set(derived_names(file.name for file in files)))
+        errors, warnings = errors + more[0], warnings + more[1]
+    return errors, warnings
+
+
+def _unknown(folder: Path, known: set[str]) -> tuple[list[str], list[str]]:
     # Added later by whoever evaluated or signed the folder; nothing loads them.
     known |= {name for name in _ADDED_LATER if not (folder / name).is_symlink()}
     errors: list[str] = []

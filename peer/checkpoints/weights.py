@@ -6,6 +6,7 @@ Decides which file holds which tensor; a door to ``safetensors``. Leaves whether
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from peer.checkpoints.sets import held_set
 from swarm.errors import DataError
 from swarm.manifest import CheckpointManifest
 
@@ -28,7 +30,7 @@ class Weights:
         """Raises `DataError` where a file holds no tensors, or two files hold one."""
         self._files: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for file in manifest.files:
+        for file in held_set(folder, manifest).files:
             if file.name.endswith(".safetensors"):
                 path = folder / file.name
                 with _opened(path) as opened:
@@ -53,12 +55,26 @@ class Weights:
         return found
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
-        """The tensor, which is fp32 in every published checkpoint. Raises `DataError` for any other type."""
+        """The tensor, fp32 or bf16 in every published checkpoint, in fp32. Raises `DataError` for any other type."""
         with _opened(self._files[name]) as opened:
-            if opened.get_slice(name).get_dtype() != "F32":
-                raise DataError(f"{name} is not fp32", "use a published checkpoint, not a set derived from one")
+            dtype = opened.get_slice(name).get_dtype()
+            if dtype == "BF16":
+                return _widened(self._files[name], name)
+            if dtype != "F32":
+                raise DataError(f"{name} is {dtype[:20]}, not fp32 or bf16", "use a published checkpoint")
             tensor: npt.NDArray[np.float32] = opened.get_tensor(name)
         return tensor
+
+
+def _widened(path: Path, name: str) -> npt.NDArray[np.float32]:
+    """A bf16 tensor of a file whose header is sound. numpy has no such type, so the library cannot read it for us."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[name]
+        start, end = entry["data_offsets"]
+        file.seek(8 + length + start)
+        bits = np.frombuffer(file.read(end - start), "<u2")
+    return (bits.astype("<u4") << 16).view("<f4").reshape(entry["shape"])
 
 
 @contextmanager

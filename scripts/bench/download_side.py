@@ -74,7 +74,7 @@ async def peer(folder: Path, address: str, number: int) -> None:
     """A peer that holds the checkpoint."""
     from peer.checkpoints.verify import read_provenance
     from peer.p2p.chunk_store import CHUNK_METHOD, ChunkStore
-    from swarm.file_ranges import FileChunks
+    from swarm.checkpoint_chunks import FileChunks
 
     found = read_provenance(folder, None)
     store = ChunkStore(folder.parent / f"chunks-{number}", 1 << 20)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swarm.cli import output
-from swarm.cli.download import Json, download_checkpoint, invite_of, parse_invite_at_round, parse_run, verified
+from swarm.cli.download import Json, Wanted, download_checkpoint, invite_of, parse_invite_at_round, parse_run, verified
 from swarm.cli.reaching import Where, coordinator, current_publication, known_of, network
 
 if TYPE_CHECKING:
@@ -105,8 +105,17 @@ def _later(checkpoint: str, run: str | None, archive: Path | None) -> tuple[_Lat
             "an audit needs the run's log",
             "name a folder that holds it: --archive DIR; or fetch it: --run INVITE",
         )
-    provenance = verified(Path(checkpoint), parse_run(run)).provenance
+    provenance = _verified_fp32(Path(checkpoint), parse_run(run))
     return _Later(provenance=provenance, name=checkpoint, folder=checkpoint), invite_of_run
+
+
+def _verified_fp32(folder: Path, run_id: bytes | None) -> Provenance:
+    """Of a folder whose weights are the state that the log makes."""
+    from peer.checkpoints.sets import require_fp32
+
+    provenance = verified(folder, run_id).provenance
+    require_fp32(folder, provenance.manifest, "an audit")
+    return provenance
 
 
 async def _published(invite: Invite, round_number: int) -> Provenance:
@@ -121,9 +130,10 @@ async def _published(invite: Invite, round_number: int) -> Provenance:
 def _start(earlier: str, later: Provenance, invite: Invite | None) -> tuple[Path, Provenance]:
     """The folder of the earlier checkpoint, verified; a round is downloaded where audits keep what they fetch."""
     from swarm.errors import ConfigError
+    from swarm.manifest import FP32
 
     if os.path.isdir(earlier) or not re.fullmatch(r"[0-9]{1,19}", earlier):
-        return Path(earlier), verified(Path(earlier), later.run_id).provenance
+        return Path(earlier), _verified_fp32(Path(earlier), later.run_id)
     if invite is None:
         raise ConfigError(f"round {earlier} must be downloaded to start from it", "name its run: --run INVITE")
     number = int(earlier)
@@ -133,7 +143,8 @@ def _start(earlier: str, later: Provenance, invite: Invite | None) -> tuple[Path
             "name a round that `swarm checkpoints` lists before it; without --from an audit starts at the genesis",
         )
     target = _audit_folder(later.run_id) / "checkpoints"
-    report, _ = asyncio.run(download_checkpoint(invite, number, target, False, Where()))
+    wanted = Wanted(round_number=number, dtype=FP32, out=target, force=False)
+    report, _ = asyncio.run(download_checkpoint(invite, wanted, Where()))
     return report.folder, report.provenance
 
 

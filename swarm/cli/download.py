@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 MEGABYTE = 1_000_000
 _MAX_ROUND = 2**63 - 1
+_BF16_SETS = {
+    "recomputed": "recomputed from these weights: as the manifest lists it",
+    "listed": "as the publication key signed it; witnesses signed the fp32 set, of which it was not recomputed here",
+}
 _RUN_ID = re.compile(r"[0-9a-fA-F]{40}")
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder, as `swarm download` printed it.")]
@@ -50,6 +54,9 @@ def download(
     ] = None,
     mirror: Mirrors = None,
     max_rate: MaxRate = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="fp32|bf16", help="The weights as they are, or rounded to half of the bytes.")
+    ] = "fp32",
     force: Annotated[
         bool, typer.Option("--force", help="Take the newest round on offer though DIR holds a newer one.")
     ] = False,
@@ -58,11 +65,13 @@ def download(
     """Fetch a checkpoint from peers, mirrors and the coordinator at once and verify it; run again, it resumes."""
     parsed, round_number = parse_invite_at_round(invite)
     where = Where(named=tuple(mirror or ()), max_bytes_per_s=_bytes_per_s(max_rate))
-    report, tally = asyncio.run(download_checkpoint(parsed, round_number, out, force, where))
+    wanted = Wanted(round_number=round_number, dtype=_set_of(dtype), out=out, force=force)
+    report, tally = asyncio.run(download_checkpoint(parsed, wanted, where))
     if as_json:
         output.print_json(report.as_json() | tally.as_json())
     else:
-        print(f"{report.folder}: round {report.provenance.manifest.round}, {_size(report)}, verified")
+        number = report.provenance.manifest.round
+        print(f"{report.folder}: round {number}, {report.files.dtype}, {_size(report)}, verified")
         print(_told(tally) or "everything was here already")
 
 
@@ -136,28 +145,47 @@ def _verify(folder: Path, run_id: bytes | None) -> Report:
         return verify_folder(folder, run_id, _in_megabytes(advance), known_of)
 
 
-async def download_checkpoint(
-    invite: Invite, round_number: int, out: Path | None, force: bool, where: Where
-) -> tuple[Report, Tally]:
-    """Fetch the checkpoint of a round (0: the newest), and verify it in place."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """``round_number`` 0: the newest; ``out`` None: a folder named as the run."""
+
+    round_number: int
+    dtype: str
+    out: Path | None
+    force: bool
+
+
+def _set_of(dtype: str) -> str:
+    from swarm.errors import ConfigError
+    from swarm.manifest import BF16, FP32
+
+    if dtype not in (FP32, BF16):
+        raise ConfigError(f"{dtype!r} is no set of a checkpoint", f"use --dtype {FP32} or --dtype {BF16}")
+    return dtype
+
+
+async def download_checkpoint(invite: Invite, order: Wanted, where: Where) -> tuple[Report, Tally]:
+    """Fetch one set of a checkpoint, and verify it in place."""
     from peer.checkpoints import download as downloads
     from peer.checkpoints.sources import Tally
     from swarm import manifest
 
-    async with offered(invite, round_number, where) as (offer, found):
-        order = downloads.Order(
+    async with offered(invite, order.round_number, where) as (offer, found):
+        placed = downloads.Order(
             run_id=invite.run_id,
             signed_spec=offer.signed_spec,
             publication=offer.publication,
-            target=out if out is not None else Path(offer.spec.name),
-            any_round=force or round_number > 0,
+            target=order.out if order.out is not None else Path(offer.spec.name),
+            dtype=order.dtype,
+            any_round=order.force or order.round_number > 0,
             known_of=known_of,
         )
         wanted = manifest.parse(offer.publication.manifest.payload)
         tally = Tally()
-        with output.progress(_megabytes(wanted.size_bytes), "MB", f"round {wanted.round}") as advance:
+        size_bytes = wanted.file_set(order.dtype).size_bytes
+        with output.progress(_megabytes(size_bytes), "MB", f"round {wanted.round}") as advance:
             tally.on_progress = _cumulative(advance, tally)
-            return await downloads.download(order, _fetching(found, tally, where)), tally
+            return await downloads.download(placed, _fetching(found, tally, where)), tally
 
 
 async def repair_checkpoint(folder: Path, run: str | None, where: Where, tally: Tally) -> Report:
@@ -235,7 +263,8 @@ def _print_report(report: Report, run_was_named: bool) -> None:
         ("round", f"{manifest.round}, after {manifest.total_tokens:,} tokens"),
         ("state digest", manifest.state_digest),
         ("witnesses", f"{len(provenance.witnesses)} of {provenance.num_live} replicas signed this state"),
-        ("files", f"{len(manifest.files)}, {_size(report)}"),
+        ("files", f"{len(report.files.files)}, {report.files.dtype}, {_size(report)}"),
+        *([("bf16 set", _BF16_SETS[report.bf16_set])] if report.bf16_set is not None else ()),
     ]
     output.table(f"{report.folder}: every byte and signature is right", ("what", "value"), rows)
     if not run_was_named:
@@ -293,4 +322,4 @@ def _in_megabytes(advance: output.Advance) -> Any:
 
 
 def _size(report: Report) -> str:
-    return f"{report.provenance.manifest.size_bytes / MEGABYTE:,.1f} MB"
+    return f"{report.files.size_bytes / MEGABYTE:,.1f} MB"

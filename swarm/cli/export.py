@@ -31,8 +31,10 @@ def export(
     from peer.checkpoints.export_gguf import export_gguf
     from peer.checkpoints.export_hf import export_hf, refuse_existing
     from peer.checkpoints.facts import read_facts
+    from peer.checkpoints.sets import require_fp32
     from peer.checkpoints.weights import Weights
     from swarm.errors import ConfigError
+    from swarm.manifest import BF16
 
     if to not in ("hf", "gguf"):
         raise ConfigError(f"{to!r} is no format to export to", "use --to hf or --to gguf")
@@ -42,6 +44,8 @@ def export(
     if not no_verify:
         verified(folder, parse_run(run))
     facts = read_facts(folder, parse_run(run), known_of)
+    if dtype != BF16:
+        require_fp32(folder, facts.provenance.manifest, f"a set in {dtype}")
     work = export_gguf if to == "gguf" else export_hf
     num_tensors = len(Weights(folder, facts.provenance.manifest).shapes)
     with output.progress(num_tensors, "tensors", f"export to {to}") as advance:

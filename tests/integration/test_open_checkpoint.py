@@ -22,10 +22,10 @@ from peer.coordinator_client import CoordinatorClient, RunInfo
 from peer.p2p.chunk_store import CHUNK_METHOD, ChunkStore
 from peer.p2p.network import NetworkConfig, open_network
 from peer.p2p.transport import Transport
+from swarm.checkpoint_chunks import FileChunks
 from swarm.cli import download as download_command
 from swarm.cli import reaching
 from swarm.errors import ConfigError, DataError, DeviceError, DigestError, NotFound, VerificationError
-from swarm.file_ranges import FileChunks
 from swarm.identity import Identity
 from swarm.invite import Invite
 from swarm.proto.common_pb2 import Genesis
@@ -303,9 +303,8 @@ def test_swarm_download_fetches_over_libp2p_from_the_seed_peer(
                 return Coordinator(made, seed)
 
             monkeypatch.setattr(CoordinatorClient, "connect", connect)
-            downloading = download_command.download_checkpoint(
-                invite, 0, tmp_path / "out", False, download_command.Where()
-            )
+            wanted = download_command.Wanted(round_number=0, dtype="fp32", out=tmp_path / "out", force=False)
+            downloading = download_command.download_checkpoint(invite, wanted, download_command.Where())
             return await asyncio.wait_for(downloading, 60)
         finally:
             await seed.close()

@@ -260,11 +260,13 @@ CLEAN_PROCESS = """
 import json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
-ids = tokenizer("def main(", return_tensors="pt")["input_ids"]
-logits = model(input_ids=ids).logits
-ours = [name for name in sys.modules if name.split(".")[0] in ("swarm", "peer", "coordinator")]
-print(json.dumps({"shape": list(logits.shape), "finite": bool(torch.isfinite(logits).all()), "ours": ours}))
+for folder in sys.argv[1:]:
+    model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    ids = tokenizer("def main(", return_tensors="pt")["input_ids"]
+    logits = model(input_ids=ids).logits
+    ours = [name for name in sys.modules if name.split(".")[0] in ("swarm", "peer", "coordinator")]
+    print(json.dumps({"shape": list(logits.shape), "finite": bool(torch.isfinite(logits).all()), "ours": ours,
+                      "dtype": str(model.dtype)}))
 """
 
 
@@ -312,12 +314,16 @@ def assert_last_checkpoint_opens(run: Swarm, last: int) -> None:
     state = next(commit["state digest"] for commit in run.programs[-1].commits if commit["round"] == last)
     assert verified["state_digest"] == state
     assert verified["live_replicas"] / 2 < len(verified["witnesses"]) >= 2, "the seed peer, and a volunteer at least"
-    command = [sys.executable, "-I", "-c", CLEAN_PROCESS, str(folder)]
+    assert verified["bf16_set"] == "recomputed"
+    half = swarm_json("download", run.invite, "--dtype", "bf16", "--out", run.folder / "half", env=run.env)
+    assert half["size_bytes"] < 0.6 * got["size_bytes"] and half["bf16_set"] == "listed"
+    command = [sys.executable, "-I", "-c", CLEAN_PROCESS, str(folder), half["folder"]]
     clean = {"HOME": str(run.folder), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=run.folder, env=clean, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    opened = json.loads(done.stdout.splitlines()[-1])
-    assert opened["finite"] and opened["ours"] == [] and opened["shape"][-1] == 512
+    opened = [json.loads(line) for line in done.stdout.splitlines()[-2:]]
+    assert [model["dtype"] for model in opened] == ["torch.float32", "torch.bfloat16"]
+    assert all(model["finite"] and model["ours"] == [] and model["shape"][-1] == 512 for model in opened)
 
 
 def assert_the_log_makes_the_last_checkpoint(run: Swarm, last: int) -> None:

@@ -56,7 +56,7 @@ DOORS = {
     "huggingface_hub": ("peer/checkpoints/card.py", "peer/checkpoints/hub.py"),
     "lm_eval": ("peer/checkpoints/harness.py", "peer/checkpoints/harness_model.py"),
     "matplotlib": ("peer/checkpoints/leaderboard.py",),
-    "numpy": ("peer/*.py", "coordinator/token_shards.py"),
+    "numpy": ("peer/*.py", "coordinator/token_shards.py", "swarm/derived.py"),
     "pyarrow": ("coordinator/data_sources.py",),
     "pydantic": (
         "swarm/run_spec.py",

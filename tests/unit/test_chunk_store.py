@@ -13,9 +13,10 @@ import pytest
 
 from peer.p2p import chunk_store
 from peer.p2p.chunk_store import ChunkStore, token_shard_source
+from swarm.checkpoint_chunks import FileChunks
 from swarm.digest import sha256
 from swarm.errors import DiskFull, NetworkError, ProtocolError
-from swarm.file_ranges import FileChunks, FileRange, FileRanges, read_range
+from swarm.file_ranges import FileRange, FileRanges, read_range
 from swarm.proto.round_pb2 import ChunkReply, ChunkRequest
 from tests.checkpoint_samples import data_manifest, small_checkpoint
 

@@ -23,6 +23,7 @@ from peer.checkpoints.verify import Report, verify_folder
 from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.fetch import FetchLimits, HolderBook
 from peer.rounds.statuses import StatusRules, sign_status
+from swarm.checkpoint_chunks import FileChunks
 from swarm.errors import (
     AlreadyRunning,
     ConfigError,
@@ -31,7 +32,6 @@ from swarm.errors import (
     SignatureError,
     VerificationError,
 )
-from swarm.file_ranges import FileChunks
 from swarm.identity import Identity, peer_id_of
 from swarm.proto.common_pb2 import Admission
 from swarm.proto.round_pb2 import ChunkReply, Status
@@ -136,7 +136,7 @@ def test_an_interrupted_download_keeps_what_it_has(made: SignedCheckpoint, tmp_p
 KILLED = """
 import asyncio, os, pathlib, signal, sys
 from peer.p2p.chunk_store import ChunkStore
-from swarm.file_ranges import FileChunks
+from swarm.checkpoint_chunks import FileChunks
 from peer.checkpoints.download import Order, download
 from peer.checkpoints.filling import Fetching
 from peer.checkpoints.sources import PeerSource, Tally

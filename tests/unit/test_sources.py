@@ -17,8 +17,8 @@ from peer.checkpoints.filling import PIECES_FOLDER, Fetching
 from peer.checkpoints.pieces import Pieces
 from peer.checkpoints.sources import PIECE_BYTES, Chunk, Intake, Pace, Source, Tally
 from peer.p2p.fetch import FetchLimits, HolderBook, Wanted
+from swarm.checkpoint_chunks import FileChunks
 from swarm.errors import DiskFull, NetworkError, NotFound, ResourceError, Unreachable
-from swarm.file_ranges import FileChunks
 from tests.checkpoint_samples import SignedCheckpoint, make_parts, signed_checkpoint, small_checkpoint
 
 QUICK = FetchLimits(per_holder=2, total=8, retry_pause_s=0)
