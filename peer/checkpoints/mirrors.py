@@ -49,18 +49,19 @@ async def open_mirrors(
     try:
         async with aiohttp.ClientSession(timeout=timeout, auto_decompress=False) as session:
 
-            def opened(url: str, max_redirects: int) -> HttpMirror | StorageMirror:
+            def opened(url: str, is_told: bool) -> HttpMirror | StorageMirror:
                 base = url.rstrip("/") + (f"/{mirror_folder(round_number)}" if round_number is not None else "")
                 if _is_http(url):
-                    return HttpMirror(session=session, name=base, max_redirects=max_redirects, proxy=_proxy(url))
-                return StorageMirror(Storage(base), threads)
+                    # A redirect would take the question to a place that `_usable` has not seen.
+                    redirects = 0 if is_told else MAX_REDIRECTS
+                    return HttpMirror(session=session, name=base, max_redirects=redirects, proxy=_proxy(url))
+                return StorageMirror(Storage(base, anonymous=is_told), threads)
 
-            sources: list[HttpMirror | StorageMirror] = [opened(url, MAX_REDIRECTS) for url in dict.fromkeys(named)]
+            sources: list[HttpMirror | StorageMirror] = [opened(url, False) for url in dict.fromkeys(named)]
             for url in _usable(told):
                 with suppress(ConfigError):
                     if url not in named:
-                        # A redirect would take the question to a place that `_usable` has not seen.
-                        sources.append(opened(url, 0))
+                        sources.append(opened(url, True))
             yield sources[:MAX_MIRRORS]
     finally:
         threads.shutdown(wait=False, cancel_futures=True)

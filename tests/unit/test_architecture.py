@@ -53,7 +53,7 @@ DOORS = {
         "coordinator/service.py",
     ),
     "hivemind": ("peer/p2p/hivemind_door.py",),
-    "huggingface_hub": ("peer/checkpoints/card.py", "peer/checkpoints/hub.py"),
+    "huggingface_hub": ("peer/checkpoints/card.py", "peer/checkpoints/hub.py", "swarm/storage.py"),
     "lm_eval": ("peer/checkpoints/harness.py", "peer/checkpoints/harness_model.py"),
     "matplotlib": ("peer/checkpoints/leaderboard.py",),
     "numpy": ("peer/*.py", "coordinator/token_shards.py", "swarm/derived.py"),

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,74 +19,17 @@ from swarm.errors import ConfigError, DataError, NetworkError, VerificationError
 from swarm.identity import Identity
 from swarm.manifest import MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE, WITNESSES_FILE
 from tests.checkpoint_samples import SignedCheckpoint, evaluation, small_checkpoint
+from tests.hub_server import TOKEN, Hub, hub_server
 
 REPOSITORY = "volunteers/sample"
 
 
-class Hub(ThreadingHTTPServer):
-    """The calls of an upload; keeps the files of the commit. ``refuse``: a status for everything."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, bytes] = {}
-        self.message = self.card = ""
-        self.refuse = 0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_POST(self) -> None:
-        raw = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.server.refuse:
-            self._answer(self.server.refuse, {"error": "no"})
-        elif self.path == "/api/validate-yaml":
-            self.server.card = json.loads(raw)["content"]
-            self._answer(200, {"errors": [], "warnings": []})
-        elif self.path == "/api/repos/create":
-            self._answer(200, {"url": f"{self.server.url}/{REPOSITORY}"})
-        elif self.path.startswith(f"/api/models/{REPOSITORY}/preupload/"):
-            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(raw)["files"]]
-            self._answer(200, {"files": files})
-        elif self.path.startswith(f"/api/models/{REPOSITORY}/commit/"):
-            for line in map(json.loads, raw.splitlines()):
-                if line["key"] == "file":
-                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-                elif line["key"] == "header":
-                    self.server.message = line["value"]["summary"]
-            self._answer(200, {"commitUrl": f"{self.server.url}/{REPOSITORY}/commit/1", "commitOid": "1" * 40})
-        else:
-            self._answer(404, {})
-
-    def do_GET(self) -> None:
-        self._answer(self.server.refuse or 200, {"id": REPOSITORY, "siblings": []})
-
-    def _answer(self, status: int, value: Any) -> None:
-        raw = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        self.wfile.write(raw)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    monkeypatch.setenv("HF_TOKEN", "hf_not_a_real_one")
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    with hub_server() as server:
+        yield server
 
 
 @pytest.fixture
@@ -111,11 +50,11 @@ def test_every_file_of_a_checkpoint_is_uploaded_as_it_is_and_nothing_else(
         (made.folder / name).write_text("{}")
     pushed = hub.describe_folder(made.folder, made.run_id)
     hub.push(made.folder, pushed, hub.PushOptions(repository=REPOSITORY, endpoint=fake.url))
-    assert fake.message == f"Add {pushed.summary}" and "round 10" in pushed.summary
+    assert fake.messages == [f"Add {pushed.summary}"] and "round 10" in pushed.summary
     signed = {MANIFEST_FILE, SIGNATURE_FILE, SPEC_FILE, WITNESSES_FILE, "model.sig"}
     measurement = {f"evaluations/{measured.stem}{ending}" for ending in (".json", ".sig")}
-    assert set(fake.files) == {file.name for file in made.manifest.files} | signed | measurement
-    for name, content in fake.files.items():
+    assert set(fake.files(REPOSITORY)) == {file.name for file in made.manifest.files} | signed | measurement
+    for name, content in fake.files(REPOSITORY).items():
         (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "copy" / name).write_bytes(content)
     assert fake.card == (made.folder / "README.md").read_text()
