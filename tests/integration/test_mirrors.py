@@ -46,8 +46,9 @@ def get(made: SignedCheckpoint, out: Path, *urls: str, tally: Tally | None = Non
 
 
 def same(made: SignedCheckpoint, folder: Path) -> bool:
+    """Whether the folder holds the fp32 set and what signs it; a mirror's holds the bf16 set besides."""
     return {path.name: path.read_bytes() for path in made.folder.iterdir()} == {
-        path.name: path.read_bytes() for path in folder.iterdir()
+        path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()
     }
 
 
