@@ -222,12 +222,14 @@ def test_mirrors_are_bounded_in_number() -> None:
 def test_the_signature_is_written_last(made: SignedCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     real = Storage.write
-    monkeypatch.setattr(Storage, "write", lambda self, name, path: (written.append(path.name), real(self, name, path)))
+    monkeypatch.setattr(Storage, "write", lambda self, name, path: (written.append(name), real(self, name, path)))
     (made.folder / "notes.json").write_text("{}")
     mirrored(made, f"file://{tmp_path}/www")
-    assert written[-1] == SIGNATURE_FILE
-    assert sorted(written) == sorted(path.name for path in made.folder.iterdir())
-    assert written.index("notes.json") > max(written.index(file.name) for file in made.manifest.files)
+    names = [name.removeprefix("checkpoint-10/") for name in written]
+    assert names[-1] == SIGNATURE_FILE
+    both = [path.name for path in made.folder.iterdir()] + [f"bf16/{file.name}" for file in made.manifest.bf16]
+    assert sorted(names) == sorted(both)
+    assert names.index("notes.json") > max(names.index(file.name) for file in made.manifest.files)
 
 
 def test_writing_that_was_cut_short_goes_on_and_leaves_no_signature_before(
@@ -243,7 +245,7 @@ def test_writing_that_was_cut_short_goes_on_and_leaves_no_signature_before(
     monkeypatch.setattr(Storage, "write", full)
     with pytest.raises(ConfigError):
         mirrored(made, f"file://{tmp_path}/www")
-    there = {path.name for path in (tmp_path / "www" / "checkpoint-10").iterdir()}
+    there = {path.name for path in (tmp_path / "www" / "checkpoint-10").rglob("*") if path.is_file()}
     assert len(there) == 3 and SIGNATURE_FILE not in there
     monkeypatch.undo()
     mirrored(made, f"file://{tmp_path}/www")
