@@ -20,7 +20,7 @@ MIN_BUSY_S = 0.02
 MAX_BUSY_S = 2.0
 # An answer is late after so many times what was expected and its usual deviation. A peer that dies closes its
 # connections, so lateness finds only those that hang, while whoever is left for another has computed for nothing: at a
-# factor of 2, a tenth of all computations were, and four spans of two replicas trained a fifth less.
+# factor of 2, four simulated spans of two replicas trained a tenth less.
 LATE_DEVIATIONS = 4.0
 LATE_FACTOR = 4.0
 MIN_PATIENCE_S = 1.0
