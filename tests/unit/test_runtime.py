@@ -208,6 +208,8 @@ def test_an_error_of_joining_is_told_and_what_was_opened_is_closed(
 class Transport(MemoryTransport):
     """In memory, and for ever."""
 
+    seeds: tuple[str, ...] = ()
+
     async def watch(self) -> None:
         await asyncio.Event().wait()
 
