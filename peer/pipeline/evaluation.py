@@ -62,6 +62,7 @@ class Evaluation:
         self._round = -1
         self._sequences = 0
         self._one_at_a_time = asyncio.Lock()
+        self._has_ended = False
 
     async def answer(self, entering: Entering) -> Answer:
         """For another peer. Raises `Busy` where too much is asked for, and as `Anchors`."""
@@ -71,9 +72,15 @@ class Evaluation:
         clock = asyncio.get_running_loop().time
         ends_s = clock() + entering.time_left_s
         async with self._one_at_a_time, self._parts.rules.anchors(shard, number) as anchors:
+            if self._has_ended:
+                raise Busy("busy: this peer is leaving")
             self._count(number, len(entering.tokens))
             measured = await self._measure(entering, anchors)
         return await self._go_on(entering, measured, ends_s - clock())
+
+    def end(self) -> None:
+        """Answer nobody any more: nothing is computed from here on."""
+        self._has_ended = True
 
     async def mean_loss(self, anchor: Float32, batches: Sequence[Tokens], number: int) -> float:
         """Of ``anchor``, that of our span after round ``number``, and of those that the spans after ours have.

@@ -100,6 +100,8 @@ class Place:
     async def end(self) -> None:
         """Admit nothing more, and let go of what is under way; a computation that has begun is finished."""
         self.hop.pause()
+        if self.evaluation is not None:
+            self.evaluation.end()
         for job in self.jobs:
             job.cancel()
         await asyncio.gather(*self.jobs, return_exceptions=True)

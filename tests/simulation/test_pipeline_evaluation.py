@@ -217,6 +217,19 @@ def test_only_a_peer_of_the_run_is_answered_and_only_what_is_a_microbatch_of_it(
     live(main)
 
 
+def test_a_peer_that_leaves_answers_nobody_any_more() -> None:
+    async def main() -> None:
+        swarm = await swarm_of("fp32", Replica, timeout_s=5.0)
+        last = swarm.pipeline.peers[-1].evaluation
+        assert last is not None
+        last.end()
+        with pytest.raises(DeadlineExceeded):
+            await swarm.loss()
+        assert swarm.standings[-1].asked
+
+    live(main)
+
+
 def test_a_loss_that_is_not_finite_is_told_by_name() -> None:
     async def main() -> None:
         swarm = await swarm_of("fp32", Replica)
