@@ -102,7 +102,10 @@ class Routes:
         if measured.expected_s is not None and waited_s > measured.expected_s:
             self._learn(measured, waited_s)
         if now_s < measured.failed_until_s:
-            return  # one that dies fails all that it was asked for, and that is one failure
+            # One that dies fails all that it was asked for, and that is one failure. But one that was busy in between
+            # may be asked by now, and would be again at once.
+            measured.avoided_until_s = max(measured.avoided_until_s, measured.failed_until_s)
+            return
         measured.failures += 1
         avoid_s = min(MAX_AVOID_S, FIRST_AVOID_S * 2.0 ** min(measured.failures - 1, 10))
         measured.avoided_until_s = measured.failed_until_s = now_s + avoid_s

@@ -90,6 +90,18 @@ def test_one_that_is_busy_is_left_alone_for_half_of_its_time_and_has_not_failed(
     assert shares(routes, FIRST_AVOID_S * 1.01, 200).keys() == {A, B}
 
 
+def test_one_that_fails_was_busy_and_fails_again_is_avoided_as_after_its_first_failure() -> None:
+    """Else it would be sent requests as fast as it refuses them."""
+    routes = routes_of(a=0.1, b=0.1)
+    for now_s in (0.0, 1.5, 4.0):
+        routes.failed(A, now_s)
+    routes.busy(A, 4.1)
+    assert shares(routes, 4.5, 200).keys() == {A, B}, "busy: it lives"
+    routes.failed(A, 4.5)
+    assert shares(routes, 4.5, 200).keys() == {B} and shares(routes, 7.9, 200).keys() == {B}
+    assert shares(routes, 8.1, 200).keys() == {A, B}, "it is the same failure still"
+
+
 def test_one_that_was_late_gets_less_from_then_on() -> None:
     routes = routes_of(a=0.1, b=0.1)
     routes.failed(A, 0.0, waited_s=2.0)
