@@ -2,8 +2,9 @@
 
 Decides how much of this peer's time others may ask for: a round's evaluation is begun where what was spent before is
 made up for, or where the run wants the loss of that round, and a round has so many sequences, whoever asks. It holds
-the compute slot like any other computation, and needs no place in the gate, as no activations stay. Leaves which round
-is measured, by whom and when to `peer.span_evaluation`, and whether its anchors are here to whoever hosts the shards.
+the compute slot like any other computation, and needs no place in the gate, as no activations stay; but only a few of
+others wait here at once. Leaves which round is measured, by whom and when to `peer.span_evaluation`, and whether its
+anchors are here to whoever hosts the shards.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import dataclass, replace
 
 from peer.pipeline.messages import Answer, Entering
 from peer.pipeline.onward import Onward
@@ -28,6 +30,9 @@ from swarm.errors import Busy, DataError, DeadlineExceeded
 MAX_SEQUENCES_A_ROUND = 256
 # Of one evaluation at once: several spans then compute at the same time.
 MAX_AT_ONCE = 4
+# Of others at once, each of whom waits for the spans after ours: a peer answers so many calls of all kinds, and whoever
+# took them all would keep it out of rounds.
+MAX_ANSWERED = 8
 
 Anchors = Callable[[int, int], AbstractAsyncContextManager[Sequence[Float32]]]
 """(shard, round) -> the anchors after that round of the hosted shards from this one on, unchanged meanwhile. Raises
@@ -61,22 +66,27 @@ class Evaluation:
         self._parts = parts
         self._round = -1
         self._sequences = 0
+        self._answered: Counter[bytes] = Counter()
         self._one_at_a_time = asyncio.Lock()
         self._has_ended = False
 
-    async def answer(self, entering: Entering) -> Answer:
-        """For another peer. Raises `Busy` where too much is asked for, and as `Anchors`."""
-        shard, number = entering.first_shard, entering.round
-        if number is None:
-            raise DataError("an evaluation without a round")
+    async def answer(self, caller: bytes, read: Callable[[], Awaitable[Entering]]) -> Answer:
+        """For another peer. Raises `Busy` where too much is asked for, before anything is read, and as `Anchors`."""
         clock = asyncio.get_running_loop().time
-        ends_s = clock() + entering.time_left_s
-        async with self._one_at_a_time, self._parts.rules.anchors(shard, number) as anchors:
-            if self._has_ended:
-                raise Busy("busy: this peer is leaving")
-            self._count(number, len(entering.tokens))
-            measured = await self._measure(entering, anchors)
-        return await self._go_on(entering, measured, ends_s - clock())
+        came_s = clock()
+        with self._admitted(caller):
+            async with self._one_at_a_time:
+                entering = await read()  # in its turn: decoded hidden states are large, and one's alone are held
+                shard, number = entering.first_shard, entering.round
+                if number is None:
+                    raise DataError("an evaluation without a round")
+                async with self._parts.rules.anchors(shard, number) as anchors:
+                    if self._has_ended:
+                        raise Busy("busy: this peer is leaving")
+                    self._count(number, len(entering.tokens))
+                    measured = await self._measure(entering, anchors)
+            entering = replace(entering, hidden_BLH=None)
+            return await self._go_on(entering, measured, came_s + entering.time_left_s - clock())
 
     def end(self) -> None:
         """Answer nobody any more: nothing is computed from here on."""
@@ -108,6 +118,18 @@ class Evaluation:
         if not batches or not math.isfinite(loss):
             raise DataError(f"{len(batches)} validation batches have no finite loss")
         return loss
+
+    @contextmanager
+    def _admitted(self, caller: bytes) -> Iterator[None]:
+        if self._answered.total() >= MAX_ANSWERED or self._answered[caller] >= MAX_AT_ONCE:
+            raise Busy("busy: enough evaluations are under way")
+        self._answered[caller] += 1
+        try:
+            yield
+        finally:
+            self._answered[caller] -= 1
+            if not self._answered[caller]:
+                del self._answered[caller]
 
     def _count(self, number: int, num_sequences: int) -> None:
         rules = self._parts.rules

@@ -14,6 +14,7 @@ from peer.pipeline.hop import Hop
 from peer.pipeline.messages import (
     EVALUATE_METHOD,
     TRAIN_METHOD,
+    Entering,
     HopRules,
     read_evaluation,
     read_request,
@@ -65,8 +66,12 @@ class Serving:
         self._check(caller)
         if parts.evaluation is None:
             raise NotFound("no anchors are here")
-        entering = await parts.run(lambda: read_evaluation(data, parts.entrances, parts.rules))
-        return write_loss(await parts.evaluation.answer(entering))
+
+        async def read() -> Entering:
+            entering: Entering = await parts.run(lambda: read_evaluation(data, parts.entrances, parts.rules))
+            return entering
+
+        return write_loss(await parts.evaluation.answer(caller, read))
 
     def _check(self, caller: bytes) -> None:
         if not self._parts.is_admitted(caller):

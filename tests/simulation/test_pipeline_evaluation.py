@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from peer.pipeline.evaluation import MAX_SEQUENCES_A_ROUND, EvaluationRules
+from peer.pipeline.evaluation import MAX_ANSWERED, MAX_AT_ONCE, MAX_SEQUENCES_A_ROUND, EvaluationRules
 from peer.pipeline.messages import EVALUATE_METHOD, Entering, HopRules, with_time, write_request
 from peer.rounds.codec import Float32
 from peer.training import model
@@ -184,6 +184,38 @@ def test_others_get_no_more_of_the_time_than_the_allowance_unless_the_run_wants_
         await swarm.loss(ROUND + 2)
         with pytest.raises(DeadlineExceeded):
             await swarm.loss(ROUND + 2, BATCHES * (MAX_SEQUENCES_A_ROUND // 12 + 1))
+
+    live(main)
+
+
+def test_others_wait_for_a_few_evaluations_at_once_and_more_are_refused_unread() -> None:
+    """Each holds one of the calls that a peer answers at once: who had all of them would keep it out of rounds."""
+
+    async def main() -> None:
+        swarm = await swarm_of("fp32", Replica)
+        [middle, last] = swarm.pipeline.peers[1:]
+        swarm.pipeline.network.stalled.add(last.key)
+        hidden = bytes(2 * LENGTH * swarm.pipeline.rules.width * 4)
+        entering = Entering(microbatch_id=b"", tokens=BATCHES[0], time_left_s=300.0, round=ROUND)
+        request = with_time(write_request(entering, 1, hidden), 300.0)
+        others = [await swarm.pipeline.add(0) for _ in range(3)]
+
+        def ask(peer: SimulatedPeer, request: bytes = request) -> asyncio.Future[bytes]:
+            return asyncio.ensure_future(peer.transport.call(middle.key, EVALUATE_METHOD, request, timeout_s=300))
+
+        async def refused(calls: list[asyncio.Future[bytes]]) -> int:
+            await asyncio.sleep(30)
+            return sum(isinstance(call.exception(), Busy) for call in calls if call.done())
+
+        calls = [ask(others[0]) for _ in range(64)]
+        assert await refused(calls) == 64 - MAX_AT_ONCE
+        calls += [ask(peer) for peer in others[1:] for _ in range(MAX_AT_ONCE)]
+        assert await refused(calls) == len(calls) - MAX_ANSWERED
+        with pytest.raises(Busy, match="under way"):
+            await ask(swarm.first, b"no request")
+        await asyncio.wait(calls)
+        with pytest.raises(ProtocolError):  # those that came to nothing made room
+            await ask(swarm.first, b"no request")
 
     live(main)
 
