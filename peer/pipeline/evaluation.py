@@ -147,13 +147,20 @@ class Evaluation:
         values = parts.later.get(entering.first_shard)
         given = Microbatch(tokens=entering.tokens, weight=0.0, hidden_BLH=entering.hidden_BLH, entrance=entrance)
 
-        def measure() -> tuple[Measured, float]:
-            began_s = time.monotonic()
-            return parts.replica.measure(given, anchors, values), time.monotonic() - began_s
+        took_s = 0.0
 
-        measured, took_s = await parts.slot.run(measure)
-        parts.rules.allowance.spend(took_s)
-        return measured
+        def measure() -> Measured:
+            nonlocal took_s
+            began_s = time.monotonic()
+            try:
+                return parts.replica.measure(given, anchors, values)
+            finally:
+                took_s = time.monotonic() - began_s
+
+        try:
+            return await parts.slot.run(measure, trains=False)
+        finally:  # whoever hung up meanwhile, or asked for what failed, had the time all the same
+            parts.rules.allowance.spend(took_s)
 
     async def _go_on(self, entering: Entering, measured: Measured, left_s: float) -> Answer:
         onward = self._parts.onward

@@ -27,9 +27,9 @@ class Slot:
         self.way_back_s = 0.0
         """how long a way back takes, lately"""
         self.computed_s = 0.0
-        """all computations since the start"""
+        """all computations of training since the start"""
 
-    async def run(self, function: Callable[[], T], *, is_way_back: bool = False) -> T:
+    async def run(self, function: Callable[[], T], *, is_way_back: bool = False, trains: bool = True) -> T:
         """``function`` once nobody is before it. Once begun it is carried out, also where the caller is cancelled."""
         await self._enter(self._waiting[0 if is_way_back else 1])
         clock = asyncio.get_running_loop().time
@@ -40,7 +40,8 @@ class Slot:
             return result
         finally:
             elapsed_s = clock() - began_s
-            self.computed_s += elapsed_s
+            if trains:
+                self.computed_s += elapsed_s
             if is_way_back:
                 self.way_back_s = KEPT * self.way_back_s + (1 - KEPT) * elapsed_s if self.way_back_s else elapsed_s
             self._leave()

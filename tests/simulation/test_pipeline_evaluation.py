@@ -19,7 +19,7 @@ from peer.training import model
 from peer.training.allowance import Allowance
 from peer.training.fp32_replica import Replica
 from peer.training.int8_replica import Int8Replica
-from swarm.errors import Busy, DataError, DeadlineExceeded, NotAdmitted, NotFound, ProtocolError
+from swarm.errors import Busy, DataError, DeadlineExceeded, NotAdmitted, NotFound, ProtocolError, SwarmError
 from swarm.identity import Identity
 from swarm.run_spec import Inner
 from swarm.sharding import from_sizes, whole
@@ -216,6 +216,32 @@ def test_others_wait_for_a_few_evaluations_at_once_and_more_are_refused_unread()
         await asyncio.wait(calls)
         with pytest.raises(ProtocolError):  # those that came to nothing made room
             await ask(swarm.first, b"no request")
+
+    live(main)
+
+
+@pytest.mark.parametrize("hangs_up", [True, False])
+def test_what_was_computed_for_one_that_hung_up_or_failed_is_spent_and_no_training(hangs_up: bool) -> None:
+    async def main() -> None:
+        swarm = await swarm_of("fp32", Replica, cost_s=1.0)
+        last, standing = swarm.pipeline.peers[-1], swarm.standings[-1]
+        if not hangs_up:
+            standing.anchor = standing.anchor[1:]
+        hidden = bytes(2 * LENGTH * swarm.pipeline.rules.width * 4)
+
+        async def ask(number: int) -> bytes:
+            standing.round = number
+            entering = Entering(microbatch_id=b"", tokens=BATCHES[0], time_left_s=0.5, round=number)
+            request = with_time(write_request(entering, 2, hidden), 0.5)
+            timeout_s = 0.5 if hangs_up else 9.0
+            return await swarm.first.transport.call(last.key, EVALUATE_METHOD, request, timeout_s=timeout_s)
+
+        with pytest.raises(DeadlineExceeded if hangs_up else SwarmError):
+            await ask(ROUND)
+        await asyncio.sleep(5)
+        with pytest.raises(Busy, match="lately"):
+            await ask(ROUND + 1)
+        assert last.slot.computed_s == 0
 
     live(main)
 
