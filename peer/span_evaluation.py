@@ -23,7 +23,7 @@ from peer.rounds.exchange import Exchange
 from peer.rounds.planning import evaluator
 from peer.training.feeding import Training
 from swarm import schedule
-from swarm.errors import NotFound, SwarmError
+from swarm.errors import NotFound, ResourceError, SwarmError
 from swarm.run_spec import RunSpec
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,12 @@ class SpanEvaluation:
         return evaluator(number, contributors) == self._me
 
     async def _copy(self, exchange: Exchange, training: Training) -> None:
-        copy = await asyncio.to_thread(self._gathering.add, exchange.head, exchange.shard)
+        try:
+            copy = await asyncio.to_thread(self._gathering.add, exchange.head, exchange.shard)
+        except ResourceError as error:  # a loss is not worth the training
+            log.warning("round %d is not evaluated: %s", exchange.head.round, error)
+            self._gathering.forget(exchange.head.round)
+            return
         if copy is not None:
             if self._measuring is not None:
                 self._measuring.cancel()

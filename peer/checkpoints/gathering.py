@@ -77,6 +77,11 @@ class Gathering:
             )
             return self._taken(head.round) if len(copy.states) == len(self._places) else None
 
+    def forget(self, number: int) -> None:
+        """Let go of the copies of a round, where there are any."""
+        with self._lock:
+            self._drop(number)
+
     def _taken(self, number: int) -> StateCopy:
         copy = self._copies.pop(number)
         with copy.file as file:
@@ -95,9 +100,15 @@ class Gathering:
         kept = [n for n in sorted(self._copies) if n not in passed and n != head.round]
         for number in [*passed, *kept[: max(0, len(kept) + 1 - MAX_ROUNDS)]]:
             log.info("round %d: not all shards were seen there", number)
-            self._copies.pop(number).file.close()
-            if self._archive:
-                forget_momentum(self._folder, number, len(self._places))
+            self._drop(number)
+
+    def _drop(self, number: int) -> None:
+        copy = self._copies.pop(number, None)
+        if copy is None:
+            return
+        copy.file.close()
+        if self._archive:
+            forget_momentum(self._folder, number, len(self._places))
 
 
 def _write(file: IO[bytes], offset: int, data: memoryview) -> None:

@@ -73,3 +73,13 @@ def test_copies_that_wait_are_few(tmp_path: Path) -> None:
     assert gathering.rounds == tuple(range(10 - MAX_ROUNDS, 10))
     copy = gathering.add(head(1, 9), shard(1, 0))
     assert copy is not None and copy.anchor[0] == 9
+
+
+def test_a_round_that_is_forgotten_begins_anew(tmp_path: Path) -> None:
+    gathering = Gathering(tmp_path, SIZES)
+    gathering.add(head(0, 5), shard(0, 1))
+    for number in (5, 6):
+        gathering.forget(number)
+    assert gathering.rounds == ()
+    assert gathering.add(head(1, 5), shard(1, 2)) is None, "shard 0 is not there any more"
+    gathering.forget(5)

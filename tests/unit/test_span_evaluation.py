@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Coroutine
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,6 +118,18 @@ def test_not_before_earlier_evaluations_are_made_up_for_but_for_a_checkpoint(tmp
 def test_it_waits_until_all_shards_stand_there_and_gives_up_once_one_is_further_on(tmp_path: Path) -> None:
     assert asyncio.run(measured(tmp_path, MINE, elsewhere=(MINE - 1, MINE))) == {MINE: 2.5}
     assert asyncio.run(measured(tmp_path, MINE, elsewhere=(MINE - 1, MINE + 1))) == {}
+
+
+def test_a_disk_without_room_for_the_copy_costs_that_rounds_loss_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.pwrite", full)
+        assert asyncio.run(measured(tmp_path, MINE)) == {}
+    assert asyncio.run(measured(tmp_path, MINE)) == {MINE: 2.5}
 
 
 def test_anchors_are_lent_of_the_round_asked_for_only_and_do_not_change_meanwhile() -> None:
