@@ -94,6 +94,8 @@ class Steps:
             trained = self._replica.backward(passed, came.gradient_BLH if came is not None else None, counts=counts)
         except BaseException:
             self._gathered.is_spoiled |= counts
+            if counts and self._known_number is not None:
+                self._break_off(entering)
             raise
         is_lost = trained.gradient_BLH is not None and not can_travel(trained.gradient_BLH)
         self._gathered.is_spoiled |= counts and (trained.is_spoiled or is_lost)
@@ -129,12 +131,23 @@ class Steps:
             entered_later={shard: sum(tokens) for shard, tokens in gathered.entered_later.items()},
         )
 
+    def _break_off(self, entering: Entering) -> None:
+        """The step's only microbatch broke off, when some matrices may have learned from it as they were passed.
+
+        That stays. So they must not learn from it again, and what comes next has a step of its own.
+        """
+        self._remember(entering)
+        self.finish()
+
     def _count(self, entering: Entering, num_tokens: int, loss: float) -> None:
         self._gathered.loss += loss
         self._gathered.num_tokens += num_tokens
         self._gathered.microbatch_ids.append(entering.microbatch_id)
         if entering.first_shard in self._later:
             self._gathered.entered_later.setdefault(entering.first_shard, []).append(num_tokens)
+        self._remember(entering)
+
+    def _remember(self, entering: Entering) -> None:
         self._counted[entering.microbatch_id] = None
         if len(self._counted) > MAX_REMEMBERED:
             self._counted.popitem(last=False)

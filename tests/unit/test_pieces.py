@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from peer.pipeline.messages import HopRules
+from peer.pipeline.messages import Answer, Entering, HopRules
+from peer.pipeline.steps import Steps
 from swarm.errors import Busy, ResourceError
 from tests.simulation.pipeline_in_memory import PeerOptions, SimulatedPipeline
 from tests.simulation.virtual_time import run
@@ -92,6 +93,46 @@ def test_memory_that_runs_out_on_the_way_back_spoils_that_step_alone(make: Make)
     before = learned(replica).copy()
     assert step([replica], BATCHES[:1])
     assert not np.array_equal(learned(replica), before)
+
+
+@pytest.mark.parametrize("lands", [False, True])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["asked again", "another first"])
+def test_what_matrices_learned_as_they_were_passed_before_memory_ran_out_is_not_learned_again(
+    order: tuple[int, int], lands: bool
+) -> None:
+    """Where an inner step is one microbatch; whoever asks again is answered, and others have steps of their own.
+
+    Also where an anchor lands in between, which ends what step there is.
+    """
+    [replica] = int8_spans("llama", (NUM_LAYERS,))
+    fail = [True]
+
+    def refuse_once(gradient: torch.Tensor) -> torch.Tensor:
+        if fail.pop() if fail else False:
+            raise torch.OutOfMemoryError("simulated")
+        return gradient
+
+    middle = replica._model.base_model.layers[NUM_LAYERS // 2]
+    middle.register_forward_pre_hook(lambda _, given: given[0].register_hook(refuse_once) and None)
+    steps = Steps(replica, lambda: RATE, 1)
+
+    def pass_through(number: int) -> Answer:
+        given = Entering(microbatch_id=bytes([number]) * 16, tokens=BATCHES[number], time_left_s=1.0)
+        return steps.backward(given, steps.forward(given), None, steps.generation)
+
+    at_first = learned(replica)
+    with pytest.raises(Busy, match="smaller pieces"):
+        pass_through(0)
+    before = learned(replica)
+    assert not np.array_equal(before, at_first)
+    if lands:
+        assert steps.finish() is None
+    for number in order:
+        assert pass_through(number).loss > 0
+        assert (steps.finish() is None) == (number == 0)
+        after = learned(replica)
+        assert np.array_equal(after, before) == (number == 0)
+        before = after
 
 
 @both
