@@ -3,7 +3,8 @@
 The log is there from the genesis on, as it proves the state that a peer starts from. Decides the order of the rest (the
 state of round 0, then averages, newest first, as a full archive gives up its oldest rounds), how fast it is fetched,
 and how often what nobody had is asked for. What lies here already is not fetched, so a restarted peer goes on. Believes
-nothing: everything has its digest in the log or the genesis. Leaves fetching to `peer.p2p.fetch`, files to the ledger.
+nothing: everything has its digest in the log or the genesis. Leaves room for the states of later rounds, which the run
+cannot go on without. Leaves fetching to `peer.p2p.fetch`, files to the ledger.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 from peer.checkpoints.sources import Pace
 from peer.p2p.fetch import fetch_chunk
+from peer.rounds import blocks
 from peer.rounds.catch_up import Newcomer, fetch_first_state
 from swarm.errors import DiskFull, NetworkError, NotFound, SwarmError
 
@@ -23,6 +25,8 @@ from swarm.errors import DiskFull, NetworkError, NotFound, SwarmError
 BYTES_PER_S = 4e6
 ASK_AGAIN_S = 60.0
 _ANSWER_S = 120.0
+# Of every shard: one is written beside the two that are kept, and at a fresh start one of those is still to come.
+STATES_TO_COME = 2
 
 log = logging.getLogger(__name__)
 
@@ -61,16 +65,17 @@ class Backfill:
         lacking = [await asyncio.to_thread(_lacking, late) for late in self._shards]
         self._rounds_lacking = sum(map(len, lacking))
         complete = True
-        for late, rounds in zip(self._shards, lacking, strict=True):
+        for late in self._shards:
             complete = await self._obtain_first_state(late) and complete
-            complete = await self._obtain_rounds(late, rounds) and complete
-        return complete
+        rounds = [(number, late) for late, numbers in zip(self._shards, lacking, strict=True) for number in numbers]
+        return await self._obtain_rounds(sorted(rounds, key=lambda item: -item[0])) and complete
 
     async def _obtain_first_state(self, late: Late) -> bool:
         ledger = late.newcomer.ledger
         if ledger.offer_state(first=True).anchor_chunks:
             return True
         try:
+            await self._see_to_room(late, _state_bytes(late))
             state = await fetch_first_state(late.newcomer, self._holders())
             async with late.at_rest():
                 await asyncio.to_thread(ledger.save_state, 0, state)
@@ -81,15 +86,17 @@ class Backfill:
             return False
         return True
 
-    async def _obtain_rounds(self, late: Late, rounds: Sequence[int]) -> bool:
+    async def _obtain_rounds(self, rounds: Sequence[tuple[int, Late]]) -> bool:
+        """Round by round: where room is for some of them only, an auditor needs those of every shard."""
         complete = True
-        for number in rounds:
+        for number, late in rounds:
             try:
                 await self._obtain_round(late, number)
                 self._rounds_lacking = (self._rounds_lacking or 0) - 1
             except DiskFull as error:
                 log.warning("the archive goes back to round %d only: %s", number + 1, error)
-                await asyncio.to_thread(late.newcomer.ledger.release_rounds, number + 1)
+                for each in self._shards:
+                    await asyncio.to_thread(each.newcomer.ledger.release_rounds, number + 1)
                 break
             except NetworkError as error:
                 log.info("round %d of shard %d cannot be had: %s", number, late.newcomer.shard, error)
@@ -99,6 +106,7 @@ class Backfill:
     async def _obtain_round(self, late: Late, number: int) -> None:
         newcomer = late.newcomer
         for part in await asyncio.to_thread(newcomer.ledger.lacking, number):
+            await self._see_to_room(late, part.size_bytes)
             await self._pace.spend(part.size_bytes)
             holders = self._holders()
             if not holders:
@@ -107,6 +115,17 @@ class Backfill:
                 newcomer.transport, part.digest, part.size_bytes, holders, _ANSWER_S, newcomer.book
             )
             await newcomer.chunks.keep(data)
+
+    async def _see_to_room(self, late: Late, size_bytes: int) -> None:
+        """Raises `DiskFull` where so much more would take the room of states to come."""
+        room_bytes = await asyncio.to_thread(late.newcomer.chunks.room_bytes)
+        if room_bytes < size_bytes + STATES_TO_COME * sum(map(_state_bytes, self._shards)):
+            raise DiskFull("the disk limit leaves no more room beside the run's states", "raise the disk limit")
+
+
+def _state_bytes(late: Late) -> int:
+    num_values = late.newcomer.num_values
+    return 4 * num_values + blocks.size_bytes(num_values)
 
 
 def _lacking(late: Late) -> list[int]:

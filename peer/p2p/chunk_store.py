@@ -78,6 +78,11 @@ class ChunkStore:
         """Bytes of the blobs on disk, file system overhead not counted."""
         return self._used_bytes
 
+    def room_bytes(self) -> int:
+        """What the disk limit leaves beside the pinned blobs: others are evicted where room is needed."""
+        with self._lock:
+            return self._max_bytes - sum(size for digest, size in self._sizes.items() if digest in self._pins)
+
     def put(self, data: bytes) -> bytes:
         """Store ``data`` durably; its digest. Raises `DiskFull` where eviction of unpinned blobs is not enough."""
         if len(data) > MAX_BLOB_BYTES:

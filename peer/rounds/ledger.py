@@ -10,11 +10,12 @@ Decides the files and their order of writing; every answer that depends on them 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +82,7 @@ class Ledger:
             raise ProtocolError(f"round {round_number} is over: no more votes in it")
         self._voted_round = round_number
         self._chunks.pin(self._group("vote", round_number), parts)
-        self._chunks.put_all(parts)
+        self._with_room(round_number, functools.partial(self._chunks.put_all, parts))
         fields = {
             "round": round_number,
             "promised": [acceptor.promised[0], acceptor.promised[1].hex()],
@@ -168,17 +169,20 @@ class Ledger:
         self.heads.append(head)
 
     def keep_parts(self, round_number: int, parts: Mapping[bytes, Kept]) -> None:
-        """Keep the averages of a round; an archive whose disk limit is reached gives up its oldest rounds."""
-        group = self._group("round", round_number)
-        self._chunks.pin(group, parts)
-        try:
-            self._chunks.put_all(parts)
-        except DiskFull:
-            if not self._options.archive:
-                raise
-            given_up = self._archived_from + max(1, (round_number - self._archived_from) // 4)
-            self.release_rounds(given_up)
-            self._chunks.put_all(parts)
+        """Keep the averages of a round."""
+        self._chunks.pin(self._group("round", round_number), parts)
+        self._with_room(round_number, functools.partial(self._chunks.put_all, parts))
+
+    def _with_room(self, round_number: int, put: Callable[[], object]) -> None:
+        """``put`` what this round writes; an archive whose disk limit is reached gives up its oldest rounds for it."""
+        while True:
+            try:
+                put()
+                return
+            except DiskFull:
+                if not self._options.archive or self._archived_from >= round_number:
+                    raise
+                self.release_rounds(self._archived_from + max(1, (round_number - self._archived_from) // 4))
 
     def lacking(self, round_number: int) -> list[PartResult]:
         """The averages of a round that are not on this disk, and will stay once they are; none of what was given up."""
@@ -218,12 +222,18 @@ class Ledger:
     def save_state(self, round_number: int, shard: Shard) -> None:
         """Write the state after a round, chunk by chunk, and forget states and parts that it makes useless."""
         anchor, momentum = shard.chunk_digests()
-        self._chunks.pin(self._group("state", round_number), [*anchor, *momentum])
-        for view in shard.state_bytes():
-            for start in range(0, len(view), digest.STATE_CHUNK_BYTES):
-                self._chunks.put(bytes(view[start : start + digest.STATE_CHUNK_BYTES]))
         reply = StateReply(round=round_number, anchor_chunks=anchor, momentum_chunks=momentum)
-        write_durably(self._folder / f"state-{round_number}", reply.SerializeToString())
+        self._chunks.pin(self._group("state", round_number), [*anchor, *momentum])
+        try:
+            for view in shard.state_bytes():
+                for start in range(0, len(view), digest.STATE_CHUNK_BYTES):
+                    data = bytes(view[start : start + digest.STATE_CHUNK_BYTES])
+                    self._with_room(round_number, functools.partial(self._chunks.put, data))
+            write_durably(self._folder / f"state-{round_number}", reply.SerializeToString())
+        except BaseException:
+            if round_number not in self._states:  # else its chunks could never be evicted
+                self._chunks.unpin(self._group("state", round_number))
+            raise
         self._states[round_number] = reply
         self._forget_old()
 

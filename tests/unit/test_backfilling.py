@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +12,18 @@ from typing import Any
 import pytest
 
 from peer.checkpoints.audit import audit
-from peer.checkpoints.backfilling import Backfill, Late
+from peer.checkpoints.backfilling import STATES_TO_COME, Backfill, Late
 from peer.checkpoints.verify import verify_folder
 from peer.p2p.chunk_store import CHUNK_METHOD, ChunkStore
 from peer.p2p.fetch import HolderBook
+from peer.rounds import blocks
 from peer.rounds.archive import Archive, keep_genesis
 from peer.rounds.catch_up import Newcomer, extend_log
 from peer.rounds.ledger import Ledger
 from swarm.errors import NotFound
 from swarm.log import genesis_head
 from swarm.proto.common_pb2 import Signed
+from swarm.proto.round_pb2 import Commit, PartResult, Record
 from tests.unit.test_audit import ROUNDS, Run
 from tests.unit.test_collecting import DONOR, OPTIONS, Donor
 
@@ -40,10 +43,12 @@ class LateSeed:
     folder: Path
     room_bytes: int = ROOM
     ledgers: list[Ledger] = field(default_factory=list)
+    chunks: ChunkStore = field(init=False)
 
     def backfill(self, bytes_per_s: float = 1e9) -> Backfill:
         """As after a start: only what is on the disk is known."""
-        genesis, chunks = self.donor.archive.genesis, ChunkStore(self.folder / "chunks", self.room_bytes)
+        genesis = self.donor.archive.genesis
+        chunks = self.chunks = ChunkStore(self.folder / "chunks", self.room_bytes)
         keep_genesis(self.folder, Signed.FromString((self.donor.run.archive / "genesis.sig").read_bytes()))
         shards = []
         for number, about in enumerate(genesis.shards):
@@ -110,28 +115,40 @@ def test_a_false_average_is_not_kept_and_is_asked_for_again(tmp_path: Path) -> N
     assert asyncio.run(late.backfill().look()) and late.audit() == "equal"
 
 
-def test_where_the_disk_is_full_the_oldest_rounds_stay_away(tmp_path: Path) -> None:
+def state_bytes(run: Run) -> int:
+    """Of all shards."""
+    values = [shard.num_values for shard in Donor(run).archive.genesis.shards]
+    return sum(4 * count + blocks.size_bytes(count) for count in values)
+
+
+def test_where_the_disk_is_full_the_oldest_rounds_of_every_shard_stay_away(run: Run, tmp_path: Path) -> None:
     """As in an archive that was there from the beginning; what came later is kept."""
-    run = Run(tmp_path).make()
-    sizes = run.average_of(1).stat().st_size
+    sizes = sum(run.average_of(1, shard).stat().st_size for shard in range(run.num_shards))
     donor = Donor(run)
-    donor.ledgers[0]._drop_state(0)
-    late = LateSeed(donor, tmp_path / "late", room_bytes=3 * sizes + sizes // 2)
+    for ledger in donor.ledgers:
+        ledger._drop_state(0)
+    room_bytes = STATES_TO_COME * state_bytes(run) + 3 * sizes + sizes // 3
+    late = LateSeed(donor, tmp_path / "late", room_bytes)
     backfill = late.backfill()
-    assert not asyncio.run(backfill.look()), "the first state may come yet"
-    assert backfill.told == f"3 of {ROUNDS}"
-    (ledger,) = late.ledgers
-    for number in range(1, ROUNDS + 1):
+    asyncio.run(backfill.look())
+    assert backfill.told == f"{3 * run.num_shards} of {ROUNDS * run.num_shards}"
+    assert late.chunks.room_bytes() >= STATES_TO_COME * state_bytes(run)
+    for ledger, number in itertools.product(late.ledgers, range(1, ROUNDS + 1)):
         (commit,) = ledger.commits(number, 1)
-        here = [(tmp_path / "late" / "chunks").glob(f"*/{part.digest.hex()}") for part in _parts(commit)]
-        assert all(len(list(found)) == (number > ROUNDS - 3) for found in here), number
+        assert all(late.chunks.has(part.digest) == (number > ROUNDS - 3) for part in _parts(commit)), number
         assert not ledger.lacking(number), "what was given up is not asked for again"
 
 
-def _parts(commit: Any) -> Any:
-    from swarm.proto.round_pb2 import Record
+def _parts(commit: Commit) -> list[PartResult]:
+    return [part for part in Record.FromString(commit.record).parts if part.digest]
 
-    return Record.FromString(commit.record).parts
+
+def test_the_first_state_does_not_take_the_room_of_states_to_come(tmp_path: Path) -> None:
+    run = Run(tmp_path).make()
+    late = LateSeed(Donor(run), tmp_path / "late", 3 * state_bytes(run) - 1)
+    asyncio.run(late.backfill().look())
+    assert not late.ledgers[0].offer_state(first=True).anchor_chunks
+    assert late.chunks.room_bytes() >= STATES_TO_COME * state_bytes(run)
 
 
 def test_averages_come_no_faster_than_is_allowed(tmp_path: Path) -> None:

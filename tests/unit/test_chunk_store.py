@@ -91,6 +91,16 @@ def test_pinned_blobs_stay_until_their_last_group_is_unpinned(tmp_path: Path) ->
     assert not store.has(digest)
 
 
+def test_there_is_room_for_all_that_pinned_blobs_leave(tmp_path: Path) -> None:
+    store = ChunkStore(tmp_path, 10)
+    store.pin("group", [sha256(b"abcd"), sha256(b"not here yet")])
+    for blob in (b"abcd", b"efgh"):
+        store.put(blob)
+    assert store.room_bytes() == 6
+    store.unpin("group")
+    assert store.room_bytes() == 10
+
+
 def test_a_put_that_cannot_fit_evicts_nothing(tmp_path: Path) -> None:
     store = ChunkStore(tmp_path, 10)
     digest = store.put(b"1" * 5)

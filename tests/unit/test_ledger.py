@@ -10,7 +10,7 @@ from peer.p2p.chunk_store import ChunkStore
 from peer.rounds.ledger import Ledger, LedgerOptions
 from peer.rounds.paxos import Acceptor
 from swarm import digest
-from swarm.errors import DigestError, EarlierVersion, NotFound, ProtocolError
+from swarm.errors import DigestError, DiskFull, EarlierVersion, NotFound, ProtocolError
 from swarm.identity import Identity
 from swarm.log import VOTE_CONTEXT, LogHead, genesis_head, next_head
 from swarm.proto.common_pb2 import Genesis, ShardGenesis
@@ -148,6 +148,48 @@ def test_an_archive_that_reached_its_disk_limit_gives_up_its_oldest_rounds(tmp_p
         ledger.append(commit, head, {digest.sha256(data): data})
     assert ledger.head.round == 20
     assert chunks.has(digest.sha256(bytes([19]) * 1000)) and not chunks.has(digest.sha256(bytes([0]) * 1000))
+
+
+STATE_BYTES = sum(map(len, SHARD.state_bytes()))
+PART_BYTES = STATE_BYTES // 8
+
+
+def full_archive(folder: Path) -> tuple[Ledger, ChunkStore]:
+    """Room for a state, and averages of twelve rounds in all of it."""
+    chunks = ChunkStore(folder / "chunks", STATE_BYTES + 4 * PART_BYTES)
+    ledger = Ledger(folder / "shard-0", genesis_head(GENESIS, 0), chunks, LedgerOptions(archive=True))
+    for number in range(12):
+        commit, head = commit_after(ledger.head, bytes([number]) * PART_BYTES)
+        ledger.append(commit, head, {part_of(number): bytes([number]) * PART_BYTES})
+    assert not ledger.lacking(1)
+    return ledger, chunks
+
+
+def part_of(number: int) -> bytes:
+    return digest.sha256(bytes([number]) * PART_BYTES)
+
+
+def test_a_full_archive_gives_up_its_oldest_rounds_for_the_state_that_a_round_writes(tmp_path: Path) -> None:
+    ledger, chunks = full_archive(tmp_path)
+    ledger.save_state(12, SHARD)
+    assert ledger.read_state(12, SHARD.num_values) is not None
+    assert [chunks.has(part_of(number)) for number in (0, 11)] == [False, True]
+
+
+def test_a_full_archive_gives_up_its_oldest_rounds_for_a_vote(tmp_path: Path) -> None:
+    ledger, chunks = full_archive(tmp_path)
+    average = b"a" * PART_BYTES
+    accepted(ledger, average)
+    assert chunks.get(digest.sha256(average)) == average
+    assert [chunks.has(part_of(number)) for number in (0, 11)] == [False, True]
+
+
+def test_a_state_that_finds_no_room_leaves_none_of_its_bytes_pinned(tmp_path: Path) -> None:
+    chunks = ChunkStore(tmp_path / "chunks", STATE_BYTES - 1)
+    ledger = Ledger(tmp_path / "shard-0", genesis_head(GENESIS, 0), chunks, LedgerOptions())
+    with pytest.raises(DiskFull):
+        ledger.save_state(0, SHARD)
+    assert chunks.room_bytes() == STATE_BYTES - 1 and not ledger.offer_state().anchor_chunks
 
 
 SMALL_DISK_BYTES = 10_000
