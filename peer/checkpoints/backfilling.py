@@ -19,12 +19,14 @@ from peer.checkpoints.sources import Pace
 from peer.p2p.fetch import fetch_chunk
 from peer.rounds import blocks
 from peer.rounds.catch_up import Newcomer, fetch_first_state
+from peer.rounds.ledger import Ledger
 from swarm.errors import DiskFull, NetworkError, NotFound, SwarmError
 
 # Running peers come first: half of a home's uplink, and the seed peers serve others beside.
 BYTES_PER_S = 4e6
 ASK_AGAIN_S = 60.0
 _ANSWER_S = 120.0
+ROUNDS_AT_ONCE = 64
 # Of every shard: one is written beside the two that are kept, and at a fresh start one of those is still to come.
 STATES_TO_COME = 2
 
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Late:
-    """A shard's archive. ``at_rest``: nobody else writes states while it is held."""
+    """A shard's archive. ``at_rest``: nobody else writes states or changes the log while it is held."""
 
     newcomer: Newcomer
     at_rest: Callable[[], AbstractAsyncContextManager[object]]
@@ -56,13 +58,16 @@ class Backfill:
     async def run(self) -> None:
         """Fetch what is not here yet, until cancelled."""
         while True:
-            if await self.look():
-                await asyncio.Event().wait()
+            try:
+                if await self.look():
+                    await asyncio.Event().wait()
+            except Exception as error:  # a seed peer serves the run, whatever its archive lacks
+                log.warning("the archive is not filled for now: %s", error, exc_info=error)
             await asyncio.sleep(ASK_AGAIN_S)
 
     async def look(self) -> bool:
         """Ask once for everything that is missing; whether the archive is as whole as its disk limit lets it be."""
-        lacking = [await asyncio.to_thread(_lacking, late) for late in self._shards]
+        lacking = [await _lacking(late) for late in self._shards]
         self._rounds_lacking = sum(map(len, lacking))
         complete = True
         for late in self._shards:
@@ -96,7 +101,8 @@ class Backfill:
             except DiskFull as error:
                 log.warning("the archive goes back to round %d only: %s", number + 1, error)
                 for each in self._shards:
-                    await asyncio.to_thread(each.newcomer.ledger.release_rounds, number + 1)
+                    async with each.at_rest():
+                        await asyncio.to_thread(each.newcomer.ledger.release_rounds, number + 1)
                 break
             except NetworkError as error:
                 log.info("round %d of shard %d cannot be had: %s", number, late.newcomer.shard, error)
@@ -105,7 +111,9 @@ class Backfill:
 
     async def _obtain_round(self, late: Late, number: int) -> None:
         newcomer = late.newcomer
-        for part in await asyncio.to_thread(newcomer.ledger.lacking, number):
+        async with late.at_rest():
+            lacking = await asyncio.to_thread(newcomer.ledger.lacking, number)
+        for part in lacking:
             await self._see_to_room(late, part.size_bytes)
             await self._pace.spend(part.size_bytes)
             holders = self._holders()
@@ -128,7 +136,18 @@ def _state_bytes(late: Late) -> int:
     return 4 * num_values + blocks.size_bytes(num_values)
 
 
-def _lacking(late: Late) -> list[int]:
-    """The rounds with an average that is not here, newest first."""
-    ledger = late.newcomer.ledger
-    return [number for number in range(ledger.head.round, 0, -1) if ledger.lacking(number)]
+async def _lacking(late: Late) -> list[int]:
+    """The rounds with an average that is not here, newest first; a few at a time, as no round waits for a long log."""
+    ledger, found = late.newcomer.ledger, list[int]()
+    last = ledger.head.round
+    while last > 0:
+        async with late.at_rest():
+            last = min(last, ledger.head.round)  # a branch may have been given up since
+            numbers = range(last, max(0, last - ROUNDS_AT_ONCE), -1)
+            found += await asyncio.to_thread(_lacking_of, ledger, numbers)
+        last -= ROUNDS_AT_ONCE
+    return found
+
+
+def _lacking_of(ledger: Ledger, numbers: Sequence[int]) -> list[int]:
+    return [number for number in numbers if ledger.lacking(number)]

@@ -185,11 +185,16 @@ class Ledger:
                 self.release_rounds(self._archived_from + max(1, (round_number - self._archived_from) // 4))
 
     def lacking(self, round_number: int) -> list[PartResult]:
-        """The averages of a round that are not on this disk, and will stay once they are; none of what was given up."""
+        """The averages of a round that are not on this disk, and will stay once they are; none of what was given up.
+
+        Raises `NotFound` where the log has no such round, as after a branch that was longer.
+        """
         if round_number < self._archived_from:
             return []
-        (commit,) = self.commits(round_number, 1)
-        parts = [part for part in Record.FromString(commit.record).parts if part.digest]
+        commits = self.commits(round_number, 1)
+        if not commits:
+            raise NotFound(f"round {round_number} is not in the log")
+        parts = [part for part in Record.FromString(commits[0].record).parts if part.digest]
         self._chunks.pin(self._group("round", round_number), [part.digest for part in parts])
         return [part for part in parts if not self._chunks.has(part.digest)]
 

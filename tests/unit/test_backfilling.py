@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from peer.checkpoints import backfilling
 from peer.checkpoints.audit import audit
 from peer.checkpoints.backfilling import STATES_TO_COME, Backfill, Late
 from peer.checkpoints.verify import verify_folder
@@ -18,7 +19,7 @@ from peer.p2p.chunk_store import CHUNK_METHOD, ChunkStore
 from peer.p2p.fetch import HolderBook
 from peer.rounds import blocks
 from peer.rounds.archive import Archive, keep_genesis
-from peer.rounds.catch_up import Newcomer, extend_log
+from peer.rounds.catch_up import STATE_METHOD, Newcomer, extend_log
 from peer.rounds.ledger import Ledger
 from swarm.errors import NotFound
 from swarm.log import genesis_head
@@ -149,6 +150,48 @@ def test_the_first_state_does_not_take_the_room_of_states_to_come(tmp_path: Path
     asyncio.run(late.backfill().look())
     assert not late.ledgers[0].offer_state(first=True).anchor_chunks
     assert late.chunks.room_bytes() >= STATES_TO_COME * state_bytes(run)
+
+
+@pytest.mark.parametrize("rounds_at_once", [1, 64])
+def test_a_branch_that_is_given_up_meanwhile_is_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds_at_once: int
+) -> None:
+    """What is left of the log is archived, and the rest is looked at again once it is there."""
+
+    class Switching(Donor):
+        async def call(self, peer: bytes, method: str, request: bytes, **limits: Any) -> bytes:
+            if method == STATE_METHOD and late.ledgers[0].head.round == ROUNDS:
+                late.ledgers[0].replace_tail(late.ledgers[0].heads[ROUNDS - 2], [])
+            return await super().call(peer, method, request, **limits)
+
+    monkeypatch.setattr(backfilling, "ROUNDS_AT_ONCE", rounds_at_once)
+    late = LateSeed(Switching(Run(tmp_path).make()), tmp_path / "late")
+    backfill = late.backfill()
+    assert not asyncio.run(backfill.look())
+    assert not any(late.ledgers[0].lacking(number) for number in range(1, ROUNDS - 1))
+    assert asyncio.run(backfill.look()) and backfill.told == f"{ROUNDS - 2} of {ROUNDS - 2}"
+
+
+def test_an_error_of_any_kind_ends_one_look_and_not_the_seed_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Backfill):
+        looks = 0
+
+        async def look(self) -> bool:
+            self.looks += 1
+            if self.looks == 1:
+                raise OSError("the log cannot be read")
+            looked_again.set()
+            return True
+
+    async def run_until_the_second_look() -> None:
+        job = asyncio.create_task(Failing([], list).run())
+        await asyncio.wait({job, asyncio.create_task(looked_again.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        assert looked_again.is_set() and not job.done()
+        job.cancel()
+
+    monkeypatch.setattr(backfilling, "ASK_AGAIN_S", 0.0)
+    looked_again = asyncio.Event()
+    asyncio.run(run_until_the_second_look())
 
 
 def test_averages_come_no_faster_than_is_allowed(tmp_path: Path) -> None:
