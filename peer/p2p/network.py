@@ -248,7 +248,6 @@ class Network:
         if str(self._p2p.peer_id) != self._identity.peer_id:
             raise NetworkError("p2pd runs under another identity than ours")
         await self._read_addresses()
-        await self.serve(DIAL_BACK_METHOD, self._dial_back)
         met = await self._meet_seeds()
         if self._config.relay_for is not None:
             await self._serve_relay(self._config.relay_for)
@@ -329,6 +328,8 @@ class Network:
 
         await self._add_handler(HOP, on_hop)
         await self.serve(RESERVE_METHOD, relay.on_reserve)
+        # Nobody else may: whom a volunteer's router lets in is seen at the volunteer's own address.
+        await self.serve(DIAL_BACK_METHOD, self._dial_back)
         introducer = Introducer(check, relay.is_kept, self._control.seen_at, self._ask_briefly)
         await self.serve(PUNCH_METHOD, introducer.on_punch)
 

@@ -106,7 +106,8 @@ def relays_of(addresses: Iterable[str]) -> tuple[bytes, ...]:
 async def dial_back(request: bytes, seen_at: Sequence[str]) -> bytes:
     """The multiaddr under which the asked-for port answers us, at an address from which the caller called; or nothing.
 
-    No other machine is dialled, so nobody can have us knock elsewhere. Raises `ProtocolError`.
+    No other machine is dialled, so nobody can have us knock elsewhere, as long as callers are seen at addresses of
+    their own: not so where connections are passed on to us. Raises `ProtocolError`.
     """
     port = int.from_bytes(request, "big")
     if len(request) != 2:

@@ -20,8 +20,9 @@ import psutil
 import pytest
 
 from peer.p2p.network import Network, NetworkConfig, open_network
+from peer.p2p.reachability import DIAL_BACK_METHOD
 from peer.p2p.transport import Transport
-from swarm.errors import ConfigError, NetworkError, PortInUse, ProtocolError, Unreachable
+from swarm.errors import ConfigError, NetworkError, NotFound, PortInUse, ProtocolError, Unreachable
 from swarm.identity import Identity
 from tests.contract_transport import KEY, OTHER_KEY, TransportContract, echo
 
@@ -330,6 +331,26 @@ def test_a_seed_peer_starts_while_all_others_are_away() -> None:
         finally:
             await peer.close()
             await seed.close()
+
+    asyncio.run(scenario())
+
+
+def test_only_a_relay_dials_back() -> None:
+    """A volunteer sees at its own address whom it let through its router: its answer would tell its own open ports."""
+
+    async def scenario() -> None:
+        relay = await open_network(config(relay_for=lambda caller, proof: None), Identity.generate())
+        volunteer = await open_network(config(seeds=relay.addresses, proof=lambda: b""), Identity.generate())
+        port = volunteer.addresses[0].split("/")[4]
+        try:
+            request = int(port).to_bytes(2, "big")
+            answer = await volunteer.call(relay.public_key, DIAL_BACK_METHOD, request, timeout_s=5)
+            assert answer == f"/ip4/127.0.0.1/tcp/{port}".encode()
+            with pytest.raises(NotFound):
+                await relay.call(volunteer.public_key, DIAL_BACK_METHOD, request, timeout_s=5)
+        finally:
+            await volunteer.close()
+            await relay.close()
 
     asyncio.run(scenario())
 
