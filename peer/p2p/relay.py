@@ -31,10 +31,11 @@ RESERVATION_S = 60.0
 MAX_RESERVATIONS = 4096
 # Each takes two sockets here and two connections' streams in p2pd.
 MAX_CIRCUITS, MAX_CIRCUITS_PER_PEER = 256, 96
-# Of these, for callers that showed no admission lately: in all, by key, by the address that they call from.
-MAX_STRANGERS, MAX_PER_STRANGER, MAX_STRANGERS_PER_HOST = 64, 4, 16
 # Requests that have yet to become a connection: in all, by key.
 MAX_REQUESTS, MAX_REQUESTS_PER_PEER = 256, 32
+# Of both, for callers that showed no admission lately: in all, and by the address that they call from. Connections by
+# key, too.
+MAX_STRANGERS, MAX_STRANGERS_PER_HOST, MAX_PER_STRANGER = 64, 16, 4
 MAX_PROOF_BYTES = 4096
 _MAX_MESSAGE_BYTES = 4096
 _SHAKE_HANDS_S = 10.0
@@ -87,10 +88,13 @@ class Relay:
     async def on_hop(self, caller: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one request for a connection, until either end closes it. Never raises: nobody would look."""
         try:
-            with self._taking({"request": MAX_REQUESTS, ("request", caller): MAX_REQUESTS_PER_PEER}):
-                hop = await asyncio.wait_for(_receive(reader, CircuitHop), _SHAKE_HANDS_S)
-                target = public_key_of_bytes(hop.peer.id)
-                seats = await self._seats(caller, target)
+            is_stranger = not self.is_kept(caller)
+            with self._taking(_request_seats(caller, is_stranger)):
+                strange_host = _host(await self._seen_at(caller)) if is_stranger else None
+                with self._taking(_strange_seats("request", strange_host)):
+                    hop = await asyncio.wait_for(_receive(reader, CircuitHop), _SHAKE_HANDS_S)
+            target = public_key_of_bytes(hop.peer.id)
+            seats = _seats(caller, target, strange_host)
             refusal = self._refusal(caller, target, hop.type, seats)
             if refusal is not None:
                 return await _send(writer, CircuitHop(type=_HOP_STATUS, status=refusal))
@@ -115,13 +119,6 @@ class Relay:
 
     def _is_full(self, seats: Seats) -> bool:
         return any(self._taken[seat] >= most for seat, most in seats.items())
-
-    async def _seats(self, caller: bytes, target: bytes) -> Seats:
-        seats: Seats = {"all": MAX_CIRCUITS, caller: MAX_CIRCUITS_PER_PEER, target: MAX_CIRCUITS_PER_PEER}
-        if not self.is_kept(caller):
-            host = _host(await self._seen_at(caller))
-            seats |= {"strangers": MAX_STRANGERS, caller: MAX_PER_STRANGER, ("at", host): MAX_STRANGERS_PER_HOST}
-        return seats
 
     def _refusal(self, caller: bytes, target: bytes, kind: int, seats: Seats) -> int | None:
         if kind != _CONNECT or caller == target:
@@ -158,6 +155,23 @@ class Relay:
 
     def _count(self, size: int) -> None:
         self.passed_bytes += size
+
+
+def _request_seats(caller: bytes, is_stranger: bool) -> Seats:
+    seats: Seats = {"request": MAX_REQUESTS, ("request", caller): MAX_REQUESTS_PER_PEER}
+    return seats | ({"request of a stranger": MAX_STRANGERS} if is_stranger else {})
+
+
+def _strange_seats(kind: str, host: str | None) -> Seats:
+    """``host``: None of who is no stranger."""
+    return {} if host is None else {(kind, "at", host): MAX_STRANGERS_PER_HOST}
+
+
+def _seats(caller: bytes, target: bytes, strange_host: str | None) -> Seats:
+    seats: Seats = {"all": MAX_CIRCUITS, caller: MAX_CIRCUITS_PER_PEER, target: MAX_CIRCUITS_PER_PEER}
+    if strange_host is not None:
+        seats |= {"strangers": MAX_STRANGERS, caller: MAX_PER_STRANGER} | _strange_seats("circuit", strange_host)
+    return seats
 
 
 def _host(seen_at: list[str]) -> str:

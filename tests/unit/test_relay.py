@@ -217,6 +217,34 @@ def test_requests_that_say_nothing_are_bounded_for_each_caller(monkeypatch: pyte
     check(scenario)
 
 
+@pytest.mark.parametrize(
+    ("limit", "hosts"),
+    [
+        ("MAX_STRANGERS", ["ip4/45.77.0.1", "ip4/45.77.0.2", "ip4/45.77.0.3"]),
+        ("MAX_STRANGERS_PER_HOST", ["ip4/45.77.0.1"] * 3),
+    ],
+)
+def test_strangers_that_say_nothing_leave_room_for_requests_of_the_admitted(
+    limit: str, hosts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many keys they have: one more stranger is closed at once."""
+    monkeypatch.setattr(relay, limit, 2)
+
+    async def scenario(world: World) -> None:
+        for peer in (ANNE, BERT):
+            await world.relay.on_reserve(peer, b"admitted")
+        world.hosts = {bytes([100 + number]) * 32: host for number, host in enumerate(hosts)}
+        ends = [await pair() for _ in hosts]
+        for stranger, (near, ours) in zip(world.hosts, ends, strict=True):
+            world.near.append(near)
+            world.tasks.append(asyncio.create_task(world.relay.on_hop(stranger, *ours)))
+        assert await asyncio.wait_for(ends[-1][0][0].read(), 5) == b""
+        assert not any(near[0].at_eof() for near, _ in ends[:-1]), "the others may still say something"
+        assert (await world.dial(ANNE, BERT))[0] == DONE
+
+    check(scenario)
+
+
 def test_a_connection_on_which_nobody_says_anything_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """One on which either end goes on talking stays."""
     monkeypatch.setattr(relay, "SILENCE_S", 0.3)
