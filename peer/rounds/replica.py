@@ -91,7 +91,6 @@ class Replica:
         encoded, norms, owed = list[Kept](), list[tuple[float, float]](), list[HandOver | None]()
         if snapshot is not None and not snapshot.tokens:
             snapshot = None
-        weight, codec = snapshot.offer_to(action.ballot) if snapshot is not None else (0, "")
         debt, parts = self._shard.reducer_debt, action.open.parts
         is_ours = [action.open.members[part.reducer].peer_key == self._me for part in parts]
         async with self._at_work:  # and nobody books meanwhile
@@ -99,7 +98,7 @@ class Replica:
                 0 if ours else debt.owed_bytes(part.first_slice, part.num_slices)
                 for part, ours in zip(parts, is_ours, strict=True)
             ]
-        handed_over = choose_owed(codec, sizes)
+        handed_over = choose_owed(snapshot.codec if snapshot is not None else "", sizes)
 
         def work(index: int, part: Part) -> None:
             if snapshot is not None:
@@ -114,6 +113,8 @@ class Replica:
                 if not is_wanted():
                     return None
                 await self._blocking(functools.partial(work, index, part))
+        # Not before: an attempt that gets none of it has no share of this process.
+        weight, codec = snapshot.offer_to(action.ballot) if snapshot is not None else (0, "")
         return Offered(weight_tokens=weight, codec=codec, encoded=encoded, norms=norms, owed=owed)
 
     def begin(self) -> None:
