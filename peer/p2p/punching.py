@@ -31,6 +31,9 @@ _OPEN_S = 4.0
 _KEY_BYTES = 32
 _MAX_PROOF_BYTES = 4096
 _LEAST_PORT = 1024
+# What is given out of IPv6 (RFC 4291), and of that what is for protocols (Teredo among them) and for 6to4.
+_UNICAST_V6 = ipaddress.IPv6Network("2000::/3")
+_SPECIAL_V6 = (ipaddress.IPv6Network("2001::/23"), ipaddress.IPv6Network("2002::/16"))
 MAX_OPENING, MAX_PASSED = 16, 64
 MAX_PUNCHES_PER_PEER = 8
 # A pair whose routers do not let it is not tried again for as long.
@@ -63,8 +66,8 @@ class Endpoint:
             host, port = ipaddress.ip_address(parts[2]), int(parts[4])
         except ValueError:
             return None
-        is_public = host.is_global and not host.is_multicast and f"ip{host.version}" == parts[1]
-        return Endpoint(parts[1], str(host), port) if is_public and _LEAST_PORT <= port < 65536 else None
+        is_right = f"ip{host.version}" == parts[1] and _is_public(host)
+        return Endpoint(parts[1], str(host), port) if is_right and _LEAST_PORT <= port < 65536 else None
 
     @staticmethod
     def first_of(addresses: Sequence[str]) -> Endpoint | None:
@@ -217,6 +220,12 @@ class Puncher:
             await pass_both_ways(near, far, SILENCE_S, count)
         finally:
             near[1].close()
+
+
+def _is_public(host: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """False of an IPv6 address that may stand for an IPv4 one, too: gateways translate it, into homes as well."""
+    is_special = host not in _UNICAST_V6 or any(host in network for network in _SPECIAL_V6)
+    return host.is_global and not host.is_multicast and not (host.version == 6 and is_special)
 
 
 async def _connect_from(port: int, end: Endpoint) -> Stream:
