@@ -112,10 +112,13 @@ def assemble(folder: Path, parts: CheckpointParts) -> CheckpointManifest:
 
 
 def write_signed(folder: Path, publication: Publication, signed_spec: Signed) -> None:
-    """Put manifest, signature, witnesses and the signed run spec beside the files. Raises `DiskFull`."""
+    """Put manifest, signature, witnesses, roots and the signed run spec beside the files. Raises `DiskFull`."""
     write_durably(folder / manifests.SPEC_FILE, signed_spec.SerializeToString(deterministic=True))
     write_durably(folder / manifests.WITNESSES_FILE, publication.witnesses.SerializeToString(deterministic=True))
-    if publication.roots is not None:
+    if publication.roots is None:
+        # Roots of an earlier signature would lead to another key than the one that signed this.
+        (folder / manifests.ROOTS_FILE).unlink(missing_ok=True)
+    else:
         write_durably(folder / manifests.ROOTS_FILE, publication.roots.SerializeToString(deterministic=True))
     write_durably(folder / manifests.MANIFEST_FILE, publication.manifest.payload)
     write_durably(folder / manifests.SIGNATURE_FILE, publication.manifest.SerializeToString(deterministic=True))

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from swarm.errors import AlreadyRunning, ConfigError, DataError, NetworkError, S
 from swarm.files import TEMPORARY_PREFIX, disk_errors, fsync_folder
 from swarm.manifest import FP32, MANIFEST_FILE
 from swarm.proto.common_pb2 import Signed
-from swarm.publication import Publication
+from swarm.publication import Publication, parse_roots
 
 MAX_TARGET_ENTRIES = 10_000
 CONNECT_TIMEOUT_S = 10.0
@@ -164,12 +164,22 @@ def _complete_report(final: Path, wanted: Provenance, dtype: str) -> Report | No
 
 
 def _signed_anew(complete: Report, offered: Provenance, order: Order) -> Report:
-    """The report once the folder holds the signatures on offer: a key that was replaced has others than before."""
+    """The report once the folder holds the signatures on offer: a key that was replaced has others than before.
+
+    A mirror may offer those of the replaced key still: what lies here by a newer key stays.
+    """
     if complete.provenance.publication == offered.publication:
         return complete
+    if _num_roots(complete.provenance) > _num_roots(offered):
+        with suppress(VerificationError):
+            return replace(complete, provenance=read_provenance(complete.folder, order.run_id, order.known_of))
     with disk_errors(order.target), locked(order.target):
         write_signed(complete.folder, order.publication, order.signed_spec)
         return replace(complete, provenance=read_provenance(complete.folder, order.run_id, order.known_of))
+
+
+def _num_roots(provenance: Provenance) -> int:
+    return len(parse_roots(provenance.publication.roots, provenance.run_id, provenance.spec))
 
 
 @contextmanager

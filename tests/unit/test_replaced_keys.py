@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,11 +11,28 @@ import pytest
 
 from peer.checkpoints import trusted
 from peer.checkpoints.checkpoint import write_signed
+from peer.checkpoints.download import Order, download
+from peer.checkpoints.filling import Fetching
+from peer.checkpoints.sources import PeerSource
 from peer.checkpoints.trusted import files_source, known_of, refresh
-from peer.checkpoints.verify import verify_folder
+from peer.checkpoints.verify import Report, verify_folder
+from peer.p2p.chunk_store import ChunkStore
+from peer.p2p.fetch import FetchLimits
+from swarm.checkpoint_chunks import FileChunks
 from swarm.errors import NotFound, SignatureError
 from swarm.identity import Identity
-from tests.checkpoint_samples import ORGANIZER, PUBLISHER, WITNESSES, make_parts, publication_of, small_checkpoint
+from swarm.manifest import ROOTS_FILE
+from swarm.proto.checkpoint_pb2 import Roots
+from swarm.publication import ROOTS_CONTEXT, Publication
+from tests.checkpoint_samples import (
+    ORGANIZER,
+    PUBLISHER,
+    WITNESSES,
+    FakeTransport,
+    make_parts,
+    publication_of,
+    small_checkpoint,
+)
 from tests.metadata_samples import Repository
 
 THIEF = Identity(b"t" * 32)
@@ -44,6 +62,29 @@ class Rotated:
     def verify(self, number: int) -> bool:
         made = self.made[number]
         return verify_folder(made.folder, made.run_id, known_of=partial(known_of, self.tmp_path / "t")).ok
+
+    def signed_anew(self, number: int) -> Publication:
+        """As the coordinator hands out a checkpoint of before, with the key that took over."""
+        made = self.made[number]
+        roots = Roots(roots=self.refresh().roots).SerializeToString()
+        renewed = publication_of(made.signed_manifest.payload, made.run_id, publisher=NEW_PUBLISHER)
+        return replace(renewed, roots=NEW_PUBLISHER.sign(ROOTS_CONTEXT, made.run_id, roots))
+
+    def download(self, publication: Publication) -> Report:
+        """Round 10, with the signatures that ``publication`` offers."""
+        made = self.made[10]
+        store = ChunkStore(self.tmp_path / "store", 0, read_in_thread=False)
+        store.add_source(FileChunks(made.folder, made.manifest))
+        order = Order(
+            run_id=made.run_id,
+            signed_spec=made.signed_spec,
+            publication=publication,
+            target=self.tmp_path / "out",
+            known_of=partial(known_of, self.tmp_path / "t"),
+        )
+        source = PeerSource(FakeTransport({b"a" * 32: store.handle_chunk}), b"a" * 32)
+        limits = FetchLimits(timeout_s=5, retry_pause_s=0)
+        return asyncio.run(download(order, Fetching(sources=[source], limits=limits)))
 
 
 def test_what_a_replaced_key_signed_verifies_while_the_new_key_lists_it(tmp_path: Path) -> None:
@@ -97,3 +138,31 @@ def test_a_list_that_the_replaced_key_signed_vouches_for_nothing(tmp_path: Path)
     assert len(known.roots) == 2 and (tmp_path / "t" / "checkpoints.json").exists()
     with pytest.raises(SignatureError, match="replaced"):
         rotated.verify(10)
+
+
+def test_a_folder_that_the_new_key_signed_stays_as_it_is_where_a_mirror_offers_the_replaced_keys_signatures(
+    tmp_path: Path,
+) -> None:
+    rotated = Rotated(tmp_path)
+    renewed = rotated.signed_anew(10)
+    folder = rotated.download(renewed).folder
+    again = rotated.download(rotated.made[10].publication)
+    assert again.provenance.publication == renewed
+    assert verify_folder(folder, rotated.made[10].run_id).ok
+
+
+def test_a_folder_of_the_replaced_key_takes_the_new_keys_signatures(tmp_path: Path) -> None:
+    rotated = Rotated(tmp_path)
+    renewed = rotated.signed_anew(10)
+    folder = rotated.download(rotated.made[10].publication).folder
+    assert rotated.download(renewed).provenance.publication == renewed
+    assert (folder / ROOTS_FILE).exists() and verify_folder(folder, rotated.made[10].run_id).ok
+
+
+def test_a_damaged_folder_of_the_new_key_is_whole_again_with_the_replaced_keys_signatures(tmp_path: Path) -> None:
+    """Roots that stayed beside them would lead to another key than the one that signed."""
+    rotated = Rotated(tmp_path)
+    folder = rotated.download(rotated.signed_anew(10)).folder
+    (folder / "config.json").write_bytes(b"{}")
+    assert rotated.download(rotated.made[10].publication).ok
+    assert not (folder / ROOTS_FILE).exists() and verify_folder(folder, rotated.made[10].run_id).ok
