@@ -15,7 +15,7 @@ from pathlib import Path
 
 from swarm import manifest as manifests
 from swarm.checkpoint_chunks import FileChunks
-from swarm.errors import NetworkError, NotFound, ProtocolError, SwarmError
+from swarm.errors import Busy, NotFound, ProtocolError, SwarmError
 from swarm.manifest import CheckpointManifest
 from swarm.publication import published_manifest
 from swarm.run_spec import RunSpec
@@ -57,12 +57,12 @@ class CheckpointFiles:
 
     def piece(self, digest: bytes, offset: int, length: int) -> bytes:
         """At most ``length`` bytes of a chunk from ``offset`` on. Raises `NotFound`, `ProtocolError`, and
-        `NetworkError` when too many ask at once."""
+        `Busy` when too many ask at once."""
         if len(digest) != 32 or not 0 < length <= MAX_PIECE_BYTES or offset > manifests.FILE_CHUNK_BYTES:
             raise ProtocolError(f"a piece has at most {MAX_PIECE_BYTES} bytes of one chunk")
         with self._lock:
             if self._reading >= MAX_READS_AT_ONCE:
-                raise NetworkError("busy: too many ask for chunks", "ask a peer or a mirror, or try again later")
+                raise Busy("busy: too many ask for chunks", "ask a peer or a mirror, or try again later")
             self._reading += 1
             self._look()
             sources = list(self._chunks.values())

@@ -8,6 +8,7 @@ faster than the person allows, kept on disk until the chunk is whole. Leaves who
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from peer.coordinator_client import CoordinatorClient
 from peer.p2p.chunk_store import CHUNK_METHOD, REPLY_OVERHEAD_BYTES
 from peer.p2p.fetch import Brought, FetchLimits, HolderBook, Wanted, reply_data
 from peer.p2p.transport import Transport
-from swarm.errors import DeadlineExceeded, DigestError, NetworkError, ProtocolError
+from swarm.errors import Busy, DeadlineExceeded, DigestError, NetworkError, ProtocolError
 from swarm.identity import peer_id_of
 from swarm.proto.round_pb2 import ChunkRequest
 
@@ -31,6 +32,10 @@ CHUNK_TIMEOUT_S = 600.0
 PATIENCE_S = 5.0
 SLOWER_TIMES = 8
 LIMITS = FetchLimits(per_holder=6, total=8)
+# The coordinator answers few at once, of all who ask: one download alone must not take all of its places.
+COORDINATOR_PLACES = 3
+BUSY_PAUSE_S = 0.5
+BUSY_ANSWERS = 20  # to one question, before others are asked
 
 PEER, MIRROR, COORDINATOR = "peers", "mirrors", "coordinator"
 
@@ -91,15 +96,27 @@ class PeerSource:
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorSource:
-    """The coordinator, over gRPC: for whoever reaches no peer."""
+    """The coordinator, over gRPC: for whoever reaches no peer. Where it is busy it is asked again for a while."""
 
     client: CoordinatorClient
     kind: str = COORDINATOR
     name: str = COORDINATOR
+    busy_pause_s: float = BUSY_PAUSE_S
+    _places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(COORDINATOR_PLACES), compare=False)
 
     async def read(self, chunk: Chunk, start: int) -> AsyncIterator[bytes]:
         for offset, length in _spans(start, chunk.length):
-            yield _whole(await self.client.chunk(chunk.digest, offset, length), length)
+            yield _whole(await self._piece(chunk.digest, offset, length), length)
+
+    async def _piece(self, digest: bytes, offset: int, length: int) -> bytes:
+        async with self._places:
+            for _ in range(BUSY_ANSWERS - 1):
+                try:
+                    return await self.client.chunk(digest, offset, length)
+                except Busy:
+                    # Spread, so that those who were turned away together do not come back together.
+                    await asyncio.sleep(self.busy_pause_s * random.uniform(0.5, 1.5))
+            return await self.client.chunk(digest, offset, length)
 
 
 def _whole(piece: bytes, length: int) -> bytes:

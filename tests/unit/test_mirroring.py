@@ -14,7 +14,7 @@ from coordinator.checkpoint_files import MAX_PIECE_BYTES, MAX_READS_AT_ONCE, Che
 from coordinator.mirroring import Mirrored, PublishedRun, _catch_up, _Target, _write_metadata, keep_mirrors
 from peer.checkpoints.checkpoint import write_signed
 from swarm.digest import sha256
-from swarm.errors import ConfigError, NetworkError, NotFound, ProtocolError
+from swarm.errors import Busy, ConfigError, NetworkError, NotFound, ProtocolError
 from swarm.manifest import ROOTS_FILE, SIGNATURE_FILE
 from swarm.proto.checkpoint_pb2 import Roots
 from swarm.publication import ROOTS_CONTEXT
@@ -178,7 +178,7 @@ def test_too_many_readers_at_once_are_sent_elsewhere(home: Path) -> None:
     made = checkpoint(home, 10)
     files = CheckpointFiles(home, made.run_id, SPEC)
     files._reading = MAX_READS_AT_ONCE
-    with pytest.raises(NetworkError, match="busy"):
+    with pytest.raises(Busy, match="busy"):
         files.piece(bytes.fromhex(made.manifest.files[0].chunks[0]), 0, 1)
 
 
