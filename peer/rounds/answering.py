@@ -67,7 +67,7 @@ class Answers:
             return ledger.offer_state(wanted.after_round, wanted.first).SerializeToString()
         if self._momenta is None:
             return StateReply().SerializeToString()
-        # Beside the event loop: the first who asks waits until the file is read.
+        # Beside the event loop: the first who asks waits until the file is read, others are told to come back.
         return (await asyncio.to_thread(self._momenta.offer, wanted.after_round, wanted.shard)).SerializeToString()
 
     async def handle_ping(self, caller: bytes, request: bytes) -> bytes:

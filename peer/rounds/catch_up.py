@@ -7,6 +7,7 @@ is believed. The rounds after that state are replayed by the exchange.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,16 @@ from peer.rounds.codec import Float32
 from peer.rounds.ledger import Ledger
 from peer.rounds.shard import Shard, StateBuffers, load_state
 from swarm import digest
-from swarm.errors import DiskFull, NetworkError, NotFound, ProtocolError, SwarmError, VerificationError
+from swarm.errors import (
+    Busy,
+    DeadlineExceeded,
+    DiskFull,
+    NetworkError,
+    NotFound,
+    ProtocolError,
+    SwarmError,
+    VerificationError,
+)
 from swarm.log import LogHead, canonical, parse_record, verify_commit
 from swarm.proto.round_pb2 import Commit, LogReply, LogRequest, StateReply, StateRequest
 from swarm.run_spec import RunSpec
@@ -32,6 +42,7 @@ COMMITS_PER_PAGE = 128
 MAX_LOG_REPLY_BYTES = 64 << 20
 MAX_STATE_REPLY_BYTES = 64 << 20
 CALL_TIMEOUT_S = 20.0
+MOMENTUM_WAIT_S, MOMENTUM_PAUSE_S = 120.0, 2.0
 MAX_PAGES = 100_000
 
 log = logging.getLogger(__name__)
@@ -130,7 +141,7 @@ async def fetch_momentum(newcomer: Newcomer, round_number: int, root: bytes, hol
     request = StateRequest(shard=newcomer.shard, after_round=round_number, momentum=True)
     for holder in holders:
         try:
-            reply = await _ask(newcomer, holder, request)
+            reply = await _ask_patiently(newcomer, holder, request)
             found = memoryview(bytearray(blocks.size_bytes(newcomer.num_values)))
             is_it = digest.merkle_root(reply.momentum_chunks) == root
             if not is_it or len(reply.momentum_chunks) != digest.num_chunks(len(found)):
@@ -145,6 +156,19 @@ async def fetch_momentum(newcomer: Newcomer, round_number: int, root: bytes, hol
         f"nobody has the momentum after round {round_number}",
         "seed peers keep it beside their newest checkpoints: name a later round, or audit from the genesis",
     )
+
+
+async def _ask_patiently(newcomer: Newcomer, holder: bytes, request: StateRequest) -> StateReply:
+    """As `_ask`; again while the holder reads the file, which may take longer than a call."""
+    clock = asyncio.get_running_loop().time
+    ends = clock() + MOMENTUM_WAIT_S
+    while True:
+        try:
+            return await _ask(newcomer, holder, request)
+        except (Busy, DeadlineExceeded):
+            if clock() >= ends:
+                raise
+        await asyncio.sleep(MOMENTUM_PAUSE_S)
 
 
 async def fetch_state(newcomer: Newcomer, holders: Sequence[bytes]) -> tuple[LogHead, Shard]:

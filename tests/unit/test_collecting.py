@@ -15,12 +15,15 @@ from peer.checkpoints.audit import AuditReport, audit
 from peer.checkpoints.collecting import Sources, collect
 from peer.checkpoints.verify import verify_folder
 from peer.p2p.chunk_store import CHUNK_METHOD, ChunkStore
+from peer.rounds import catch_up
+from peer.rounds import momenta as momenta_module
 from peer.rounds.archive import Archive, momentum_path
 from peer.rounds.catch_up import LOG_METHOD, STATE_METHOD
 from peer.rounds.ledger import Ledger, LedgerOptions
 from peer.rounds.momenta import Momenta
 from swarm import digest
-from swarm.errors import DiskFull, NotFound, Unreachable
+from swarm.errors import Busy, DeadlineExceeded, DiskFull, NotFound, Unreachable
+from swarm.file_ranges import FileRange
 from swarm.log import genesis_head
 from swarm.proto.common_pb2 import Signed
 from swarm.proto.round_pb2 import LogReply, LogRequest, StateReply, StateRequest
@@ -182,3 +185,73 @@ def test_momentum_of_a_branch_that_was_given_up_is_not_offered_once_another_lies
         assert [momenta(chunk) for chunk in chunks] == [filling * digest.STATE_CHUNK_BYTES, filling * 5]
     path.unlink()
     assert momenta.offer(4, 0) == StateReply() and momenta(chunks[0]) is None
+
+
+def momenta_of(folder: Path, count: int) -> Momenta:
+    for number in range(count):
+        momentum_path(folder, number).write_bytes(b"%d" % number)
+    return Momenta(folder)
+
+
+def test_each_momentum_is_read_once_however_many_lie_there_and_is_served_whatever_else_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A seed peer keeps a hundred checkpoints, of every shard: questions about all of them must cost little."""
+    count, reads = 300, list[Path]()
+    source, read_range = momenta_of(tmp_path, count), momenta_module.read_range
+    monkeypatch.setattr(momenta_module, "read_range", lambda place: [reads.append(place.path), read_range(place)][1])
+    first = source.offer(0, 0).momentum_chunks[0]
+    for _ in range(2):
+        replies = [source.offer(number, 0) for number in range(count)]
+    assert len(reads) == count
+    assert source(first) == b"0" and source(replies[-1].momentum_chunks[0]) == b"299"
+
+
+def test_what_is_told_of_a_momentum_goes_with_its_file(tmp_path: Path) -> None:
+    source = momenta_of(tmp_path, 3)
+    for number in range(2):
+        source.offer(number, 0)
+    momentum_path(tmp_path, 0).unlink()
+    source.offer(2, 0)
+    assert list(source._told) == [momentum_path(tmp_path, number) for number in (1, 2)]
+
+
+def test_who_asks_while_a_momentum_is_read_is_told_so_at_once_unless_theirs_was_read_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = momenta_of(tmp_path, 3)
+    known, read_range, heard = source.offer(0, 0), momenta_module.read_range, list[str]()
+
+    def read(place: FileRange) -> bytes | None:
+        assert source.offer(0, 0) == known
+        for number in (1, 2):  # the one that is being read, and another
+            with pytest.raises(Busy) as caught:
+                source.offer(number, 0)
+            heard.append(str(caught.value))
+        return read_range(place)
+
+    monkeypatch.setattr(momenta_module, "read_range", read)
+    assert source.offer(1, 0).momentum_chunks and len(heard) == 2
+    monkeypatch.setattr(momenta_module, "read_range", read_range)
+    assert source.offer(2, 0).momentum_chunks
+
+
+def test_an_audit_asks_again_while_the_seed_peer_reads_the_momentum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catch_up, "MOMENTUM_PAUSE_S", 0)
+    run = Run(tmp_path).make()
+    donor = Donor(run)
+    offer, refusals = donor.momenta.offer, [Busy("reads"), DeadlineExceeded("reads still")]
+
+    def reading(round_number: int, shard: int) -> StateReply:
+        if refusals:
+            raise refusals.pop()
+        return offer(round_number, shard)
+
+    monkeypatch.setattr(donor.momenta, "offer", reading)
+    assert fetch(donor, tmp_path / "fetched", first_round=2).outcome == "equal" and not refusals
+    monkeypatch.setattr(catch_up, "MOMENTUM_WAIT_S", 0)
+    refusals.append(Busy("never ends"))
+    with pytest.raises(NotFound, match="momentum after round 2"):
+        fetch(donor, tmp_path / "other", first_round=2)
