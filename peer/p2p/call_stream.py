@@ -86,13 +86,15 @@ async def receive_timeout_s(reader: asyncio.StreamReader) -> float:
     return int.from_bytes(await reader.readexactly(4), "big") / 1000
 
 
-async def send_response(writer: asyncio.StreamWriter, response: bytes, traffic: Traffic) -> None:
-    await _send(writer, response, traffic, prefix=bytes([_OK]))
+async def send_response(writer: asyncio.StreamWriter, response: Kept, traffic: Traffic) -> None:
+    """Send ``response``; what lies on disk goes in small frames, so that little of it is in memory."""
+    most = FRAME_BYTES if isinstance(response, bytes) else _SMALL_BYTES
+    await _send(writer, response, traffic, bytes([_OK]), most)
 
 
 async def send_error(writer: asyncio.StreamWriter, error: SwarmError, traffic: Traffic) -> None:
     text = f"{type(error).__name__}\0{str(error)[:_MAX_ERROR_CHARS]}"
-    await _send(writer, text.encode(), traffic, prefix=bytes([_ERROR]))
+    await _send(writer, text.encode(), traffic, bytes([_ERROR]))
 
 
 async def receive_response(reader: asyncio.StreamReader, max_bytes: int, traffic: Traffic) -> bytes:
@@ -176,8 +178,10 @@ async def _receive(
         traffic.received_bytes += len(data)
 
 
-async def _send(writer: asyncio.StreamWriter, payload: Kept, traffic: Traffic, prefix: bytes = b"") -> None:
-    start, frame_bytes = 0, traffic.pacer.frame_bytes(FRAME_BYTES)
+async def _send(
+    writer: asyncio.StreamWriter, payload: Kept, traffic: Traffic, prefix: bytes = b"", most: int = FRAME_BYTES
+) -> None:
+    start, frame_bytes = 0, traffic.pacer.frame_bytes(most)
     while prefix or start < len(payload):
         end = min(start + frame_bytes - len(prefix), len(payload))
         frame = Frame(data=prefix + payload[start:end]).SerializeToString()

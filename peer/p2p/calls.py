@@ -1,8 +1,8 @@
 """Calls on streams that are already open: how many at once, for how long, and what becomes of a failure.
 
 Decides which incoming calls are admitted (by number, per peer and by memory), that no handler outlives its caller's
-patience, and that a peer learns our named errors and nothing else. Leaves opening streams to `peer.p2p.network` and the
-bytes of a call to `peer.p2p.call_stream`.
+patience, and that a peer learns our named errors and nothing else. Leaves opening streams to `peer.p2p.network`, the
+bytes of a call to `peer.p2p.call_stream`, and answers that wait to be sent to `peer.p2p.answers`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 from peer.p2p import call_stream
+from peer.p2p.answers import Answers
 from peer.p2p.call_stream import Traffic
 from peer.p2p.transport import Handler
 from peer.p2p.uplink import Pacer
@@ -42,6 +43,7 @@ class Calls:
         self._keep = keep
         self.handlers: dict[str, Handler] = {}
         self.traffic = Traffic(MAX_HELD_BYTES, pacer=Pacer(upload_limit_bps))
+        self.answers = Answers(keep)
         self._running = asyncio.Semaphore(MAX_RUNNING_CALLS)
         self._open: Counter[bytes] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -149,16 +151,18 @@ class Calls:
         self, method: str, caller: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         pieces: list[Kept] = []
-        try:
-            await call_stream.receive_request(reader, self.traffic, self._keep, pieces)
-            async with self._running:
-                response = await self._handle(method, caller, b"".join(piece[:] for piece in pieces))
-        except SwarmError as error:
-            await call_stream.send_error(writer, error, self.traffic)
-            return
-        finally:
-            self.traffic.release(sum(map(len, pieces)))
-        await call_stream.send_response(writer, response, self.traffic)
+        async with AsyncExitStack() as until_sent:
+            try:
+                await call_stream.receive_request(reader, self.traffic, self._keep, pieces)
+                async with self._running:
+                    coming = self._handle(method, caller, b"".join(piece[:] for piece in pieces))
+                    response = await until_sent.enter_async_context(self.answers.holding(caller, coming))
+            except SwarmError as error:
+                await call_stream.send_error(writer, error, self.traffic)
+                return
+            finally:
+                self.traffic.release(sum(map(len, pieces)))
+            await call_stream.send_response(writer, response, self.traffic)
 
     async def _handle(self, method: str, caller: bytes, request: bytes) -> bytes:
         try:
