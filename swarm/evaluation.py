@@ -44,7 +44,8 @@ class Result(Section):
 
 
 class Evaluation(Section):
-    """``limit``: documents of a task at most (None: all). ``versions``: software that measured."""
+    """``limit``: documents of a task at most (None: all). ``versions``: software that measured, and under ``weights``
+    the set that it measured where that is not the fp32 one."""
 
     format: Literal[1] = 1
     run_id: RunIdHex
@@ -57,6 +58,11 @@ class Evaluation(Section):
     limit: int | None = Field(None, ge=1)
     batch_size: int = Field(ge=1)
     device: Label
+
+    def metric(self, result: Result) -> str:
+        """The metric's name; with the set of weights where it is not fp32: it must not pass for the score of that."""
+        weights = self.versions.get("weights")
+        return result.metric if weights is None else f"{result.metric}, {weights}"
 
     def canonical_bytes(self) -> bytes:
         return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()

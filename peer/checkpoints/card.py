@@ -131,7 +131,7 @@ def _front_matter(facts: CardFacts) -> str:
             dataset_type=_identifier(name),
             dataset_name=name,
             metric_type=_identifier(result.metric),
-            metric_name=f"{result.metric} ({result.num_fewshot}-shot)",
+            metric_name=f"{item.evaluation.metric(result)} ({result.num_fewshot}-shot)",
             metric_value=result.value,
         )
         for item in (*facts.evaluations, *facts.earlier_evaluations)
@@ -283,12 +283,17 @@ def _evaluation(facts: CardFacts) -> str:
 
 def _results(evaluations: Sequence[SignedEvaluation]) -> str:
     """What was measured, and by whom; a trial on a few documents only of tasks that nobody measured whole."""
-    whole = {result.task for item in evaluations if item.evaluation.limit is None for result in item.evaluation.results}
+    whole = {
+        (result.task, item.evaluation.versions.get("weights"))
+        for item in evaluations
+        if item.evaluation.limit is None
+        for result in item.evaluation.results
+    }
     rows = [
         _row(item, result)
         for item in evaluations
         for result in item.evaluation.results
-        if item.evaluation.limit is None or result.task not in whole
+        if item.evaluation.limit is None or (result.task, item.evaluation.versions.get("weights")) not in whole
     ]
     columns = ("task", "metric", "value", "few-shot", "samples", "of all", "lm-evaluation-harness", "measured by")
     return _table(columns, rows)
@@ -298,7 +303,7 @@ def _row(item: SignedEvaluation, result: Result) -> tuple[object, ...]:
     limit = item.evaluation.limit
     return (
         cell(result.task),
-        cell(result.metric),
+        cell(item.evaluation.metric(result)),
         f"{result.value:.4g}" + ("" if result.stderr is None else f" ± {result.stderr:.2g}"),
         result.num_fewshot,
         result.num_samples,

@@ -157,6 +157,6 @@ def _medians(found: Sequence[SignedEvaluation]) -> dict[str, float]:
     for item in found:
         for result in item.evaluation.results:
             shots = f" ({result.num_fewshot}-shot)" if result.num_fewshot else ""
-            by_signer = values.setdefault(f"{result.task} {result.metric}{shots}", {})
+            by_signer = values.setdefault(f"{result.task} {item.evaluation.metric(result)}{shots}", {})
             by_signer.setdefault(item.signer, []).append(result.value)
     return {name: median(map(median, by_signer.values())) for name, by_signer in values.items()}

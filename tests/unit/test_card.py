@@ -90,6 +90,17 @@ def test_a_trial_on_a_few_documents_is_no_score_of_the_card() -> None:
     assert "model-index" not in read_card(model_card(facts(evaluations=trials)))
 
 
+def test_a_score_of_the_rounded_set_says_so_in_the_table_and_in_the_front_matter() -> None:
+    measured = evaluation("tiny", 0.75)
+    rounded = replace(measured, evaluation=measured.evaluation.model_copy(update={"versions": {"weights": "bf16"}}))
+    trial = evaluation("tiny", 0.5, limit=3)
+    made = model_card(facts(evaluations=(rounded, trial)))
+    assert "| acc, bf16 | 0.75" in made
+    assert "| acc | 0.5 " in made, "a whole result of another set hides no trial"
+    results = read_card(made)["model-index"][0]["results"]  # type: ignore[index]
+    assert [metric["name"] for result in results for metric in result["metrics"]] == ["acc, bf16 (0-shot)"]
+
+
 def test_every_section_and_figure_is_on_the_card() -> None:
     card = model_card(facts(record=RECORD, evaluations=(evaluation("bias"),)))
     sections = ("Use", "Training", "Data", "Contributors", "Energy", "Evaluation", "Known risks", "Bias")

@@ -61,6 +61,12 @@ def test_a_score_is_the_median_of_whole_evaluations_and_limited_ones_count_only_
     assert scores_of([limited]) == {name: 0.9}
 
 
+def test_scores_of_the_rounded_set_stand_beside_those_of_the_checkpoint_and_move_none(made: SignedCheckpoint) -> None:
+    of_bf16 = evaluation(made, 0.9).model_copy(update={"versions": {"lm_eval": "0.4.13", "weights": "bf16"}})
+    scores = scores_of([by(0, evaluation(made, 0.5)), *[by(signer, of_bf16) for signer in range(1, 4)]])
+    assert scores == {"tiny acc (5-shot)": 0.5, "tiny acc, bf16 (5-shot)": 0.9}
+
+
 def test_who_tells_one_result_often_counts_as_one(made: SignedCheckpoint) -> None:
     honest = [by(signer, evaluation(made, 0.5)) for signer in range(2)]
     liar = [by(9, evaluation(made, 0.9)) for _ in range(8)]
