@@ -262,8 +262,13 @@ class Network:
         # Nobody is sent to a node of the directory that cannot be asked.
         serves = self._config.dht_server and self._reach.is_dialable
         await self._dht.join(hivemind, self._p2p, self._config.initial_peers if met else (), serves)
-        await self._reserve()
         self._upkeep.add(asyncio.create_task(self._keep_in_touch()))
+        if (proof := self._config.proof) is not None:
+            # Relays are asked to carry us; where we can be dialled, this shows them that we may dial others.
+            await self._reach.reserve(self._seeds, proof(), self._ask_seed)
+            # A task of its own: greeting many silent seed peers takes longer than a reservation lasts.
+            reserving = self._reach.keep_reserved(lambda: self._seeds, proof, self._ask_seed)
+            self._upkeep.add(asyncio.create_task(reserving))
 
     async def _meet_seeds(self) -> bool:
         """Connect to all that can be reached; whether any can.
@@ -283,7 +288,6 @@ class Network:
             await asyncio.sleep(_SEED_CHECK_S)
             with contextlib.suppress(SwarmError, OSError, asyncio.IncompleteReadError):
                 await self._read_addresses()
-            await self._reserve()
             for seed, addresses in self._seeds.items():
                 with contextlib.suppress(SwarmError, self._hivemind.ValidationError):
                     await self._greet_seed(seed, addresses)
@@ -293,17 +297,13 @@ class Network:
             await self.connect(seed, addresses, timeout_s=_DIAL_S)
             await self._dht.greet(self._peer_id(seed))
 
-    async def _reserve(self) -> None:
-        """Ask the seed peers to relay, or to go on with it; who can be dialled shows them that it may dial others."""
-        if self._config.proof is not None:
-            await self._reach.reserve(self._seeds, self._config.proof(), self._ask_seed)
-
     async def _ask_briefly(self, peer: bytes, method: str, request: bytes) -> bytes:
         return await self.call(peer, method, request, timeout_s=PUNCH_S, max_response_bytes=1 << 10)
 
     async def _ask_seed(self, seed: bytes, method: str, request: bytes) -> bytes:
         async def ask() -> bytes:
-            await self.connect(seed, self._seeds[seed], timeout_s=_DIAL_S)
+            # It may have left the run's list meanwhile.
+            await self.connect(seed, self._seeds.get(seed, ()), timeout_s=_DIAL_S)
             return await self.call(seed, method, request, timeout_s=_DIAL_S, max_response_bytes=1 << 10)
 
         return await ask_within(ask())

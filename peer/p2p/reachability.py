@@ -19,6 +19,8 @@ from swarm.identity import public_key_of
 
 DIAL_BACK_METHOD = "dial-back"
 MAX_RELAYS = 3
+# With the time that silent seed peers take to be given up, less than a reservation lasts.
+RENEW_S = 15.0
 ADDRESSES_PER_RELAY = 2
 CIRCUIT = "/p2p-circuit"
 _DIAL_BACK_S = 3.0
@@ -69,14 +71,45 @@ class Reach:
 
     async def reserve(self, seeds: Seeds, proof: bytes, ask: Ask) -> None:
         """Be reachable through up to `MAX_RELAYS` of the seed peers; those that relay already come first."""
-        relays = dict[bytes, tuple[str, ...]]()
-        for seed in dict.fromkeys((*(seed for seed in self._relays if seed in seeds), *seeds)):
-            if len(relays) < MAX_RELAYS:
-                with contextlib.suppress(SwarmError):
-                    await ask(seed, RESERVE_METHOD, proof)
-                    ways = (_outward(seeds[seed]) or tuple(seeds[seed]))[:ADDRESSES_PER_RELAY]
-                    relays[seed] = tuple(way + CIRCUIT + self._own_end for way in ways)
-        self._relays = relays
+        relays = list[bytes]()
+        for those in ([s for s in self._relays if s in seeds], [s for s in seeds if s not in self._relays]):
+            relays += await _first_to_agree(those, MAX_RELAYS - len(relays), lambda s: ask(s, RESERVE_METHOD, proof))
+        self._relays = {
+            seed: tuple(
+                way + CIRCUIT + self._own_end
+                for way in (_outward(seeds[seed]) or tuple(seeds[seed]))[:ADDRESSES_PER_RELAY]
+            )
+            for seed in relays
+        }
+
+    async def keep_reserved(self, seeds: Callable[[], Seeds], proof: Callable[[], bytes], ask: Ask) -> None:
+        """`reserve` again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(RENEW_S)
+            await self.reserve(seeds(), proof(), ask)
+
+
+async def _first_to_agree(seeds: Sequence[bytes], count: int, ask: Callable[[bytes], Awaitable[bytes]]) -> list[bytes]:
+    """Up to ``count`` of them, asked side by side: those that are silent, however many, cost the time of one."""
+
+    async def agrees(seed: bytes) -> bool:
+        with contextlib.suppress(SwarmError):
+            await ask(seed)
+            return True
+        return False
+
+    agreed = list[bytes]()
+    asked = {asyncio.create_task(agrees(seed)): seed for seed in seeds} if count > 0 else {}
+    pending = set(asked)
+    try:
+        while pending and len(agreed) < count:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            agreed += [seed for task, seed in asked.items() if task in done and task.result()]
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+    return agreed[:count]
 
 
 def seeds_of(addresses: Iterable[str]) -> dict[bytes, tuple[str, ...]]:

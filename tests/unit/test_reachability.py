@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 
 import pytest
 
-from peer.p2p.reachability import DIAL_BACK_METHOD, MAX_RELAYS, Reach, dial_back, is_relayed, seeds_of
-from peer.p2p.relay import RESERVE_METHOD
+from peer.p2p.reachability import DIAL_BACK_METHOD, MAX_RELAYS, Reach, ask_within, dial_back, is_relayed, seeds_of
+from peer.p2p.relay import RESERVATION_S, RESERVE_METHOD
 from swarm.errors import DataError, ProtocolError, Unreachable
 from swarm.identity import Identity, peer_id_of
+from tests.simulation.virtual_time import run
 
 OWN_END = "/p2p/" + Identity(b"o" * 32).peer_id
 HOME = ("/ip4/127.0.0.1/tcp/4001" + OWN_END, "/ip4/192.168.0.2/tcp/4001" + OWN_END)
@@ -84,6 +86,51 @@ def test_a_relay_that_went_away_is_replaced_and_one_that_lives_is_kept() -> None
         assert names == ["198.51.100.4", "198.51.100.0", "198.51.100.1"]
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("living", [0, 7, 15])
+def test_no_reservation_ends_while_all_other_seed_peers_are_silent(living: int) -> None:
+    """The one that lives is found wherever it is in the list, and asked again in time."""
+    seeds = {Identity(bytes([i]) * 32).public_key: (f"/ip4/198.51.100.{i}/tcp/7/p2p/x",) for i in range(1, 17)}
+    alive, asked_at = list(seeds)[living], list[float]()
+
+    async def ask(seed: bytes, method: str, request: bytes) -> bytes:
+        if seed != alive:
+            return await ask_within(asyncio.sleep(1000, b""))
+        asked_at.append(asyncio.get_running_loop().time())
+        return b""
+
+    async def scenario() -> None:
+        reach = Reach(OWN_END)
+        reach.is_dialable = False
+        began = asyncio.get_running_loop().time()
+        await reach.reserve(seeds, b"", ask)
+        keeping = asyncio.create_task(reach.keep_reserved(lambda: seeds, lambda: b"", ask))
+        await asyncio.wait({keeping}, timeout=600)
+        assert not keeping.done() and reach.addresses(()), "it is told all the while"
+        times = [began, *asked_at, began + 600.0]
+        assert max(later - earlier for earlier, later in itertools.pairwise(times)) < RESERVATION_S
+
+    run(scenario())
+
+
+def test_three_relays_are_enough_while_others_are_silent() -> None:
+    """A start does not wait for the silent ones."""
+    began: list[bytes] = []
+
+    async def ask(seed: bytes, method: str, request: bytes) -> bytes:
+        began.append(seed)
+        return await ask_within(asyncio.sleep(1000 if seed in list(ALL)[:2] else 0.1, b""))
+
+    async def scenario() -> None:
+        reach = Reach(OWN_END)
+        reach.is_dialable = False
+        started = asyncio.get_running_loop().time()
+        await reach.reserve(ALL, b"", ask)
+        assert asyncio.get_running_loop().time() - started < 1 and len(began) == len(ALL)
+        assert [address.split("/")[2] for address in reach.addresses(())] == [f"198.51.100.{i}" for i in (2, 3, 4)]
+
+    run(scenario())
 
 
 def test_only_the_caller_s_own_address_is_dialled_back() -> None:
