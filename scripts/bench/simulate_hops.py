@@ -81,6 +81,58 @@ async def deliver(up: Line, down: Line, num_bytes: float, delay_s: float) -> Non
     await asyncio.sleep(arrives_s - clock())
 
 
+class SharedLine:
+    """One way of a link, shared by all that is under way on it, as libp2p does. ``bps`` None: nobody waits."""
+
+    def __init__(self, bps: float | None) -> None:
+        self._bps, self.busy_s = bps, 0.0
+        # Each message has had as many bytes of the line since it came as all others under way.
+        self._had, self._since_s = 0.0, 0.0
+        self._under_way: list[tuple[float, asyncio.Future[None]]] = []
+        self._next: asyncio.TimerHandle | None = None
+
+    async def carry(self, num_bytes: float) -> None:
+        """Until the last of ``num_bytes`` is through."""
+        if self._bps is None:
+            return
+        self._advance()
+        entry = (self._had + num_bytes, asyncio.get_running_loop().create_future())
+        self._under_way.append(entry)
+        self._plan()
+        try:
+            await entry[1]
+        finally:
+            if entry in self._under_way:
+                self._advance()
+                self._under_way.remove(entry)
+                self._plan()
+
+    def _advance(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if self._under_way and self._bps:
+            self._had += (now_s - self._since_s) * self._bps / 8 / len(self._under_way)
+            self.busy_s += now_s - self._since_s
+        self._since_s = now_s
+
+    def _plan(self) -> None:
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
+        if self._under_way and self._bps:
+            left = min(until for until, _ in self._under_way) - self._had
+            lasts_s = max(0.0, left) * len(self._under_way) * 8 / self._bps
+            self._next = asyncio.get_running_loop().call_later(lasts_s, self._arrive)
+
+    def _arrive(self) -> None:
+        self._advance()
+        through = min(until for until, _ in self._under_way)
+        for entry in [entry for entry in self._under_way if entry[0] <= through]:
+            self._under_way.remove(entry)
+            if not entry[1].done():
+                entry[1].set_result(None)
+        self._plan()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Station:
     """A peer: its span begins with ``shard`` and ends before ``next_shard``; times are of one microbatch."""
@@ -141,7 +193,7 @@ class _Wire:
 
     def __init__(self, world: World, key: bytes, station: Station) -> None:
         self._world, self.key = world, key
-        self.up, self.down = Line(station.up_bps), Line(station.down_bps)
+        self.up, self.down = SharedLine(station.up_bps), SharedLine(station.down_bps)
         self.handler: Handler | None = None
 
     async def serve(self, method: str, handler: Handler) -> None:
@@ -160,12 +212,16 @@ class _Wire:
 
     async def _there_and_back(self, other: _Wire, request: bytes) -> bytes:
         route = self._world.route
-        await deliver(self.up, other.down, route.onward_bytes, route.delay_s)
+        await self._send(other, route.onward_bytes)
         if other.handler is None:
             raise AssertionError("every later span serves")
         response = await other.handler(self.key, request)
-        await deliver(other.up, self.down, route.back_bytes, route.delay_s)
+        await other._send(self, route.back_bytes)
         return response
+
+    async def _send(self, other: _Wire, num_bytes: float) -> None:
+        await asyncio.gather(self.up.carry(num_bytes), other.down.carry(num_bytes))
+        await asyncio.sleep(self._world.route.delay_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

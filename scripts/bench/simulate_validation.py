@@ -26,6 +26,7 @@ LINKS = {
     "20/100 Mbit/s": (20e6, 100e6, 0.0),
     "20/100 Mbit/s, 20 ms": (20e6, 100e6, 0.02),
     "100 Mbit/s, 50 ms": (100e6, 100e6, 0.05),
+    "1/5 Mbit/s": (1e6, 5e6, 0.0),
 }
 
 
@@ -54,10 +55,10 @@ def pipelines(folder: Path) -> list[Compared]:
     compared = []
     for name, row in cells.items():
         side, peers, link = name.split(", ", 2)
-        number = int(peers.split()[0])
-        if side != "ours" or number == 1:
+        number, (who, _, codec) = int(peers.split()[0]), side.partition(" in ")
+        if who != "ours" or number == 1:
             continue
-        simulated = pipeline_tokens_per_s(settings, number, link, whole)
+        simulated = pipeline_tokens_per_s(settings | {"hop_codec": codec or "int8"}, number, link, whole)
         compared.append(Compared(name=name, unit="tokens/s", measured=row["tokens_per_s"], simulated=simulated))
     return compared
 
@@ -74,7 +75,7 @@ def pipeline_tokens_per_s(settings: dict[str, Any], peers: int, link: str, whole
     flops = [pipeline_plan.flops_per_token(numbers, span, working) for span in task.shards(peers)]
     tokens = task.tokens_per_microbatch
     compute_s = tokens / whole_tokens_per_s
-    one_way = pipeline_plan.hop_bytes(task.hidden, "int8") * tokens
+    one_way = pipeline_plan.hop_bytes(task.hidden, task.hop_codec) * tokens
     up_bps, down_bps, delay_s = LINKS[link]
     stations = []
     for index, mine in enumerate(flops):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import sys
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 
 import simulate_swarm
 import simulate_validation
-from simulate_hops import Line, Outcome, Route, Station, simulate
+from simulate_hops import Line, Outcome, Route, SharedLine, Station, run_jumping, simulate
 from simulate_rounds import Member, Round, round_seconds
 from simulate_swarm import Place, day, found
 from simulate_volunteers import CARDS, Study
@@ -53,6 +54,29 @@ def test_what_is_sent_on_a_line_waits_for_what_was_sent_before() -> None:
     assert line.reserve(1e6, 0.0) == 1.0
     assert line.reserve(1e6, 0.5) == 2.0
     assert line.reserve(1e6, 5.0) == 6.0
+
+
+def test_messages_under_way_share_a_line_evenly_and_who_is_given_up_takes_nothing_more() -> None:
+    """At 1 MB/s: 1 MB, 2 MB after half a second, and 9 MB that nobody waits for any longer at once."""
+    arrived: dict[str, float] = {}
+
+    async def sends() -> None:
+        loop, line = asyncio.get_running_loop(), SharedLine(8e6)
+
+        async def send(name: str, num_bytes: float, after_s: float) -> None:
+            await asyncio.sleep(after_s)
+            await line.carry(num_bytes)
+            arrived[name] = loop.time()
+
+        given_up = asyncio.ensure_future(send("given up", 9e6, 0.0))
+        others = [asyncio.ensure_future(send(*what)) for what in (("first", 1e6, 0.0), ("second", 2e6, 0.5))]
+        await asyncio.sleep(0)
+        given_up.cancel()
+        await asyncio.gather(*others)
+        assert line.busy_s == pytest.approx(3.0)
+
+    run_jumping(sends())
+    assert arrived == {"first": pytest.approx(1.5), "second": pytest.approx(3.0)}
 
 
 def test_a_whole_model_computes_all_the_time() -> None:
