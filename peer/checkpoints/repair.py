@@ -13,11 +13,12 @@ from pathlib import Path
 from peer.checkpoints.checkpoint import write_signed
 from peer.checkpoints.download import locked
 from peer.checkpoints.filling import Fetching, fill
-from peer.checkpoints.sets import held_set
+from peer.checkpoints.sets import held_set, set_beside
 from peer.checkpoints.verify import Provenance, Report, verify_folder
 from swarm import manifest as manifests
 from swarm.errors import SwarmError
 from swarm.files import disk_errors
+from swarm.manifest import BF16
 
 
 async def repair(folder: Path, provenance: Provenance, fetching: Fetching) -> Report:
@@ -25,14 +26,23 @@ async def repair(folder: Path, provenance: Provenance, fetching: Fetching) -> Re
 
     Raises `NotFound` (run it again: it resumes), `AlreadyRunning`, `DiskFull`, `ConfigError` (a link in the way).
     """
+    manifest = provenance.manifest
     with locked(folder), disk_errors(folder):
-        await fill(folder, held_set(folder, provenance.manifest), (), fetching)
+        held = held_set(folder, manifest)
+        await fill(folder, held, (), fetching)
+        beside = set_beside(folder, held, manifest)
+        if beside is not None:
+            await fill(folder / BF16, beside, [(folder, manifest)], fetching)  # made of what is right by now
         return await asyncio.to_thread(_finish, folder, provenance)
 
 
 def _finish(folder: Path, provenance: Provenance) -> Report:
-    for file in held_set(folder, provenance.manifest).files:
-        with open(folder / file.name, "rb") as written:
+    held = held_set(folder, provenance.manifest)
+    beside = set_beside(folder, held, provenance.manifest)
+    paths = [folder / file.name for file in held.files]
+    paths += [folder / BF16 / file.name for file in beside.files] if beside is not None else []
+    for path in paths:
+        with open(path, "rb") as written:
             os.fsync(written.fileno())
     write_signed(folder, provenance.publication, provenance.signed_spec)
     return verify_folder(folder, provenance.run_id)

@@ -23,6 +23,14 @@ def held_set(folder: Path, manifest: CheckpointManifest) -> FileSet:
     return bf16 if bf16_here > fp32_here else manifest.file_set(FP32)
 
 
+def set_beside(folder: Path, held: FileSet, manifest: CheckpointManifest) -> FileSet | None:
+    """The bf16 set's own files where they lie in a folder ``bf16`` beside the fp32 set, as they do on a mirror."""
+    path = folder / BF16
+    if held.dtype != FP32 or not manifest.bf16 or path.is_symlink() or not path.is_dir():
+        return None
+    return FileSet(dtype=BF16, files=manifest.bf16, derived=manifest.file_set(BF16).derived)
+
+
 def require_fp32(folder: Path, manifest: CheckpointManifest, what: str) -> None:
     """Raise `DataError` where ``folder`` holds another set; ``what`` needs this one."""
     if held_set(folder, manifest).dtype != FP32:

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 
 from peer.checkpoints.anchor import anchor_problem
 from peer.checkpoints.forms import form_problems
-from peer.checkpoints.sets import held_set
+from peer.checkpoints.sets import held_set, set_beside
 from swarm import manifest as manifests
 from swarm import run_spec, witness
 from swarm.data_manifest import TOKENIZER_NAME
@@ -179,7 +179,8 @@ def verify_folder(
     provenance = read_provenance(folder, run_id, known_of)
     held = held_set(folder, provenance.manifest)
     refused, damaged = [*_mismatches(provenance)], list[str]()
-    beside = _beside(folder, held, provenance.manifest)
+    own = set_beside(folder, held, provenance.manifest)
+    beside = [file.model_copy(update={"name": f"{BF16}/{file.name}"}) for file in own.files] if own else []
     for file in (*held.files, *beside):
         try:
             problems = _file_problems(folder / file.name, file, on_bytes)
@@ -293,14 +294,6 @@ def _content_problems(file: BinaryIO, listed: CheckpointFile, on_bytes: OnBytes)
     if not problems and whole.hexdigest() != listed.sha256:
         problems.append(f"{listed.name} does not match its SHA-256")
     return problems
-
-
-def _beside(folder: Path, held: FileSet, manifest: CheckpointManifest) -> tuple[CheckpointFile, ...]:
-    """The bf16 set's own files where they lie in a folder of the fp32 set's, as they do on a mirror."""
-    path = folder / BF16
-    if held.dtype != FP32 or not manifest.bf16 or path.is_symlink() or not path.is_dir():
-        return ()
-    return tuple(file.model_copy(update={"name": f"{BF16}/{file.name}"}) for file in manifest.bf16)
 
 
 def _unlisted(folder: Path, files: Sequence[CheckpointFile], with_bf16: bool) -> tuple[list[str], list[str]]:

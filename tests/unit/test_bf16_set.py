@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,23 @@ def test_a_copy_of_a_mirrors_folder_verifies_with_both_sets(made: SignedCheckpoi
     assert "bf16/model.safetensors is damaged" in verify_folder(copy, made.run_id).problems[0]
     (copy / BF16 / "adapter_config.json").write_bytes(b"{}")
     assert "adapter_config.json is not part of the checkpoint; move it away" in verify_folder(copy, None).problems[-1]
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(bytes(path.stat().st_size)), Path.unlink])
+def test_a_mirrors_folder_is_mended_in_both_sets_and_the_bf16_set_needs_no_network(
+    made: SignedCheckpoint, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    copy, tally = mirror(made, tmp_path) / "checkpoint-10", Tally()
+    whole = {path.relative_to(copy): path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    for path in ("model.safetensors", f"{BF16}/model.safetensors"):
+        damage(copy / path)
+    found = verify_folder(copy, made.run_id)
+    assert not found.ok
+    source = PeerSource(serving(tmp_path, made), A)
+    fetching = Fetching(sources=[source], limits=QUICK, tally=tally)
+    assert asyncio.run(repair(copy, found.provenance, fetching)).ok
+    assert {path.relative_to(copy): path.read_bytes() for path in copy.rglob("*") if path.is_file()} == whole
+    assert sum(tally.received_bytes.values()) == (made.folder / "model.safetensors").stat().st_size
 
 
 def test_bf16_weights_are_read_as_the_fp32_values_that_they_are(made: SignedCheckpoint, tmp_path: Path) -> None:
