@@ -21,6 +21,7 @@ from pathlib import Path
 
 from peer.checkpoints.checkpoint import write_signed
 from peer.checkpoints.filling import Fetching, fill
+from peer.checkpoints.sets import BF16_ENDING
 from peer.checkpoints.verify import (
     KnownOf,
     Provenance,
@@ -35,13 +36,13 @@ from peer.p2p.transport import Transport
 from peer.rounds.statuses import StatusRules, read_statuses, status_key
 from swarm.errors import AlreadyRunning, ConfigError, DataError, NetworkError, SwarmError, VerificationError
 from swarm.files import TEMPORARY_PREFIX, disk_errors, fsync_folder
-from swarm.manifest import FP32, MANIFEST_FILE
+from swarm.manifest import BF16, FP32, MANIFEST_FILE
 from swarm.proto.common_pb2 import Signed
 from swarm.publication import Publication, parse_roots
 
 MAX_TARGET_ENTRIES = 10_000
 CONNECT_TIMEOUT_S = 10.0
-_ROUND_FOLDER = re.compile(r"round-([0-9]{6,19})(-bf16)?")
+_ROUND_FOLDER = re.compile(rf"round-([0-9]{{6,19}})({BF16_ENDING})?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,7 @@ def round_folder(target: Path, round_number: int, dtype: str = FP32) -> Path:
 
 
 def _ending(dtype: str) -> str:
-    return "" if dtype == FP32 else f"-{dtype}"
+    return BF16_ENDING if dtype == BF16 else ""
 
 
 async def download(order: Order, fetching: Fetching) -> Report:

@@ -140,6 +140,25 @@ def test_a_truncated_or_missing_file_does_not_make_it_another_set_and_is_mended(
         assert report.ok and report.files.dtype == BF16
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_a_folder_whose_every_own_file_is_cut_is_mended_as_the_set_that_it_was_downloaded_as(
+    made: SignedCheckpoint, tmp_path: Path, dtype: str
+) -> None:
+    """Sizes tell nothing any more; the other set would be twice the bytes, or half of the weights."""
+    folder = get(serving(tmp_path, made), order(made, tmp_path / "out", dtype))
+    for name in made.manifest.file_set(BF16).derived:
+        os.truncate(folder / name, 5)
+    found = verify_folder(folder, made.run_id)
+    source = PeerSource(serving(tmp_path, made), A)
+    report = asyncio.run(repair(folder, found.provenance, Fetching(sources=[source], limits=QUICK)))
+    assert report.ok and report.files.dtype == dtype
+
+
+def test_a_set_under_another_sets_name_is_what_its_files_are(made: SignedCheckpoint, tmp_path: Path) -> None:
+    renamed = made.folder.rename(tmp_path / "mine-bf16")
+    assert held_set(renamed, made.manifest).dtype == FP32
+
+
 def test_fp32_that_makes_another_bf16_set_than_the_manifest_lists_does_not_verify(made: SignedCheckpoint) -> None:
     """So whoever has the fp32 set vouches for the other, which its holders cannot recompute."""
     assert verify_folder(made.folder, made.run_id).bf16_set == "recomputed"
