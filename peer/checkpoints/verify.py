@@ -110,8 +110,8 @@ class Report:
 
     @property
     def bf16_set(self) -> str | None:
-        """What is known of it, where every byte is right; None where there is none."""
-        if not self.provenance.manifest.bf16:
+        """What is known of it, where nothing is wrong with the checkpoint; None otherwise, and where there is none."""
+        if self.problems or not self.provenance.manifest.bf16:
             return None
         return "listed" if self.files.dtype == BF16 else "recomputed"
 

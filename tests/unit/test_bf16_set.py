@@ -165,8 +165,18 @@ def test_fp32_that_makes_another_bf16_set_than_the_manifest_lists_does_not_verif
     weights = made.manifest.bf16[-1].model_copy(update={"sha256": "00" * 32})
     forged = made.manifest.model_copy(update={"bf16": (*made.manifest.bf16[:-1], weights)})
     write_signed(made.folder, publication_of(forged.canonical_bytes(), made.run_id), made.signed_spec)
-    problems = verify_folder(made.folder, made.run_id).problems
-    assert problems == ("the manifest lists another model.safetensors of the bf16 set than these weights make",)
+    report = verify_folder(made.folder, made.run_id)
+    problem = "the manifest lists another model.safetensors of the bf16 set than these weights make"
+    assert report.problems == (problem,)
+    assert report.bf16_set is None
+
+
+def test_of_a_damaged_folder_nothing_is_said_about_the_bf16_set(made: SignedCheckpoint, tmp_path: Path) -> None:
+    """Nothing was recomputed there."""
+    for folder in (made.folder, bf16_folder(made, tmp_path)):
+        os.truncate(folder / "model.safetensors", 5)
+        told = verify_folder(folder, made.run_id).as_json()
+        assert (told["ok"], told["bf16_set"]) == (False, None)
 
 
 def test_a_checkpoint_of_before_has_no_set_to_download_and_verifies_as_ever(tmp_path: Path) -> None:
