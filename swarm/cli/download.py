@@ -73,6 +73,7 @@ def download(
         number = report.provenance.manifest.round
         print(f"{report.folder}: round {number}, {report.files.dtype}, {_size(report)}, verified")
         print(_told(tally) or "everything was here already")
+        _warn_of_listed(report)
 
 
 def verify(
@@ -135,7 +136,14 @@ def verified(folder: Path, run_id: bytes | None) -> Report:
     """The report on a folder without a flaw, with progress; raises as `Report.require_ok` and `verify_folder`."""
     report = _verify(folder, run_id)
     report.require_ok()
+    _warn_of_listed(report)
     return report
+
+
+def _warn_of_listed(report: Report) -> None:
+    """Beside what is printed, so that JSON and generated text stay what they are."""
+    if report.bf16_set == "listed":
+        print(f"bf16 set: {_BF16_SETS['listed']}", file=sys.stderr)
 
 
 def _verify(folder: Path, run_id: bytes | None) -> Report:

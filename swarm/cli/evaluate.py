@@ -90,7 +90,7 @@ def _print(folder: Path, made: Evaluation) -> None:
     rows = [
         (
             result.task,
-            result.metric,
+            made.metric(result),
             f"{result.value:.4f}",
             "-" if result.stderr is None else f"{result.stderr:.4f}",
             result.num_fewshot,

@@ -11,8 +11,7 @@ from typing import Annotated
 import typer
 
 from swarm.cli import output
-from swarm.cli.download import Folder, Json, Run, parse_run
-from swarm.cli.reaching import known_of
+from swarm.cli.download import Folder, Json, Run, parse_run, verified
 
 
 def generate(
@@ -38,11 +37,12 @@ def generate(
         top_k=top_k,
         seed=seed,
         device=device,
-        run_id=parse_run(run),
-        known_of=known_of,
-        verify=not no_verify,
+        verify=False,
     )
+    run_id = parse_run(run)
     text = sys.stdin.read(generation.MAX_PROMPT_CHARACTERS) if prompt == "-" else prompt
+    if not no_verify:
+        verified(folder, run_id)
     pieces = generation.generate(folder, text, options)
     if as_json:
         output.print_json({"folder": str(folder), "prompt": text, "seed": seed, "text": "".join(pieces)})

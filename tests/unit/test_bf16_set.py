@@ -25,14 +25,16 @@ from peer.checkpoints.mirrors import open_mirrors
 from peer.checkpoints.repair import repair
 from peer.checkpoints.sets import held_set
 from peer.checkpoints.sources import PeerSource, Tally
-from peer.checkpoints.verify import verify_folder
+from peer.checkpoints.verify import Report, verify_folder
 from peer.checkpoints.weights import Weights
 from peer.p2p.chunk_store import ChunkStore
 from peer.p2p.fetch import FetchLimits
 from swarm.checkpoint_chunks import FileChunks
+from swarm.cli.download import verified
 from swarm.cli.main import app
 from swarm.derived import derive
 from swarm.errors import DataError, SwarmError
+from swarm.invite import Invite
 from swarm.manifest import BF16, FP32
 from swarm.storage import Storage
 from tests.checkpoint_samples import (
@@ -84,6 +86,24 @@ def test_peers_that_hold_fp32_alone_give_half_of_the_bytes(tmp_path: Path) -> No
     assert (folder / "model.safetensors").stat().st_size < 0.51 * (made.folder / "model.safetensors").stat().st_size
     report = verify_folder(folder, made.run_id)
     assert report.ok and report.as_json()["dtype"] == "bf16" and report.bf16_set == "listed"
+
+
+def test_who_fetches_or_uses_the_bf16_set_alone_hears_whose_word_it_is(
+    made: SignedCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = bf16_folder(made, tmp_path)
+
+    async def fetched(*_: object) -> tuple[Report, Tally]:
+        return verify_folder(folder, made.run_id), Tally()
+
+    monkeypatch.setattr("swarm.cli.download.download_checkpoint", fetched)
+    invite = Invite(run_id=made.run_id, tls_pin=b"t" * 32, addresses=("localhost:1",)).encode()
+    for arguments in (["download", invite, "--dtype", "bf16"], ["generate", str(folder), "a", "--max-tokens", "1"]):
+        assert "as the publication key signed it" in CliRunner().invoke(app, arguments).stderr, arguments
+    verified(folder, made.run_id)
+    assert "as the publication key signed it" in capsys.readouterr().err
+    verified(made.folder, made.run_id)
+    assert not capsys.readouterr().err
 
 
 def test_the_folder_opens_in_transformers_as_the_rounded_model(tmp_path: Path) -> None:
