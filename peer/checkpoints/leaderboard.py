@@ -28,12 +28,13 @@ _FORMATS = (".svg", ".png", ".pdf")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A checkpoint. ``scores``: by metric, as ``task acc (5-shot)``; ``measured_by``: peer ids of who measured them."""
+    """A checkpoint. ``scores``: by metric, as ``task acc (5-shot)``; ``measured_by``: peer ids of who measured them;
+    ``total_tokens``: None where only its digest is known."""
 
     run: str
     run_id: str
     round: int
-    total_tokens: int
+    total_tokens: int | None
     scores: dict[str, float]
     measured_by: frozenset[str] = field(default_factory=frozenset)
 
@@ -76,7 +77,7 @@ def rows_of_listing(listing: Listing) -> list[Row]:
             run=listing.spec.name,
             run_id=listing.spec.run_id.hex(),
             round=item.entry.round,
-            total_tokens=item.manifest.total_tokens if item.manifest is not None else 0,
+            total_tokens=item.manifest.total_tokens if item.manifest is not None else None,
             scores={} if loss is None else {VALIDATION_LOSS: loss},
         )
         rows.append(with_evaluations(row, listing.evaluations(item.entry.manifest_digest)))
@@ -110,7 +111,9 @@ def merged(rows: Sequence[Row]) -> list[Row]:
         key = (row.run_id, row.round)
         old = found.get(key)
         if old is not None:
-            row = replace(row, scores=old.scores | row.scores, measured_by=old.measured_by | row.measured_by)
+            tokens = old.total_tokens if row.total_tokens is None else row.total_tokens
+            scores, people = old.scores | row.scores, old.measured_by | row.measured_by
+            row = replace(row, total_tokens=tokens, scores=scores, measured_by=people)
         found[key] = row
     return sorted(found.values(), key=lambda row: (row.run, row.run_id, row.round))
 
@@ -132,6 +135,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("matplotlib is not installed", "pip install 'swarmtrain[eval]'") from error
+    rows = [row for row in rows if row.total_tokens is not None]  # the others have no place over tokens
     metrics = metrics_of(rows)[:MAX_PANELS]
     if not metrics:
         raise ConfigError("nothing was measured of these checkpoints", "measure some: swarm eval DIR --tasks ...")

@@ -50,7 +50,7 @@ def leaderboard(
         (
             row.run,
             row.round,
-            f"{row.total_tokens:,}",
+            f"{row.total_tokens:,}" if row.total_tokens is not None else "-",
             *(f"{row.scores[name]:.4f}" if name in row.scores else "-" for name in shown),
         )
         for row in rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from peer.checkpoints.leaderboard import (
     merged,
     metrics_of,
     plot,
+    rows_of_listing,
     scores_of,
     told_evaluations,
     with_evaluations,
@@ -101,6 +103,32 @@ def test_one_checkpoint_from_two_sources_is_one_row_and_rounds_are_in_order() ->
     rows = merged([row("b", 2, x=1.0), row("a", 10), row("a", 9), row("b", 2, y=2.0)])
     assert [(found.run, found.round) for found in rows] == [("a", 9), ("a", 10), ("b", 2)]
     assert rows[2].scores == {"x": 1.0, "y": 2.0}
+
+
+def unread(run: str, number: int, **scores: float) -> Row:
+    """Of a checkpoint whose manifest nobody has shown."""
+    return replace(row(run, number, **scores), total_tokens=None)
+
+
+def test_tokens_that_one_source_knows_are_kept_where_another_does_not() -> None:
+    for rows in ([row("a", 9), unread("a", 9)], [unread("a", 9), row("a", 9)]):
+        assert [found.total_tokens for found in merged(rows)] == [900]
+
+
+def test_a_checkpoint_of_unknown_tokens_is_told_without_them_and_not_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = SimpleNamespace(record=None, manifest=None, entry=SimpleNamespace(round=5, manifest_digest=b"d"))
+    spec = SimpleNamespace(name="sample", run_id=b"r")
+    listing: Any = SimpleNamespace(checkpoints=[item], spec=spec, evaluations=lambda digest: ())
+    assert [found.total_tokens for found in rows_of_listing(listing)] == [None]
+    with pytest.raises(ConfigError, match="nothing was measured"):
+        plot([unread("a", 1, x=1.0)], tmp_path / "a.svg")
+    monkeypatch.setattr("swarm.cli.leaderboard._rows", lambda *_: [unread("a", 5, x=1.0), row("a", 9, x=2.0)])
+    picture = str(tmp_path / "b.svg")
+    done = CliRunner().invoke(app, ["INVITE", "--plot", picture], catch_exceptions=False)
+    (told,) = [line for line in done.stdout.splitlines() if "1.0000" in line]
+    assert told.split()[:3] == ["a", "5", "-"]
 
 
 def test_the_validation_loss_comes_first() -> None:
