@@ -24,6 +24,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 30, "retries": {"max_attempts": 2}}}
 }
 _HUB = "hf"
+_NOBODY: dict[str, dict[str, Any]] = {_HUB: {"token": False}, "s3": {"anon": True}}
 _MODELS = re.compile(r"(?!datasets/|spaces/|kernels/)[^/@]+/[^/@]+(?=/|$)")
 # Each piece is opened anew, so what the library reads ahead would be thrown away: eight times as much as was asked for.
 _READING: dict[str, dict[str, Any]] = {_HUB: {"cache_type": "none"}}
@@ -33,8 +34,9 @@ class Storage:
     """The files under one URL."""
 
     def __init__(self, url: str, *, anonymous: bool = False) -> None:
-        """``anonymous``: a hub is not told who asks. Raises `ConfigError` where the URL, or the package that it needs,
-        is of no use."""
+        """``anonymous``: a hub or bucket is not told who asks.
+
+        Raises `ConfigError` where the URL, or the package that it needs, is of no use."""
         import fsspec
 
         if "::" in url or ":" not in url:
@@ -43,7 +45,7 @@ class Storage:
             )
         self.url = url.rstrip("/")
         self.scheme = url.partition(":")[0]
-        who = {"token": False} if anonymous and self.scheme == _HUB else {}
+        who = _NOBODY.get(self.scheme, {}) if anonymous else {}
         try:
             self._files, self._root = fsspec.core.url_to_fs(self.url, **_SETTINGS.get(self.scheme, {}), **who)
         except ImportError as error:

@@ -95,6 +95,27 @@ def test_a_bucket_is_written_and_read(made: SignedCheckpoint, tmp_path: Path, mo
         assert storage.size("absent.json") is None
 
 
+def test_a_bucket_that_the_coordinator_told_does_not_learn_whose_machine_asks(
+    made: SignedCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    mirrored(made, f"file://{tmp_path}/bucket")
+    raw = (made.folder / "config.json").read_bytes()
+
+    async def read(*, named: tuple[str, ...] = (), told: tuple[str, ...] = ()) -> bytes:
+        async with open_mirrors(named, told, made.manifest.round) as (mirror,):
+            return await mirror.file("config.json", len(raw))
+
+    with web_mirror(tmp_path) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        type(Storage("s3://bucket")._files).clear_instance_cache()  # it may remember another test's server
+        assert asyncio.run(read(told=("s3://bucket",))) == raw
+        assert server.ranges and not server.passwords
+        assert asyncio.run(read(named=("s3://bucket",))) == raw
+        assert server.passwords, "a bucket that the person named may be a private one"
+
+
 SPOILT: dict[str, Callable[[WebMirror], None]] = {
     "wrong bytes": lambda mirror: setattr(mirror, "spoil", lambda data: bytes(len(data))),
     "too few bytes": lambda mirror: setattr(mirror, "spoil", lambda data: data[: len(data) // 2]),
