@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -78,11 +79,29 @@ class SpanEvaluation:
             self._measuring = self._do_beside(self._measure(copy, training))
 
     async def _measure(self, copy: StateCopy, training: Training) -> None:
+        jobs = [asyncio.ensure_future(job) for job in (self._loss_of(copy, training), self._until_lacking())]
         try:
-            await self._until_everywhere(copy.round)
-            self._reporter.measured(copy.round, await training.evaluate_round(copy.anchor, copy.round))
+            await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+            if not jobs[0].done():  # those who leave last, when a run ends, are not waited for in vain
+                raise NotFound("a shard elsewhere has no replica any more")
+            self._reporter.measured(copy.round, jobs[0].result())
         except SwarmError as error:
             log.warning("round %d was not evaluated: %s", copy.round, error)
+        finally:
+            for job in jobs:
+                job.cancel()
+            await asyncio.gather(*jobs, return_exceptions=True)
+
+    async def _loss_of(self, copy: StateCopy, training: Training) -> float:
+        await self._until_everywhere(copy.round)
+        return await training.evaluate_round(copy.anchor, copy.round)
+
+    async def _until_lacking(self) -> float:
+        """Until nobody trains some shard elsewhere."""
+        while True:
+            if self._hosted.surroundings.lacking:
+                return math.nan
+            await asyncio.sleep(self._spec.rounds.status_interval_s / 2)
 
     async def _until_everywhere(self, number: int) -> None:
         """Until all shards elsewhere are said to stand at a round. Raises `NotFound` once one is further on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +47,7 @@ class Exchange:
 class Surroundings:
     def __init__(self, round_elsewhere: int, hosts_all: set[bytes]) -> None:
         self.elsewhere, self.number, self._hosts_all = [1], round_elsewhere, hosts_all
+        self.lacking: list[int] = []
 
     def everywhere(self) -> list[dict[bytes, None]]:
         return [dict.fromkeys({OTHER} | self._hosts_all), dict.fromkeys(self._hosts_all)]
@@ -74,6 +75,7 @@ async def measured(
     elsewhere: tuple[int, ...] = (),
     whole: bool = False,
     is_free: bool = True,
+    meanwhile: Callable[[Surroundings], Coroutine[Any, Any, None]] | None = None,
 ) -> dict[int, float]:
     """What is reported after a commit of the first shard; shards elsewhere come to rounds one after the other."""
     exchange, told = Exchange(0, number), dict[int, float]()
@@ -97,6 +99,8 @@ async def measured(
     await evaluation.committed(0, contributors, training)
     for surroundings.number in elsewhere:
         await asyncio.sleep(0.05)
+    if meanwhile is not None:
+        await meanwhile(surroundings)
     await asyncio.wait_for(asyncio.gather(*jobs), 10)
     assert all(anchor == [number] * 3 for anchor, number in training.asked)
     return told
@@ -118,6 +122,26 @@ def test_not_before_earlier_evaluations_are_made_up_for_but_for_a_checkpoint(tmp
 def test_it_waits_until_all_shards_stand_there_and_gives_up_once_one_is_further_on(tmp_path: Path) -> None:
     assert asyncio.run(measured(tmp_path, MINE, elsewhere=(MINE - 1, MINE))) == {MINE: 2.5}
     assert asyncio.run(measured(tmp_path, MINE, elsewhere=(MINE - 1, MINE + 1))) == {}
+
+
+def test_it_gives_up_once_a_shard_elsewhere_has_no_replica_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its peers left as the run ended: who asks for the last loss would go on asking until its time was over."""
+
+    async def nobody_answers(self: Training, anchor: Any, number: int) -> float:
+        asked.set()
+        await asyncio.Event().wait()
+        return 0.0
+
+    async def leave(surroundings: Surroundings) -> None:
+        await asked.wait()
+        surroundings.lacking = [1]
+
+    asked = asyncio.Event()
+    monkeypatch.setattr(Training, "evaluate_round", nobody_answers)
+    assert asyncio.run(measured(tmp_path, MINE, meanwhile=leave)) == {}
+    assert asked.is_set()
 
 
 def test_a_disk_without_room_for_the_copy_costs_that_rounds_loss_and_no_more(
