@@ -155,10 +155,10 @@ def test_checkpoints_lists_rounds_newest_first_as_table_and_json(monkeypatch: py
     assert [entry["validation_loss"] for entry in listing["checkpoints"]] == [2.5, None]
 
 
-def test_a_model_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_model_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch, made: SignedCheckpoint) -> None:
     from peer.checkpoints import generate as generation
 
     monkeypatch.setattr(generation, "generate", lambda *arguments: iter(["a\n", "\x1b[2J\x07", "é"]))
-    assert run("generate", tmp_path, "text").stdout == "a\n\x1b[2J\x07é\n"
-    monkeypatch.setattr(researcher.output, "is_terminal", lambda: True)
-    assert run("generate", tmp_path, "text").stdout == "a\n�[2J�é\n"
+    assert run("generate", made.folder, "text").stdout == "a\n\x1b[2J\x07é\n"
+    monkeypatch.setattr(researcher.output, "is_terminal", lambda stream=None: stream is None)
+    assert run("generate", made.folder, "text").stdout == "a\n�[2J�é\n"
