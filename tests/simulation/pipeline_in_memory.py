@@ -102,6 +102,19 @@ class PeerOptions:
     evaluation: EvaluationRules | None = None
 
 
+async def _at_once(function: Callable[[], Any]) -> Any:
+    return function()
+
+
+def _evaluation(
+    options: PeerOptions, rules: EvaluationRules, replica: Any, slot: Slot, onward: Onward | None
+) -> Evaluation:
+    parts = EvaluationParts(
+        rules=rules, replica=replica, slot=slot, later={}, onward=onward, timeout_s=options.timeout_s
+    )
+    return Evaluation(parts)
+
+
 class SimulatedPipeline:
     """``num_shards`` spans of one shard; the peers of the first read microbatches, numbered from 0."""
 
@@ -127,11 +140,8 @@ class SimulatedPipeline:
             await asyncio.sleep(options.cost_s * (0.9 + 0.2 * self.random.random()))
             return function()
 
-        async def at_once(function: Callable[[], Any]) -> Any:
-            return function()
-
         slot = Slot(compute)
-        onward = None if is_last else self._onward(transport, shard + 1, at_once)
+        onward = None if is_last else self._onward(transport, shard + 1, _at_once)
         stepped: list[Stepped] = []
         parts = HopParts(
             steps=Steps(replica, lambda: 1e-2, options.step_microbatches),
@@ -144,35 +154,16 @@ class SimulatedPipeline:
         hop = Hop(parts)
         evaluation = None
         if options.evaluation is not None:
-            evaluation = Evaluation(
-                EvaluationParts(
-                    rules=options.evaluation,
-                    replica=replica,
-                    slot=slot,
-                    later={},
-                    onward=None if is_last else self._onward(transport, shard + 1, at_once),
-                    timeout_s=options.timeout_s,
-                )
-            )
-        source = None
-        if is_first:
-            source = Source(
-                SourceParts(
-                    hop=hop,
-                    next_batch=self._next_batch,
-                    new_id=lambda: self.random.randbytes(16),
-                    timeout_s=options.timeout_s,
-                    max_in_flight=options.max_in_flight,
-                    on_answer=lambda tokens, answer: self.answers.append((int(tokens[0, 0]), answer)),
-                )
-            )
-        else:
+            ahead = None if is_last else self._onward(transport, shard + 1, _at_once)
+            evaluation = _evaluation(options, options.evaluation, replica, slot, ahead)
+        source = self._source(hop, options) if is_first else None
+        if not is_first:
             serving = ServingParts(
                 hop=hop,
                 rules=self.rules,
                 entrances=(shard,),
                 is_admitted=self._is_admitted,
-                run=at_once,
+                run=_at_once,
                 evaluation=evaluation,
             )
             await Serving(serving).begin(transport)
@@ -191,6 +182,18 @@ class SimulatedPipeline:
         if source is not None:
             peer.jobs.append(asyncio.ensure_future(source.run()))
         return peer
+
+    def _source(self, hop: Hop, options: PeerOptions) -> Source:
+        return Source(
+            SourceParts(
+                hop=hop,
+                next_batch=self._next_batch,
+                new_id=lambda: self.random.randbytes(16),
+                timeout_s=options.timeout_s,
+                max_in_flight=options.max_in_flight,
+                on_answer=lambda tokens, answer: self.answers.append((int(tokens[0, 0]), answer)),
+            )
+        )
 
     def replicas_of(self, shard: int) -> list[SimulatedPeer]:
         return [peer for peer in self.peers if peer.shard == shard]
